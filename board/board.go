@@ -1,0 +1,98 @@
+// Package board is the kinds of board: where the window, the doorbells, the interrupts and the
+// DMA engine of each kind are. Kinds register themselves by name; package host and package
+// agent open them by a spec "kind:argument".
+//
+// In the room: the Board interface, the registry. Below it one folder for each kind. Never in it:
+// the link page, rings, devices.
+package board
+
+import (
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/mmio"
+)
+
+// Side is an end of a link.
+type Side uint8
+
+const (
+	// Host is the carrier: the virtio device side.
+	Host Side = iota
+	// Agent is the board: the virtio driver side.
+	Agent
+)
+
+// String returns "host" or "agent".
+func (s Side) String() string {
+	if s == Host {
+		return "host"
+	}
+	return "agent"
+}
+
+// Other returns the opposite end.
+func (s Side) Other() Side { return Host + Agent - s }
+
+// Options are the operator's wishes when a board is opened.
+type Options struct {
+	Side Side
+	// Kind overrides how the window is seen (tests force the device-memory path on RAM);
+	// nil leaves it to the board.
+	Kind *mmio.Kind
+	// Account turns on accounting of accesses across the bus.
+	Account *dma.Account
+	// Logf, if set, hears of peers that come and go, and of lost connections.
+	Logf func(format string, args ...interface{})
+}
+
+// RingMethod tells how a side is rung; it is declared in the link page.
+type RingMethod uint32
+
+const (
+	// RingNone: the side polls.
+	RingNone RingMethod = 0
+	// RingIvshmem: ring peer number Peer, vectors 0 to Vectors-1.
+	RingIvshmem RingMethod = 1
+	// RingRegister: write Value+vector, 32 bits, at link address Addr.
+	RingRegister RingMethod = 2
+)
+
+// RingInfo is how to ring a side.
+type RingInfo struct {
+	Method  RingMethod
+	Peer    uint32   // RingIvshmem
+	Vectors uint32   // how many different rings there are, at least 1 unless RingNone
+	Addr    dma.Addr // RingRegister
+	Value   uint32
+}
+
+// Board is an opened end of a board. All methods but Close may be used by several
+// goroutines.
+type Board interface {
+	// String names the board for messages: "loopback:/run/a.sock".
+	String() string
+	// Window is the memory that both sides see, whole. Region.Addr is the board's bus address
+	// of offset 0, and 0 on a host that cannot know it (the link page tells).
+	Window() dma.Region
+	// Self is how this side is rung, to be declared to the peer.
+	Self() RingInfo
+	// Waiter returns the end of this side's vector v, 0 <= v < Self().Vectors.
+	Waiter(v uint32) doorbell.Waiter
+	// Ringer returns what rings vector v of the peer that declared itself as info.
+	Ringer(info RingInfo, v uint32) (doorbell.Ringer, error)
+	// PeerDead tells that the other side's process is known to be dead (its lock is
+	// free); false where that cannot be known.
+	PeerDead() bool
+	// Events becomes readable when a peer came or went; nil where the kind cannot
+	// tell. It holds no data; a token means: look again.
+	Events() <-chan struct{}
+	// Close gives everything back. Nothing may use the window any more.
+	Close() error
+}
+
+// Kind opens boards of one kind.
+type Kind struct {
+	Name string // "loopback"
+	Help string // one line: what the argument is
+	Open func(arg string, o Options) (Board, error)
+}

@@ -1,0 +1,131 @@
+package vring
+
+import "github.com/boardlink/boardlink/dma"
+
+// MaxSize is the largest queue size of a split virtqueue (virtio 1.2, 2.7).
+const MaxSize = 32768
+
+// Buffer is one element of a scatter list that the driver side offers: an address the
+// device side can translate, and a length in bytes, not 0.
+type Buffer struct {
+	Addr dma.Addr
+	Len  uint32
+}
+
+// Request is one descriptor chain to make available.
+type Request struct {
+	Bufs     []Buffer // the readable ones first; owned by the caller again when Add returns
+	Readable int      // how many of Bufs the device may read; it may write the others
+	Token    uint32   // comes back in the Completion; the ring does not interpret it
+}
+
+// Completion is a chain that the device has used.
+type Completion struct {
+	Token uint32
+	Len   uint32 // bytes the device wrote; never above the writable length of the chain
+}
+
+// Driver is the driver side of a virtqueue. Its methods work on whole batches.
+type Driver interface {
+	// Size returns the queue size in descriptors.
+	Size() int
+	// Free returns how many descriptors are free.
+	Free() int
+	// Add makes as many requests available, from the first on, as there are free
+	// descriptors, with a single write of the available index, and returns their number.
+	// It does not kick: ask NeedKick after it.
+	Add(reqs []Request) (int, error)
+	// NeedKick tells whether the device wants to be notified of what was added
+	// since the last call. It holds the full barrier between the index and the
+	// suppression word (pairs with the device side's ArmKick).
+	NeedKick() bool
+	// Reap fills done with chains that the device has used and returns their
+	// number; 0 where there are none. An error means the device misbehaved: the
+	// queue is broken, and stays so.
+	Reap(done []Completion) (int, error)
+	// ArmCall asks to be called for the next used buffer, and tells whether one
+	// is there already (then do not sleep). It follows design rule "going to sleep
+	// across a bus".
+	ArmCall() (pending bool, err error)
+	// DisarmCall asks not to be called: to be used while awake.
+	DisarmCall()
+	// State returns the ring state, as of now.
+	State() State
+	// Stats returns the live counters; read them with Stats.Load.
+	Stats() *Stats
+}
+
+// Chain is a descriptor chain that the device side popped.
+type Chain struct {
+	ID       uint16 // split: the head's index; packed: the buffer id
+	Count    uint16 // packed: descriptors in the ring that the chain takes; split: 1
+	First    int32  // index of its first span in Batch.Spans
+	Readable uint16 // spans that the device may read ...
+	Writable uint16 // ... followed by those it may write
+	ReadLen  uint32 // their sums, in bytes
+	WriteLen uint32
+}
+
+// Batch receives what Pop takes. Both slices are reused; they grow until they fit
+// and then no more, so the steady state allocates nothing.
+type Batch struct {
+	Chains []Chain
+	Spans  []dma.Span
+}
+
+// Used returns a chain to the driver.
+type Used struct {
+	ID    uint16
+	Count uint16
+	Len   uint32 // bytes written into the writable spans
+}
+
+// Device is the device side of a virtqueue. Its methods work on whole batches.
+type Device interface {
+	Size() int
+	// Pop appends up to max available chains to b, translated and checked, and returns
+	// their number. An error means the driver misbehaved: chains before the bad one are
+	// returned, the queue is broken, and stays so.
+	Pop(b *Batch, max int) (int, error)
+	// Unpop gives the last n popped chains back: they will be popped again.
+	Unpop(n int)
+	// Complete hands chains back, in order, with a single write of the used index.
+	// It does not call: ask NeedCall after it.
+	Complete(used []Used) error
+	// NeedCall tells whether the driver wants to be notified of what was completed
+	// since the last call. Pairs with the driver side's ArmCall.
+	NeedCall() bool
+	// ArmKick asks to be kicked for the next available chain, and tells whether one
+	// is there already (then do not sleep).
+	ArmKick() (pending bool, err error)
+	// DisarmKick asks not to be kicked: to be used while awake.
+	DisarmKick()
+	State() State
+	Stats() *Stats
+}
+
+// State is what has to be kept of a queue to go on with it elsewhere (vhost's vring
+// base). For split rings: the device side's next available index to pop and next used index,
+// the driver side's next available index and last seen used index.
+type State struct {
+	Avail uint16 // next available index
+	Used  uint16 // next used index
+}
+
+// Config describes a queue to either side.
+type Config struct {
+	Name string // of device and queue, for errors: "net0 rx0"
+	Size uint16
+	// The three areas. Each lies in one region, aligned to 16, 2 and 4 bytes. Their
+	// kinds, whether they lie across the bus, and their accounts come from the regions.
+	Desc, Driver, Device dma.Span
+	EventIdx, Indirect   bool // negotiated
+	// Table translates what descriptors carry; device side only.
+	Table *dma.TableRef
+	// IndirectMem is where the driver side keeps its indirect tables: Size entries of
+	// IndirectMax*16 bytes; zero where none are used. IndirectAddr is its link address.
+	IndirectMem  dma.Span
+	IndirectAddr dma.Addr
+	IndirectMax  int // descriptors of one indirect table
+	State        State
+}
