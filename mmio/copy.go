@@ -1,0 +1,177 @@
+package mmio
+
+import (
+	"encoding/binary"
+	"fmt"
+	"unsafe"
+)
+
+// check panics unless the n bytes at off lie inside the memory.
+func (m *Mem) check(off, n uint64) {
+	if off > m.size || n > m.size-off {
+		panic(fmt.Sprintf("mmio: %#x bytes at offset %#x lie outside a memory of %#x bytes", n, off, m.size))
+	}
+}
+
+// direct tells that Go may touch the memory as RAM.
+func (m *Mem) direct() bool { return m.kind == Cached && m.bus == nil }
+
+// bytes returns checked bytes of direct memory.
+func (m *Mem) bytes(off, n uint64) []byte {
+	return unsafe.Slice((*byte)(unsafe.Add(m.base, off)), n)
+}
+
+// lines is what a copy by the runtime counts as: one for each started 64 bytes.
+func lines(n uint64) uint64 { return (n + 63) / 64 }
+
+// misaligned returns the low 3 bits of the address of byte off.
+func (m *Mem) misaligned(off uint64) uint64 {
+	if m.bus != nil {
+		return (m.off + off) & 7
+	}
+	return (uint64(uintptr(m.base)) + off) & 7
+}
+
+// step returns the width of the next access of a copy of n bytes at off: the
+// widest that is aligned and does not pass the end.
+func step(misaligned, n uint64) uint64 {
+	w := uint64(8)
+	for misaligned&(w-1) != 0 || w > n {
+		w >>= 1
+	}
+	return w
+}
+
+// CopyIn writes src to the memory at off. Device and modelled memory sees naturally
+// aligned accesses only, as wide as they can be, none outside the range. It returns the
+// number of bus transactions: one for each access there, one for each started 64
+// bytes of cached memory. It panics where the range lies outside the memory.
+func (m *Mem) CopyIn(off uint64, src []byte) uint64 {
+	n := uint64(len(src))
+	m.check(off, n)
+	if m.direct() {
+		copy(m.bytes(off, n), src)
+		return lines(n)
+	}
+	count := uint64(0)
+	for len(src) > 0 {
+		w := step(m.misaligned(off), uint64(len(src)))
+		switch w {
+		case 8:
+			m.Store64(off, binary.LittleEndian.Uint64(src))
+			if m.bus == nil {
+				count += uint64(wordAccesses) - 1
+			}
+		case 4:
+			m.Store32(off, binary.LittleEndian.Uint32(src))
+		case 2:
+			m.Store16(off, binary.LittleEndian.Uint16(src))
+		default:
+			m.Store8(off, src[0])
+		}
+		count++
+		off += w
+		src = src[w:]
+	}
+	return count
+}
+
+// CopyOut reads the memory at off into dst. Device and modelled memory sees naturally
+// aligned accesses only, as wide as they can be, none outside the range. It returns the
+// number of bus transactions, as CopyIn does. It panics where the range lies outside
+// the memory.
+func (m *Mem) CopyOut(dst []byte, off uint64) uint64 {
+	n := uint64(len(dst))
+	m.check(off, n)
+	if m.direct() {
+		copy(dst, m.bytes(off, n))
+		return lines(n)
+	}
+	count := uint64(0)
+	for len(dst) > 0 {
+		w := step(m.misaligned(off), uint64(len(dst)))
+		switch w {
+		case 8:
+			binary.LittleEndian.PutUint64(dst, m.Load64(off))
+			if m.bus == nil {
+				count += uint64(wordAccesses) - 1
+			}
+		case 4:
+			binary.LittleEndian.PutUint32(dst, m.Load32(off))
+		case 2:
+			binary.LittleEndian.PutUint16(dst, m.Load16(off))
+		default:
+			dst[0] = m.Load8(off)
+		}
+		count++
+		off += w
+		dst = dst[w:]
+	}
+	return count
+}
+
+// Zero writes n zero bytes at off, under the same rules as CopyIn.
+func (m *Mem) Zero(off, n uint64) uint64 {
+	m.check(off, n)
+	if m.direct() {
+		b := m.bytes(off, n)
+		for i := range b {
+			b[i] = 0
+		}
+		return lines(n)
+	}
+	count := uint64(0)
+	for n > 0 {
+		w := step(m.misaligned(off), n)
+		switch w {
+		case 8:
+			m.Store64(off, 0)
+			if m.bus == nil {
+				count += uint64(wordAccesses) - 1
+			}
+		case 4:
+			m.Store32(off, 0)
+		case 2:
+			m.Store16(off, 0)
+		default:
+			m.Store8(off, 0)
+		}
+		count++
+		off += w
+		n -= w
+	}
+	return count
+}
+
+// CopyMem copies n bytes from src at soff to dst at doff and returns the number of
+// bus transactions on either side, as CopyOut and CopyIn count them. Ranges that
+// overlap are allowed in cached memory only. It panics where a range lies
+// outside its memory.
+func CopyMem(dst *Mem, doff uint64, src *Mem, soff, n uint64) (reads, writes uint64) {
+	dst.check(doff, n)
+	src.check(soff, n)
+	switch {
+	case src.direct():
+		return lines(n), dst.CopyIn(doff, src.bytes(soff, n))
+	case dst.direct():
+		return src.CopyOut(dst.bytes(doff, n), soff), lines(n)
+	}
+	// Two devices may be misaligned against each other: stage in between.
+	var stage [512]byte
+	for n > 0 {
+		s := stage[:]
+		// End each piece on an aligned source address, so that only the first
+		// and the last need narrow loads.
+		if room := uint64(len(s)) - src.misaligned(soff); n < room {
+			s = s[:n]
+		} else {
+			s = s[:room]
+		}
+		reads += src.CopyOut(s, soff)
+		writes += dst.CopyIn(doff, s)
+		soff += uint64(len(s))
+		doff += uint64(len(s))
+		n -= uint64(len(s))
+	}
+	return reads, writes
+}

@@ -1,0 +1,100 @@
+package mmio
+
+import (
+	"fmt"
+	"sync/atomic"
+	"unsafe"
+)
+
+// The word accessors of RAM are single Go loads and stores that the compiler
+// inlines. They order nothing: the barriers, Publish32 and Consume32 do. Offset and base
+// must both be aligned to the width; an access outside or misaligned panics.
+
+//go:noinline
+func (r RAM) fault(off uint64, width int) {
+	panic(fmt.Sprintf("mmio: access of %d bytes at offset %#x, outside a memory of %#x bytes at %p or misaligned", width, off, r.size, r.base))
+}
+
+// bad tells that an access is not allowed. An aligned off has zeros below the
+// width, so off|mask is its last byte and cannot overflow.
+func (r RAM) bad(off, mask uint64) bool {
+	return (uint64(uintptr(r.base))|off)&mask != 0 || off|mask >= r.size
+}
+
+// Size returns the size in bytes.
+func (r RAM) Size() uint64 { return r.size }
+
+// Slice returns the n bytes at off as a piece of their own. It panics where they
+// do not lie inside r.
+func (r RAM) Slice(off, n uint64) RAM {
+	if n == 0 || off > r.size || n > r.size-off {
+		panic(fmt.Sprintf("mmio: %#x bytes at offset %#x do not lie in a memory of %#x bytes", n, off, r.size))
+	}
+	return RAM{base: unsafe.Add(r.base, off), size: n}
+}
+
+// Load16 returns the little-endian 16 bits at off.
+func (r RAM) Load16(off uint64) uint16 {
+	if r.bad(off, 1) {
+		r.fault(off, 2)
+	}
+	return le16(*(*uint16)(unsafe.Add(r.base, off)))
+}
+
+// Load32 returns the little-endian 32 bits at off.
+func (r RAM) Load32(off uint64) uint32 {
+	if r.bad(off, 3) {
+		r.fault(off, 4)
+	}
+	return le32(*(*uint32)(unsafe.Add(r.base, off)))
+}
+
+// Load64 returns the little-endian 64 bits at off. On 32-bit processors it is two
+// loads of 32 bits in either order.
+func (r RAM) Load64(off uint64) uint64 {
+	if r.bad(off, 7) {
+		r.fault(off, 8)
+	}
+	return le64(*(*uint64)(unsafe.Add(r.base, off)))
+}
+
+// Store16 writes 16 bits, little-endian, at off.
+func (r RAM) Store16(off uint64, v uint16) {
+	if r.bad(off, 1) {
+		r.fault(off, 2)
+	}
+	*(*uint16)(unsafe.Add(r.base, off)) = le16(v)
+}
+
+// Store32 writes 32 bits, little-endian, at off.
+func (r RAM) Store32(off uint64, v uint32) {
+	if r.bad(off, 3) {
+		r.fault(off, 4)
+	}
+	*(*uint32)(unsafe.Add(r.base, off)) = le32(v)
+}
+
+// Store64 writes 64 bits, little-endian, at off. On 32-bit processors it is two
+// stores of 32 bits in either order.
+func (r RAM) Store64(off uint64, v uint64) {
+	if r.bad(off, 7) {
+		r.fault(off, 8)
+	}
+	*(*uint64)(unsafe.Add(r.base, off)) = le64(v)
+}
+
+// Consume32 is Mem.Consume32.
+func (r RAM) Consume32(off uint64) uint32 {
+	if r.bad(off, 3) {
+		r.fault(off, 4)
+	}
+	return le32(atomic.LoadUint32((*uint32)(unsafe.Add(r.base, off))))
+}
+
+// Publish32 is Mem.Publish32.
+func (r RAM) Publish32(off uint64, v uint32) {
+	if r.bad(off, 3) {
+		r.fault(off, 4)
+	}
+	atomic.StoreUint32((*uint32)(unsafe.Add(r.base, off)), le32(v))
+}
