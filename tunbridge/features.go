@@ -1,0 +1,167 @@
+package tunbridge
+
+import "strings"
+
+// Feature bits of a network device, as masks (virtio 1.2, 5.1.3).
+const (
+	NetFCSUM       uint64 = 1 << 0  // device handles packets with partial checksum
+	NetFGuestCSUM  uint64 = 1 << 1  // driver handles packets with partial checksum
+	NetFMTU        uint64 = 1 << 3  // the device advises a maximum MTU
+	NetFMAC        uint64 = 1 << 5  // the device gives a MAC address
+	NetFGuestTSO4  uint64 = 1 << 7  // driver receives TSOv4; needs GuestCSUM
+	NetFGuestTSO6  uint64 = 1 << 8  // driver receives TSOv6; needs GuestCSUM
+	NetFHostTSO4   uint64 = 1 << 11 // device receives TSOv4; needs CSUM
+	NetFHostTSO6   uint64 = 1 << 12 // device receives TSOv6; needs CSUM
+	NetFMrgRxbuf   uint64 = 1 << 15 // driver merges receive buffers
+	NetFStatus     uint64 = 1 << 16 // the configuration space has a status field
+	NetFCtrlVQ     uint64 = 1 << 17 // there is a control queue
+	NetFMQ         uint64 = 1 << 22 // several queue pairs; needs CtrlVQ
+	NetFGuestUSO4  uint64 = 1 << 54 // driver receives USOv4; needs GuestCSUM
+	NetFGuestUSO6  uint64 = 1 << 55 // driver receives USOv6; needs GuestCSUM
+	NetFHostUSO    uint64 = 1 << 56 // device receives USO; needs CSUM
+	netFDriverMask        = NetFCSUM | NetFHostTSO4 | NetFHostTSO6 | NetFHostUSO
+	netFDeviceMask        = NetFGuestCSUM | NetFGuestTSO4 | NetFGuestTSO6 | NetFGuestUSO4 | NetFGuestUSO6
+)
+
+// NetFOffload is every feature bit that speaks of checksums and segmentation.
+const NetFOffload = netFDriverMask | netFDeviceMask
+
+// The header before each frame, struct virtio_net_hdr with num_buffers (virtio 1.2, 5.1.6),
+// all of it little-endian: its length and the offsets of its fields, in bytes.
+const (
+	HeaderLen        = 12
+	HdrOffFlags      = 0  // u8: HdrFlagNeedsCsum ...
+	HdrOffGSOType    = 1  // u8: HdrGSONone ...
+	HdrOffHdrLen     = 2  // le16: length of the headers to repeat
+	HdrOffGSOSize    = 4  // le16: payload of each segment
+	HdrOffCSUMStart  = 6  // le16: where to start summing
+	HdrOffCSUMOffset = 8  // le16: where, from there, to put the sum
+	HdrOffNumBuffers = 10 // le16: receive buffers that the frame takes
+)
+
+// Bits of the header's flags (virtio 1.2, 5.1.6).
+const (
+	HdrFlagNeedsCsum = 1 // the checksum is partial: csum_start and csum_offset hold
+	HdrFlagDataValid = 2 // the checksum was verified; from device to driver only
+	HdrFlagRscInfo   = 4 // csum fields hold coalescing counts; never negotiated here
+)
+
+// Values of the header's gso_type (virtio 1.2, 5.1.6).
+const (
+	HdrGSONone  = 0
+	HdrGSOTCPv4 = 1
+	HdrGSOUDP   = 3 // UFO: never negotiated here
+	HdrGSOTCPv6 = 4
+	HdrGSOUDPL4 = 5    // USO
+	HdrGSOECN   = 0x80 // ored to a TCP type; never negotiated here
+)
+
+// MaxFrameLen is the longest frame an interface hands over or takes without its
+// header, in bytes: 64 KiB and an Ethernet header (virtio 1.2, 5.1.6.3.1 asks for
+// receive buffers of 65562 bytes, which is this and the header of 12).
+const MaxFrameLen = 65550
+
+// Offload is a set of jobs that the sender of a frame may leave to its receiver.
+type Offload uint8
+
+// The jobs. TSO and USO need CSUM.
+const (
+	OffloadCSUM Offload = 1 << iota // fill in a partial checksum
+	OffloadTSO4                     // cut TCP over IPv4
+	OffloadTSO6                     // cut TCP over IPv6
+	OffloadUSO4                     // cut UDP over IPv4
+	OffloadUSO6                     // cut UDP over IPv6
+)
+
+const offloadAll = OffloadCSUM | OffloadTSO4 | OffloadTSO6 | OffloadUSO4 | OffloadUSO6
+
+var offloadNames = [...]string{"csum", "tso4", "tso6", "uso4", "uso6"}
+
+// String returns the names, joined by commas, or "none".
+func (o Offload) String() string {
+	if o&offloadAll == 0 {
+		return "none"
+	}
+	names := make([]string, 0, len(offloadNames))
+	for i, name := range offloadNames {
+		if o&(1<<uint(i)) != 0 {
+			names = append(names, name)
+		}
+	}
+	return strings.Join(names, ",")
+}
+
+// Usable returns the part of o that the kernel's TUNSETOFFLOAD can express: nothing
+// without CSUM, and USO only for both IP versions at once.
+func (o Offload) Usable() Offload {
+	o &= offloadAll
+	if o&OffloadCSUM == 0 {
+		return 0
+	}
+	if o&(OffloadUSO4|OffloadUSO6) != OffloadUSO4|OffloadUSO6 {
+		o &^= OffloadUSO4 | OffloadUSO6
+	}
+	return o
+}
+
+// OffloadFeatures returns the feature bits that a side can offer (device) or accept
+// (driver) when its interface supports o. The same set serves both: the kernel writes
+// what it can also read. Bits whose prerequisite is missing are left out.
+func OffloadFeatures(o Offload) uint64 {
+	o = o.Usable()
+	var f uint64
+	if o&OffloadCSUM != 0 {
+		f |= NetFCSUM | NetFGuestCSUM
+	}
+	if o&OffloadTSO4 != 0 {
+		f |= NetFHostTSO4 | NetFGuestTSO4
+	}
+	if o&OffloadTSO6 != 0 {
+		f |= NetFHostTSO6 | NetFGuestTSO6
+	}
+	if o&OffloadUSO4 != 0 { // Usable: then USO6 too
+		f |= NetFHostUSO | NetFGuestUSO4 | NetFGuestUSO6
+	}
+	return f
+}
+
+// DeviceOffload returns what the device side's interface may leave to the driver once
+// features are negotiated: the GUEST bits.
+func DeviceOffload(features uint64) Offload {
+	var o Offload
+	if features&NetFGuestCSUM != 0 {
+		o |= OffloadCSUM
+	}
+	if features&NetFGuestTSO4 != 0 {
+		o |= OffloadTSO4
+	}
+	if features&NetFGuestTSO6 != 0 {
+		o |= OffloadTSO6
+	}
+	if features&NetFGuestUSO4 != 0 {
+		o |= OffloadUSO4
+	}
+	if features&NetFGuestUSO6 != 0 {
+		o |= OffloadUSO6
+	}
+	return o.Usable()
+}
+
+// DriverOffload returns what the driver side's interface may leave to the device once
+// features are negotiated: CSUM and the HOST bits.
+func DriverOffload(features uint64) Offload {
+	var o Offload
+	if features&NetFCSUM != 0 {
+		o |= OffloadCSUM
+	}
+	if features&NetFHostTSO4 != 0 {
+		o |= OffloadTSO4
+	}
+	if features&NetFHostTSO6 != 0 {
+		o |= OffloadTSO6
+	}
+	if features&NetFHostUSO != 0 {
+		o |= OffloadUSO4 | OffloadUSO6
+	}
+	return o.Usable()
+}
