@@ -85,6 +85,12 @@ var (
 	ErrClosed error = &ioSentinel{"tunbridge: the interface is closed", false}
 )
 
+// IsDrop tells whether err is an ErrDropped.
+func IsDrop(err error) bool {
+	s, ok := err.(*ioSentinel)
+	return ok && s.drop
+}
+
 // ioError maps an errno of the data path.
 func (it *Iface) ioError(op string, e unix.Errno) error {
 	switch e {
