@@ -1,0 +1,288 @@
+package tunbridge
+
+import (
+	"fmt"
+	"sync/atomic"
+
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/mmio"
+	"golang.org/x/sys/unix"
+)
+
+// A pump moves frames in one direction between an interface and one virtqueue.
+// There are four: the driver side's transmit and receive, the device side's
+// transmit (frames that the driver sent) and receive (frames for the driver).
+// Each is one loop on one goroutine: take a batch, move it, publish it once, ring once if
+// asked; with nothing to do, arm the notification, look once more, sleep.
+//
+// Back-pressure: without buffers on the far side the interface is left unread; a frame that
+// the interface refuses is dropped and counted.
+type Pump interface {
+	// Run moves frames until Stop is raised (nil) or the peer or the interface
+	// misbehaves (an error that names queue and cause). It may be called once.
+	Run() error
+	// Stats returns the live counters.
+	Stats() *Stats
+	// Bell returns the counters of the pump's doorbell.
+	Bell() *doorbell.Sleeper
+}
+
+// Limits of one batch: the queue is published when either is reached, so that a
+// flood neither starves the peer of buffers nor waits for them.
+const (
+	batchFrames = 64
+	batchBytes  = 256 << 10
+)
+
+// maxIPFrame is the largest frame behind the virtio-net header: 64 KiB of IP packet, an
+// Ethernet header and a VLAN tag.
+const maxIPFrame = 65535 + 14 + 4
+
+// MaxFrame returns the room in bytes that one frame with its virtio-net header may
+// need: super-packets where offloads are on, otherwise what the MTU allows.
+func MaxFrame(mtu int, offload bool) int {
+	if offload || mtu+18 > maxIPFrame {
+		return HeaderLen + maxIPFrame
+	}
+	return HeaderLen + mtu + 18
+}
+
+// Stop ends the loops of one device: a flag that busy loops look at once a batch, and an
+// eventfd for those that sleep.
+type Stop struct {
+	raised uint32
+	bell   *doorbell.Eventfd
+}
+
+// NewStop returns a Stop that is not raised.
+func NewStop() (*Stop, error) {
+	e, err := doorbell.NewEventfd()
+	if err != nil {
+		return nil, err
+	}
+	return &Stop{bell: e}, nil
+}
+
+// Raise ends the loops; they return soon after. It may be called more than once.
+func (s *Stop) Raise() {
+	atomic.StoreUint32(&s.raised, 1)
+	s.bell.Ring()
+}
+
+// Raised tells whether Raise was called.
+func (s *Stop) Raised() bool { return atomic.LoadUint32(&s.raised) != 0 }
+
+// Bell is the eventfd that stays readable once the Stop is raised.
+func (s *Stop) Bell() *doorbell.Eventfd { return s.bell }
+
+// Close gives the eventfd back, after all loops have returned.
+func (s *Stop) Close() error { return s.bell.Close() }
+
+// Counters of a pump.
+const (
+	cFrames     = iota // frames moved
+	cBytes             // their bytes, virtio-net header apart
+	cGSO               // of them, super-packets that still have to be segmented
+	cBatches           // publications
+	cSyscalls          // reads and writes on the interface
+	cAgain             // reads that found nothing
+	cDropped           // frames that the interface refused
+	cOversize          // frames too large for the buffers the driver offers
+	cBadHeader         // frames whose virtio-net header asks for what was not negotiated
+	cStaged            // frames copied through a staging buffer (device memory)
+	cNoBuffers         // times the loop slept for want of buffers or descriptors
+	cRings             // doorbells rung
+	cRingErrors        // doorbells that could not be rung: the peer is absent
+	cSleeps
+	numCounters
+)
+
+var counterNames = [numCounters]string{
+	"frames", "bytes", "gso_frames", "batches", "syscalls", "again", "dropped", "oversize",
+	"bad_header", "staged", "no_buffers", "rings", "ring_errors", "sleeps",
+}
+
+// Stats are a pump's counters: written by its loop once a batch, read at any time.
+type Stats struct{ n [numCounters]uint64 } // first word of an allocated struct: 64-bit aligned on 32-bit machines
+
+type delta [numCounters]uint64
+
+func (s *Stats) flush(d *delta) {
+	for i := range d {
+		if d[i] != 0 {
+			atomic.AddUint64(&s.n[i], d[i])
+			d[i] = 0
+		}
+	}
+}
+
+// Each calls f with the name and value of each counter.
+func (s *Stats) Each(f func(name string, v uint64)) {
+	for i := range s.n {
+		f(counterNames[i], atomic.LoadUint64(&s.n[i]))
+	}
+}
+
+// Frames returns the number of frames moved.
+func (s *Stats) Frames() uint64 { return atomic.LoadUint64(&s.n[cFrames]) }
+
+// Rings returns the number of doorbells rung.
+func (s *Stats) Rings() uint64 { return atomic.LoadUint64(&s.n[cRings]) }
+
+// header is a virtio-net header in local memory (virtio 1.2, 5.1.6).
+type header [HeaderLen]byte
+
+func (h *header) gso() bool { return h[1] != HdrGSONone }
+
+func (h *header) buffers() int { return int(h[10]) | int(h[11])<<8 }
+
+// forInterface makes h what this side may hand to its own kernel: the number of buffers is the
+// ring's business, DATA_VALID a claim that a peer cannot make for us.
+func (h *header) forInterface() {
+	h[0] &^= HdrFlagDataValid | HdrFlagRscInfo
+	h[10], h[11] = 0, 0
+}
+
+// plain tells whether h asks for nothing that needs a kernel which knows virtio-net headers.
+func (h *header) plain() bool { return h[0]&HdrFlagNeedsCsum == 0 && h[1] == HdrGSONone }
+
+// common is what the four pumps share.
+type common struct {
+	stats   *Stats
+	d       delta
+	name    string
+	ifc     *Iface
+	stop    *Stop
+	sleeper *doorbell.Sleeper
+	ringer  doorbell.Ringer
+	max     int  // of a frame with header
+	vnet    bool // the interface speaks virtio-net headers
+	iov     []unix.Iovec
+	staging []byte
+	hdr     *header
+}
+
+// PumpConfig is what every pump needs.
+type PumpConfig struct {
+	Name  string // of device and queue, for errors: "net0 rx"
+	Iface *Iface
+	Stop  *Stop
+	// Wait is this side's end of the queue's doorbell, Ring the peer's.
+	Wait doorbell.Waiter
+	Ring doorbell.Ringer
+	// MaxFrame is the largest frame in bytes, header included: see MaxFrame.
+	MaxFrame int
+	// Fallback is the pace of the poll fallback; the zero value is the default.
+	Fallback doorbell.Fallback
+}
+
+func newCommon(c PumpConfig) common {
+	return common{
+		stats: &Stats{},
+		name:  c.Name,
+		ifc:   c.Iface,
+		stop:  c.Stop,
+		sleeper: doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: c.Wait, Stop: c.Stop.Bell(),
+			Extra: c.Iface.FD(), HasExtra: true, ExtraName: c.Iface.Name(), Fallback: c.Fallback}),
+		ringer:  c.Ring,
+		max:     c.MaxFrame,
+		vnet:    c.Iface.HeaderLen() != 0,
+		staging: make([]byte, c.MaxFrame),
+		hdr:     new(header),
+	}
+}
+
+// Stats returns the live counters.
+func (c *common) Stats() *Stats { return c.stats }
+
+// Bell returns the doorbell that the loop sleeps on.
+func (c *common) Bell() *doorbell.Sleeper { return c.sleeper }
+
+// ring notifies the peer. A ring that fails is counted, and no more: the peer is absent, which the
+// link finds out, or its poll fallback rescues it.
+func (c *common) ring() {
+	if c.ringer.Ring() != nil {
+		c.d[cRingErrors]++
+		return
+	}
+	c.d[cRings]++
+}
+
+// sleep blocks until the doorbell rings, the fallback polls, or Stop is raised.
+func (c *common) sleepBell() error {
+	c.d[cSleeps]++
+	c.stats.flush(&c.d)
+	_, err := c.sleeper.Sleep(0)
+	if err != nil {
+		return fmt.Errorf("%s: wait for the doorbell: %w", c.name, err)
+	}
+	return nil
+}
+
+// sleepIface blocks until the interface has a frame, or Stop is raised.
+func (c *common) sleepIface() error {
+	c.d[cSleeps]++
+	c.stats.flush(&c.d)
+	_, err := c.sleeper.Sleep(doorbell.In)
+	c.sleeper.Found(false)
+	if err != nil {
+		return fmt.Errorf("%s: wait for a frame from %s: %w", c.name, c.ifc.Name(), err)
+	}
+	return nil
+}
+
+func (c *common) countFrame(n int) {
+	c.d[cFrames]++
+	c.d[cBytes] += uint64(n)
+}
+
+func (c *common) addIov(p *byte, n int) {
+	c.iov = append(c.iov, unix.Iovec{Base: p})
+	c.iov[len(c.iov)-1].SetLen(n)
+}
+
+// addSpan appends the bytes of s behind skip to the iovecs; false where s is no RAM.
+func (c *common) addSpan(s *dma.Span, skip uint32) bool {
+	r, ok := s.RAM()
+	if !ok {
+		return false
+	}
+	c.addIov((*byte)(r.Pointer(uint64(skip))), int(s.Len-skip))
+	return true
+}
+
+// read takes one frame from the interface into the iovecs.
+// n is 0 where there is none.
+func (c *common) read() (n int, err error) {
+	c.d[cSyscalls]++
+	n, err = c.ifc.ReadV(c.iov)
+	if err == nil {
+		return n, nil
+	}
+	if err == ErrAgain || err == ErrDown {
+		c.d[cAgain]++
+		return 0, nil
+	}
+	return 0, fmt.Errorf("%s: read a frame from %s: %w", c.name, c.ifc.Name(), err)
+}
+
+// write hands the frame in the iovecs to the interface. A refused frame is counted,
+// and no error.
+func (c *common) write() error {
+	c.d[cSyscalls]++
+	_, err := c.ifc.WriteV(c.iov)
+	if err == nil {
+		return nil
+	}
+	if IsDrop(err) || err == ErrAgain {
+		c.d[cDropped]++
+		return nil
+	}
+	return fmt.Errorf("%s: write a frame to %s: %w", c.name, c.ifc.Name(), err)
+}
+
+// isRAM tells whether a system call may touch the span.
+func isRAM(s *dma.Span) bool {
+	return s.Region.Mem.Kind() == mmio.Cached && !s.Region.Mem.Modelled()
+}

@@ -1,0 +1,465 @@
+package tunbridge
+
+import (
+	"fmt"
+
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/vring"
+)
+
+// DeviceTX writes the frames that the driver sent to the interface: the device side
+// of a transmit queue.
+type DeviceTX struct {
+	common
+	q    vring.Device
+	b    vring.Batch
+	used []vring.Used
+}
+
+// NewDeviceTX returns the pump of a transmit queue.
+func NewDeviceTX(c PumpConfig, q vring.Device) *DeviceTX {
+	return &DeviceTX{common: newCommon(c), q: q, used: make([]vring.Used, 0, batchFrames)}
+}
+
+// Run implements Pump.
+func (p *DeviceTX) Run() error {
+	defer p.stats.flush(&p.d)
+	p.q.DisarmKick()
+	for !p.stop.Raised() {
+		n, err := p.drain()
+		if err != nil {
+			return err
+		}
+		if n > 0 {
+			continue
+		}
+		pending, err := p.q.ArmKick()
+		if err != nil {
+			return err
+		}
+		if pending {
+			continue
+		}
+		if err := p.sleepBell(); err != nil {
+			return err
+		}
+		p.q.DisarmKick()
+		n, err = p.drain()
+		if err != nil {
+			return err
+		}
+		p.sleeper.Found(n > 0)
+	}
+	return nil
+}
+
+// drain moves one batch and returns the number of its frames.
+func (p *DeviceTX) drain() (int, error) {
+	p.b.Chains, p.b.Spans = p.b.Chains[:0], p.b.Spans[:0]
+	n, qerr := p.q.Pop(&p.b, batchFrames)
+	bytes := 0
+	for i := 0; i < n; i++ {
+		c := &p.b.Chains[i]
+		if err := p.frame(c); err != nil {
+			return i, err
+		}
+		p.used = append(p.used, vring.Used{ID: c.ID, Count: c.Count})
+		if bytes += int(c.ReadLen); bytes >= batchBytes {
+			// Do not let the driver run dry while a large batch goes out.
+			if err := p.complete(); err != nil {
+				return i, err
+			}
+			bytes = 0
+		}
+	}
+	if err := p.complete(); err != nil {
+		return n, err
+	}
+	return n, qerr
+}
+
+func (p *DeviceTX) complete() error {
+	if len(p.used) == 0 {
+		return nil
+	}
+	err := p.q.Complete(p.used)
+	p.used = p.used[:0]
+	if err != nil {
+		return err
+	}
+	p.d[cBatches]++
+	if p.q.NeedCall() {
+		p.ring()
+	}
+	p.stats.flush(&p.d)
+	return nil
+}
+
+// frame writes the frame of one chain. The device side makes no assumption about how it is cut
+// into buffers (virtio 1.2, 2.7.4.1).
+func (p *DeviceTX) frame(c *vring.Chain) error {
+	total := int(c.ReadLen)
+	if total <= HeaderLen || total > p.max {
+		p.d[cBadHeader]++ // not a frame: give the buffer back
+		return nil
+	}
+	spans := p.b.Spans[c.First : int(c.First)+int(c.Readable)]
+	p.iov = p.iov[:0]
+	// The header is read once into local memory; the payload goes from the ring
+	// buffers straight into the kernel, which takes its own copy before it looks.
+	need := 0
+	direct := true
+	for i := range spans {
+		if need < HeaderLen {
+			k := int(spans[i].Len)
+			if k > HeaderLen-need {
+				k = HeaderLen - need
+			}
+			spans[i].CopyOut(p.hdr[need:need+k], 0)
+			need += k
+		}
+		direct = direct && isRAM(&spans[i])
+	}
+	p.hdr.forInterface()
+	switch {
+	case p.vnet:
+		p.addIov(&p.hdr[0], HeaderLen)
+	case !p.hdr.plain():
+		p.d[cBadHeader]++
+		return nil
+	}
+	if p.hdr.gso() {
+		p.d[cGSO]++
+	}
+	skip := uint32(HeaderLen)
+	n := 0
+	for i := range spans {
+		s := &spans[i]
+		if skip >= s.Len {
+			skip -= s.Len
+			continue
+		}
+		if direct {
+			p.addSpan(s, skip)
+			s.AccountIovecRead(uint64(s.Len - skip))
+		} else {
+			rest := s.Sub(skip, s.Len-skip)
+			rest.CopyOut(p.staging[n:n+int(rest.Len)], 0)
+			n += int(rest.Len)
+		}
+		skip = 0
+	}
+	if !direct {
+		p.addIov(&p.staging[0], n)
+		p.d[cStaged]++
+	}
+	p.countFrame(total - HeaderLen)
+	return p.write()
+}
+
+// DeviceRX reads frames from the interface into buffers that the driver offers: the
+// device side of a receive queue.
+type DeviceRX struct {
+	common
+	q     vring.Device
+	b     vring.Batch // chains popped and not yet used, from next on
+	next  int         // first chain in b that is still ours
+	room  int         // writable bytes in b.Chains[next:]
+	merge bool
+	used  []vring.Used
+	hoff  int // staged frames: where in staging they start
+}
+
+// NewDeviceRX returns the pump of a receive queue; merge tells that
+// VIRTIO_NET_F_MRG_RXBUF was negotiated.
+func NewDeviceRX(c PumpConfig, q vring.Device, merge bool) *DeviceRX {
+	return &DeviceRX{common: newCommon(c), q: q, merge: merge,
+		used: make([]vring.Used, 0, q.Size())}
+}
+
+// Run implements Pump. When it returns, buffers popped and not used have been
+// given back to the ring's state.
+func (p *DeviceRX) Run() error {
+	defer p.stats.flush(&p.d)
+	defer func() { p.q.Unpop(len(p.b.Chains) - p.next) }()
+	p.q.DisarmKick()
+	for !p.stop.Raised() {
+		idle, err := p.fill()
+		if err != nil {
+			return err
+		}
+		if len(p.used) > 0 {
+			if err := p.publish(); err != nil {
+				return err
+			}
+			continue
+		}
+		if idle {
+			if err := p.sleepIface(); err != nil {
+				return err
+			}
+			continue
+		}
+		// Too few buffers: the interface is left unread until the driver offers more.
+		pending, err := p.q.ArmKick()
+		if err != nil {
+			return err
+		}
+		if !pending {
+			p.d[cNoBuffers]++
+			if err := p.sleepBell(); err != nil {
+				return err
+			}
+		}
+		p.q.DisarmKick()
+		before := p.room
+		if _, err := p.gather(); err != nil {
+			return err
+		}
+		p.sleeper.Found(p.room > before)
+	}
+	return nil
+}
+
+func (p *DeviceRX) publish() error {
+	err := p.q.Complete(p.used)
+	p.used = p.used[:0]
+	if err != nil {
+		return err
+	}
+	p.d[cBatches]++
+	if p.q.NeedCall() {
+		p.ring()
+	}
+	p.stats.flush(&p.d)
+	return nil
+}
+
+// gather pops buffers until the largest frame fits; false where the driver does not
+// offer enough.
+func (p *DeviceRX) gather() (bool, error) {
+	for {
+		if p.merge && p.room >= p.max || !p.merge && len(p.b.Chains) > p.next {
+			return true, nil
+		}
+		if p.next > 0 {
+			p.compact()
+		}
+		// As many as it may take, so that the ring is read in few bursts.
+		before := len(p.b.Chains)
+		n, err := p.q.Pop(&p.b, batchFrames)
+		for i := before; i < before+n; i++ {
+			p.room += int(p.b.Chains[i].WriteLen)
+		}
+		if err != nil || n == 0 {
+			return false, err
+		}
+	}
+}
+
+// compact moves what is left of the batch to its start.
+func (p *DeviceRX) compact() {
+	if p.next == len(p.b.Chains) {
+		p.b.Chains, p.b.Spans = p.b.Chains[:0], p.b.Spans[:0]
+		p.next = 0
+		return
+	}
+	base := p.b.Chains[p.next].First
+	k := copy(p.b.Spans, p.b.Spans[base:])
+	p.b.Spans = p.b.Spans[:k]
+	k = copy(p.b.Chains, p.b.Chains[p.next:])
+	p.b.Chains = p.b.Chains[:k]
+	for i := range p.b.Chains {
+		p.b.Chains[i].First -= base
+	}
+	p.next = 0
+}
+
+func (p *DeviceRX) writable(c *vring.Chain) []dma.Span {
+	i := int(c.First) + int(c.Readable)
+	return p.b.Spans[i : i+int(c.Writable)]
+}
+
+// fill reads frames until the interface is empty (idle), the batch is full, or
+// buffers run out.
+func (p *DeviceRX) fill() (idle bool, err error) {
+	bytes := 0
+	for frames := 0; frames < batchFrames && bytes < batchBytes; frames++ {
+		ok, err := p.gather()
+		if err != nil || !ok {
+			return false, err
+		}
+		n, err := p.readFrame()
+		if err != nil {
+			return false, err
+		}
+		if n == 0 {
+			return true, nil
+		}
+		bytes += n
+	}
+	return false, nil
+}
+
+// readFrame reads one frame into the buffers from p.next on and queues them as used; it
+// returns the frame's length, 0 where there is none.
+func (p *DeviceRX) readFrame() (int, error) {
+	// The iovecs over just as many buffers as the largest frame may take.
+	p.iov = p.iov[:0]
+	direct := true
+	room := 0
+	for i := p.next; i < len(p.b.Chains) && room < p.max; i++ {
+		spans := p.writable(&p.b.Chains[i])
+		for j := range spans {
+			if !isRAM(&spans[j]) {
+				direct = false
+				break
+			}
+			p.addSpan(&spans[j], 0)
+		}
+		room += int(p.b.Chains[i].WriteLen)
+		if !p.merge {
+			break
+		}
+	}
+	if room > p.max {
+		room = p.max
+	}
+	spans := p.writable(&p.b.Chains[p.next])
+	if direct && (len(spans) == 0 || spans[0].Len < HeaderLen) {
+		direct = false // a header cut in pieces: legal, and slow
+	}
+	// A frame that the buffers cannot hold is cut by the kernel without a word, so
+	// short buffers are read through the staging memory and the frame dropped.
+	if room < p.max {
+		direct = false
+	}
+	if !direct {
+		return p.readStaged(room)
+	}
+	if !p.vnet {
+		// The kernel writes no header: take it out of the first buffer.
+		p.skipHeader(&spans[0])
+	}
+	n, err := p.read()
+	if err != nil || n == 0 {
+		return 0, err
+	}
+	if !p.vnet {
+		n += HeaderLen
+		spans[0].CopyIn(0, zeroHeader[:])
+	} else {
+		spans[0].CopyOut(p.hdr[:], 0)
+		if p.hdr.gso() {
+			p.d[cGSO]++
+		}
+	}
+	if n <= HeaderLen {
+		return 0, fmt.Errorf("%s: %s gave a frame of %d bytes with its header", p.name, p.ifc.Name(), n)
+	}
+	k := p.use(n)
+	p.setBuffers(&spans[0], k)
+	p.countFrame(n - HeaderLen)
+	return n, nil
+}
+
+var zeroHeader header
+
+func (p *DeviceRX) skipHeader(s *dma.Span) {
+	if s.Len == HeaderLen {
+		p.iov = append(p.iov[:0], p.iov[1:]...)
+		return
+	}
+	r, _ := s.RAM()
+	p.iov[0].Base = (*byte)(r.Pointer(HeaderLen))
+	p.iov[0].SetLen(int(s.Len - HeaderLen))
+}
+
+// setBuffers writes num_buffers, which the kernel leaves to us (virtio 1.2, 5.1.6.4.2).
+func (p *DeviceRX) setBuffers(s *dma.Span, k int) {
+	b := [2]byte{byte(k), byte(k >> 8)}
+	s.CopyIn(10, b[:])
+}
+
+// use marks the buffers that n bytes fill as used, and returns their number.
+func (p *DeviceRX) use(n int) int {
+	k := 0
+	for n > 0 {
+		c := &p.b.Chains[p.next]
+		l := int(c.WriteLen)
+		p.room -= l
+		if l > n {
+			l = n
+		}
+		for left, spans := l, p.writable(c); left > 0; spans = spans[1:] {
+			m := int(spans[0].Len)
+			if m > left {
+				m = left
+			}
+			spans[0].AccountIovecWrite(uint64(m))
+			left -= m
+		}
+		p.used = append(p.used, vring.Used{ID: c.ID, Count: c.Count, Len: uint32(l)})
+		p.next++
+		n -= l
+		k++
+	}
+	return k
+}
+
+// readStaged reads one frame into local memory and copies it into the buffers: for device memory,
+// and for buffers of odd shapes. room is what the buffers hold.
+func (p *DeviceRX) readStaged(room int) (int, error) {
+	skip := 0
+	if !p.vnet {
+		skip = HeaderLen
+		copy(p.staging, zeroHeader[:])
+	}
+	p.iov = p.iov[:0]
+	p.addIov(&p.staging[skip], p.max-skip)
+	n, err := p.read()
+	if err != nil || n == 0 {
+		return 0, err
+	}
+	n += skip
+	if n <= HeaderLen {
+		return 0, fmt.Errorf("%s: %s gave a frame of %d bytes with its header", p.name, p.ifc.Name(), n)
+	}
+	if n > room {
+		p.d[cOversize]++
+		return n, nil
+	}
+	if p.staging[1] != HdrGSONone {
+		p.d[cGSO]++
+	}
+	// How many buffers it takes has to be known before the header goes out.
+	k, left := 0, n
+	for i := p.next; left > 0; i++ {
+		left -= int(p.b.Chains[i].WriteLen)
+		k++
+	}
+	p.staging[10], p.staging[11] = byte(k), byte(k>>8)
+	src := p.staging[:n]
+	for i := 0; i < k; i++ {
+		c := &p.b.Chains[p.next]
+		done := 0
+		for _, s := range p.writable(c) {
+			m := int(s.Len)
+			if m > len(src) {
+				m = len(src)
+			}
+			if m == 0 {
+				break
+			}
+			s.CopyIn(0, src[:m])
+			src = src[m:]
+			done += m
+		}
+		p.room -= int(c.WriteLen)
+		p.used = append(p.used, vring.Used{ID: c.ID, Count: c.Count, Len: uint32(done)})
+		p.next++
+	}
+	p.countFrame(n - HeaderLen)
+	p.d[cStaged]++
+	return n, nil
+}
