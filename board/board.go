@@ -41,7 +41,8 @@ type Options struct {
 	Kind *mmio.Kind
 	// Account turns on accounting of accesses across the bus.
 	Account *dma.Account
-	// Logf, if set, hears of peers that come and go, and of lost connections.
+	// Logf, if set, hears of peers that come and go, and of lost connections. It may be
+	// called from several goroutines.
 	Logf func(format string, args ...interface{})
 }
 
@@ -76,23 +77,29 @@ type Board interface {
 	Window() dma.Region
 	// Self is how this side is rung, to be declared to the peer.
 	Self() RingInfo
-	// Waiter returns the end of this side's vector v, 0 <= v < Self().Vectors.
+	// Waiter returns the end of this side's vector v; doorbell.None where v is not
+	// below Self().Vectors. It is valid until Close.
 	Waiter(v uint32) doorbell.Waiter
-	// Ringer returns what rings vector v of the peer that declared itself as info.
+	// Ringer returns what rings vector v of the peer that declared itself as info. It fails
+	// where info makes no sense on this board. A peer that is absent (not yet or no more there)
+	// is no error here: the Ringer's Ring then returns one, until the peer is there.
 	Ringer(info RingInfo, v uint32) (doorbell.Ringer, error)
-	// PeerDead tells that the other side's process is known to be dead (its lock is
-	// free); false where that cannot be known.
+	// PeerDead tells that no process of the other side has the window mapped any more, so that no late
+	// write can come; false where that cannot be known. It asks the kernel: not for the data path.
 	PeerDead() bool
 	// Events becomes readable when a peer came or went; nil where the kind cannot
 	// tell. It holds no data; a token means: look again.
 	Events() <-chan struct{}
-	// Close gives everything back. Nothing may use the window any more.
+	// Close gives everything back: the window, the waiters and the ringers must not be in
+	// use any more. A second Close does nothing.
 	Close() error
 }
 
-// Kind opens boards of one kind.
-type Kind struct {
-	Name string // "loopback"
-	Help string // one line: what the argument is
-	Open func(arg string, o Options) (Board, error)
+// Served is a Board that depends on a connection beside the window itself.
+type Served interface {
+	Board
+	// ServerLost tells that the connection is gone: the board goes on with the memory and the
+	// doorbells that it has, but a peer that comes anew will not be met. When the link is down,
+	// close the board and open it again.
+	ServerLost() bool
 }

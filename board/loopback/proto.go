@@ -1,0 +1,116 @@
+package loopback
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+
+	"golang.org/x/sys/unix"
+)
+
+// The ivshmem client-server protocol (QEMU, docs/specs/ivshmem-spec.rst): the server sends, the client
+// listens. Each message is a little-endian int64 with at most one file descriptor.
+const (
+	protocolVersion = 0
+	shmID           = -1    // the number that goes with the shared memory
+	maxID           = 65535 // the doorbell register has 16 bits for it
+	msgSize         = 8
+)
+
+// MaxVectors is how many vectors a peer may have here; the protocol has no bound, an ivshmem
+// device's MSI-X table 2048.
+const MaxVectors = 64
+
+var (
+	errTwoFDs    = errors.New("a message with more than one file descriptor")
+	errTruncated = errors.New("no free file descriptor for what the server sent (RLIMIT_NOFILE)")
+)
+
+// message is one of the protocol's.
+type message struct {
+	val int64
+	fd  int // -1: none
+	// lost tells that there was a descriptor which this process had no room for.
+	lost bool
+}
+
+// decoder reads messages. What was read of one when a deadline passed is kept for the next call.
+type decoder struct {
+	conn *net.UnixConn
+	buf  [msgSize]byte
+	n    int
+	fd   int // of the message under way, -1: none yet
+	lost bool
+	oob  [64]byte // room for a few descriptors, so that surplus ones are seen and closed
+}
+
+func newDecoder(c *net.UnixConn) *decoder { return &decoder{conn: c, fd: -1} }
+
+// next returns the next message. Its descriptor is the caller's, close-on-exec.
+func (d *decoder) next() (message, error) {
+	for d.n < msgSize {
+		// Never beyond this message: its descriptor is not to be taken for
+		// the next one's.
+		n, oobn, flags, _, err := d.conn.ReadMsgUnix(d.buf[d.n:], d.oob[:])
+		if oobn > 0 {
+			if err := d.take(d.oob[:oobn]); err != nil {
+				return message{}, err
+			}
+		}
+		if flags&unix.MSG_CTRUNC != 0 && d.fd < 0 {
+			d.lost = true
+		}
+		if err != nil {
+			return message{}, err
+		}
+		if n == 0 {
+			if d.n > 0 {
+				return message{}, fmt.Errorf("%d bytes of a message: %w", d.n, io.ErrUnexpectedEOF)
+			}
+			return message{}, io.EOF
+		}
+		d.n += n
+	}
+	m := message{val: int64(binary.LittleEndian.Uint64(d.buf[:])), fd: d.fd, lost: d.lost}
+	d.n, d.fd, d.lost = 0, -1, false
+	return m, nil
+}
+
+// take keeps the one descriptor that came.
+func (d *decoder) take(oob []byte) error {
+	cms, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return fmt.Errorf("control message: %w", err)
+	}
+	for i := range cms {
+		if cms[i].Header.Level != unix.SOL_SOCKET || cms[i].Header.Type != unix.SCM_RIGHTS {
+			continue
+		}
+		fds, err := unix.ParseUnixRights(&cms[i])
+		if err != nil {
+			return fmt.Errorf("control message: %w", err)
+		}
+		for _, fd := range fds {
+			if d.fd < 0 {
+				d.fd = fd
+			} else {
+				unix.Close(fd)
+				err = errTwoFDs
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// drop closes the descriptor of a message that was not finished.
+func (d *decoder) drop() {
+	if d.fd >= 0 {
+		unix.Close(d.fd)
+		d.fd = -1
+	}
+}

@@ -1,0 +1,540 @@
+package loopback
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/boardlink/boardlink/board"
+)
+
+const (
+	// maxPath is the longest path of a unix socket: sun_path of unix(7) less its zero byte.
+	maxPath = 107
+	// stuckTime is how long a client may leave its full socket unread.
+	stuckTime = 5 * time.Second
+	// maxQueue bounds the messages that wait for a client whose socket is full.
+	maxQueue = 1 << 14
+)
+
+// ServerConfig is what a Server is made of.
+type ServerConfig struct {
+	// Path is the unix socket's. Empty makes a server without one: clients come by Connect only.
+	Path string
+	// Mode is the socket's permissions; 0 means 0600.
+	Mode os.FileMode
+	// Size is the shared memory's, in bytes: a power of two, as a QEMU device makes a BAR of it,
+	// and at least MinSize.
+	Size int64
+	// Vectors is the number of doorbells of each client, 1 to MaxVectors.
+	Vectors int
+	// MaxClients bounds the clients that are connected at once, others are turned away; 0 means 64.
+	MaxClients int
+	// Logf, if set, hears of clients that come and go, and why. It must not call the server.
+	Logf func(format string, args ...interface{})
+}
+
+// Server is an ivshmem server: it gives each client the shared memory, the doorbells of all others and
+// its own, and tells everyone who comes and goes. The memory and its content live until Close: a client
+// that was killed finds the same memory when it connects again.
+//
+// A client that does not read cannot hold up others: what it leaves unread waits in its socket, then in a queue, and
+// when nothing moves for 5 seconds it is disconnected. Clients send nothing; one that does is
+// disconnected.
+type Server struct {
+	cfg  ServerConfig
+	shm  int
+	ln   *net.UnixListener // nil without a path
+	stat unix.Stat_t       // of the socket we made
+	wg   sync.WaitGroup
+	done chan struct{}
+
+	mu      sync.Mutex
+	clients map[int]*client
+	closed  bool
+}
+
+// client is one connection. Its fields are guarded by Server.mu.
+type client struct {
+	id       int
+	who      string
+	conn     *net.UnixConn
+	raw      interface{ Write(func(uintptr) bool) error }
+	vectors  []int // eventfds that ring it
+	queue    []message
+	flushing bool // a goroutine waits for room in the socket
+	gone     bool
+}
+
+// NewServer makes the memory and the socket: clients may connect from then on, and are answered by
+// Serve. A path that a live server uses is an error that matches board.ErrInput; a socket that
+// a dead one left is replaced. The caller must Close the server.
+func NewServer(cfg ServerConfig) (*Server, error) {
+	bad := func(format string, args ...interface{}) error {
+		return &board.Error{Spec: Name + ":" + cfg.Path, Reason: fmt.Sprintf(format, args...), Class: board.ErrInput}
+	}
+	if cfg.Size < MinSize || cfg.Size&(cfg.Size-1) != 0 || cfg.Size%int64(os.Getpagesize()) != 0 || int64(int(cfg.Size)) != cfg.Size {
+		return nil, bad("a memory of %d bytes: a power of two of at least %d wanted", cfg.Size, MinSize)
+	}
+	if cfg.Vectors < 1 || cfg.Vectors > MaxVectors {
+		return nil, bad("%d vectors: 1 to %d wanted", cfg.Vectors, MaxVectors)
+	}
+	if cfg.MaxClients == 0 {
+		cfg.MaxClients = 64
+	}
+	if cfg.MaxClients < 0 || cfg.MaxClients > maxID+1 {
+		return nil, bad("%d clients: 1 to %d wanted", cfg.MaxClients, maxID+1)
+	}
+	if cfg.Mode == 0 {
+		cfg.Mode = 0o600
+	}
+	if cfg.Logf == nil {
+		cfg.Logf = func(string, ...interface{}) {}
+	}
+	s := &Server{cfg: cfg, clients: map[int]*client{}, done: make(chan struct{})}
+	if cfg.Path != "" {
+		if err := s.listen(bad); err != nil {
+			return nil, err
+		}
+	}
+	if err := s.makeMemory(); err != nil {
+		s.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// makeMemory makes the memfd. It is sealed: a client that shrank it would crash all others.
+func (s *Server) makeMemory() error {
+	fd, err := unix.MemfdCreate(fmt.Sprintf("%s%d", memfdName, s.cfg.Vectors), unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		return fmt.Errorf("loopback: memfd: %w", err)
+	}
+	if err = unix.Ftruncate(fd, s.cfg.Size); err == nil {
+		_, err = unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return fmt.Errorf("loopback: memfd of %d bytes: %w", s.cfg.Size, err)
+	}
+	s.mu.Lock()
+	s.shm = fd
+	s.mu.Unlock()
+	return nil
+}
+
+// listen makes the socket under a name of its own, and moves it to the path when it is complete: nobody
+// sees it with other permissions or before it listens, and a stale one is replaced at once.
+func (s *Server) listen(bad func(string, ...interface{}) error) error {
+	dir, base := filepath.Split(s.cfg.Path)
+	if dir == "" {
+		dir = "./"
+	}
+	var r [4]byte
+	if _, err := unix.Getrandom(r[:], 0); err != nil {
+		return fmt.Errorf("loopback: random: %w", err)
+	}
+	tmp := fmt.Sprintf("%s.bl%x", dir, r)
+	if base == "" || len(s.cfg.Path) > maxPath || len(tmp) > maxPath {
+		return bad("the path has %d bytes; 1 to %d wanted, with a name of up to 11 in its folder", len(s.cfg.Path), maxPath)
+	}
+	// Two servers that start at once must not each take the other's socket for a stale one.
+	d, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return bad("cannot open the folder %s: %v", dir, err)
+	}
+	defer unix.Close(d)
+	for end := time.Now().Add(2 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		err := unix.Flock(d, unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil || err != unix.EWOULDBLOCK && err != unix.EINTR {
+			break // a file system without flock has to do without
+		}
+		if time.Now().After(end) {
+			return bad("the folder %s is locked by another program (flock)", dir)
+		}
+	}
+	var st unix.Stat_t
+	switch err := unix.Lstat(s.cfg.Path, &st); {
+	case err == unix.ENOENT:
+	case err != nil:
+		return bad("cannot look at the path: %v", err)
+	case st.Mode&unix.S_IFMT != unix.S_IFSOCK:
+		return bad("the path exists and is no socket")
+	default:
+		c, err := net.DialTimeout("unix", s.cfg.Path, time.Second)
+		if err == nil {
+			c.Close()
+			return bad("another server is alive on this path; stop it, or use another path")
+		}
+		if !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.ENOENT) {
+			return bad("the path is in use: %v", err)
+		}
+		s.cfg.Logf("%s: replacing the socket that a dead server left", s.cfg.Path)
+	}
+
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return fmt.Errorf("loopback: socket: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), s.cfg.Path)
+	defer f.Close() // FileListener makes a duplicate
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: tmp}); err != nil {
+		return bad("cannot make a socket in %s: %v", dir, err)
+	}
+	err = unix.Chmod(tmp, uint32(s.cfg.Mode.Perm()))
+	if err == nil {
+		err = unix.Listen(fd, 128)
+	}
+	if err == nil {
+		err = unix.Lstat(tmp, &s.stat)
+	}
+	if err == nil {
+		err = unix.Rename(tmp, s.cfg.Path)
+	}
+	if err != nil {
+		unix.Unlink(tmp)
+		return bad("cannot make the socket: %v", err)
+	}
+	l, err := net.FileListener(f)
+	if err != nil {
+		unix.Unlink(s.cfg.Path)
+		return fmt.Errorf("loopback: %w", err)
+	}
+	s.ln = l.(*net.UnixListener)
+	s.ln.SetUnlinkOnClose(false) // see Close
+	return nil
+}
+
+// Path returns the socket's path.
+func (s *Server) Path() string { return s.cfg.Path }
+
+// Serve answers clients until Close, and returns nil then. A server without a path only waits.
+func (s *Server) Serve() error {
+	if s.ln == nil {
+		<-s.done
+		return nil
+	}
+	for {
+		c, err := s.ln.AcceptUnix()
+		switch {
+		case err == nil:
+			s.admit(c)
+		case errors.Is(err, net.ErrClosed):
+			return nil
+		case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOBUFS),
+			errors.Is(err, unix.ENOMEM), errors.Is(err, unix.ECONNABORTED):
+			// Passes when somebody leaves; the connection waits meanwhile.
+			s.cfg.Logf("%s: cannot accept a client now: %v", s.cfg.Path, err)
+			select {
+			case <-s.done:
+				return nil
+			case <-time.After(50 * time.Millisecond):
+			}
+		default:
+			return fmt.Errorf("loopback: accept on %s: %w", s.cfg.Path, err)
+		}
+	}
+}
+
+// Connect makes a client's connection without a path: the file is to be passed to a child process,
+// which opens "loopback:fd=N", and closed here.
+func (s *Server) Connect() (*os.File, error) {
+	p, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("loopback: socketpair: %w", err)
+	}
+	ours, theirs := os.NewFile(uintptr(p[0]), "server"), os.NewFile(uintptr(p[1]), "client")
+	c, err := net.FileConn(ours)
+	ours.Close()
+	if err == nil && !s.admit(c.(*net.UnixConn)) {
+		err = errors.New("turned away")
+	}
+	if err != nil {
+		theirs.Close()
+		return nil, fmt.Errorf("loopback: connect: %w", err)
+	}
+	return theirs, nil
+}
+
+// admit takes a client in: it owns conn.
+func (s *Server) admit(conn *net.UnixConn) bool {
+	c := &client{conn: conn, who: peerCred(conn)}
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		conn.Close()
+		return false
+	}
+	c.raw = raw
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		conn.Close()
+		return false
+	}
+	if len(s.clients) >= s.cfg.MaxClients {
+		s.cfg.Logf("%s: %s turned away: %d clients are connected", s.cfg.Path, c.who, len(s.clients))
+		conn.Close()
+		return false
+	}
+	for s.clients[c.id] != nil {
+		c.id++
+	}
+	for i := 0; i < s.cfg.Vectors; i++ {
+		fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
+		if err != nil {
+			s.cfg.Logf("%s: %s turned away: eventfd: %v", s.cfg.Path, c.who, err)
+			c.closeVectors()
+			conn.Close()
+			return false
+		}
+		c.vectors = append(c.vectors, fd)
+	}
+	s.cfg.Logf("%s: client %d came: %s", s.cfg.Path, c.id, c.who)
+
+	// The order is ivshmem-spec.rst's: others hear first, so that whoever answers to the
+	// newcomer can ring it.
+	c.queue = append(c.queue,
+		message{val: protocolVersion, fd: -1},
+		message{val: int64(c.id), fd: -1},
+		message{val: shmID, fd: s.shm})
+	for _, o := range s.clients {
+		for _, fd := range c.vectors {
+			o.queue = append(o.queue, message{val: int64(c.id), fd: fd})
+		}
+		for _, fd := range o.vectors {
+			c.queue = append(c.queue, message{val: int64(o.id), fd: fd})
+		}
+	}
+	for _, fd := range c.vectors {
+		c.queue = append(c.queue, message{val: int64(c.id), fd: fd})
+	}
+	s.clients[c.id] = c
+	s.flushAll()
+	if c.gone {
+		return false
+	}
+	s.wg.Add(1)
+	go s.watch(c)
+	return true
+}
+
+// watch waits for the end of a client's connection.
+func (s *Server) watch(c *client) {
+	defer s.wg.Done()
+	var b [1]byte
+	n, err := c.conn.Read(b[:])
+	why := "closed the connection"
+	if n > 0 {
+		why = "sent data, which an ivshmem client never does"
+	} else if err != nil && err != io.EOF {
+		why = err.Error()
+	}
+	s.mu.Lock()
+	s.remove(c, why)
+	s.flushAll()
+	s.mu.Unlock()
+}
+
+// remove takes a client out and tells the others; s.mu is held. What the others were to be told of its coming is
+// forgotten, as its doorbells are closed now.
+func (s *Server) remove(c *client, why string) {
+	if c.gone {
+		return
+	}
+	c.gone = true
+	c.conn.Close()
+	delete(s.clients, c.id)
+	c.queue = nil
+	if !s.closed {
+		s.cfg.Logf("%s: client %d went: %s (%s)", s.cfg.Path, c.id, why, c.who)
+	}
+	for _, o := range s.clients {
+		keep := o.queue[:0]
+		for _, m := range o.queue {
+			if m.fd < 0 || m.val != int64(c.id) {
+				keep = append(keep, m)
+			}
+		}
+		o.queue = append(keep, message{val: int64(c.id), fd: -1})
+	}
+	c.closeVectors()
+}
+
+func (c *client) closeVectors() {
+	for _, fd := range c.vectors {
+		unix.Close(fd)
+	}
+	c.vectors = nil
+}
+
+// flushAll sends what waits, to whoever has room; s.mu is held.
+func (s *Server) flushAll() {
+	for again := true; again; {
+		again = false
+		for _, c := range s.clients {
+			if c.flushing || len(c.queue) == 0 {
+				continue
+			}
+			var err error
+			// Never blocks: no other write is under way on this connection, and the callback
+			// always returns true.
+			if e := c.raw.Write(func(fd uintptr) bool {
+				_, err = s.send(c, int(fd))
+				return true
+			}); e != nil && err == nil {
+				err = e
+			}
+			if err == nil && len(c.queue) > maxQueue {
+				err = fmt.Errorf("%d messages unread", len(c.queue))
+			}
+			if err != nil {
+				// The others now have one more message: go round again.
+				s.remove(c, "cannot be sent to: "+err.Error())
+				again = true
+				break
+			}
+			if len(c.queue) > 0 {
+				c.flushing = true
+				s.wg.Add(1)
+				go s.flushLater(c)
+			}
+		}
+	}
+}
+
+// send writes messages until the queue is empty or the socket is full; s.mu is held. It tells
+// whether any went out.
+func (s *Server) send(c *client, fd int) (progress bool, err error) {
+	for len(c.queue) > 0 {
+		var b [msgSize]byte
+		m := c.queue[0]
+		binary.LittleEndian.PutUint64(b[:], uint64(m.val))
+		var oob []byte
+		if m.fd >= 0 {
+			oob = unix.UnixRights(m.fd)
+		}
+		n, err := unix.SendmsgN(fd, b[:], oob, nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err == unix.EAGAIN, err == unix.ENOBUFS, err == unix.ETOOMANYREFS:
+			// The last: too many descriptors of this user lie unread in sockets.
+			return progress, nil
+		case err != nil:
+			return progress, err
+		case n != msgSize:
+			return progress, io.ErrShortWrite
+		}
+		c.queue = c.queue[1:]
+		progress = true
+	}
+	c.queue = nil
+	return progress, nil
+}
+
+// flushLater sends the rest of a queue as the client reads, and gives the client up when it does
+// not.
+func (s *Server) flushLater(c *client) {
+	defer s.wg.Done()
+	for end := time.Now().Add(stuckTime); ; {
+		s.mu.Lock()
+		if c.gone {
+			s.mu.Unlock()
+			return
+		}
+		var progress bool
+		var err error
+		// The write is not left waiting inside raw.Write: a full socket is one cause of
+		// three, and the other two have no event.
+		if e := c.raw.Write(func(fd uintptr) bool {
+			progress, err = s.send(c, int(fd))
+			return true
+		}); e != nil && err == nil {
+			err = e
+		}
+		if progress {
+			end = time.Now().Add(stuckTime)
+		}
+		if err == nil && len(c.queue) > 0 && time.Now().After(end) {
+			err = fmt.Errorf("it has not read for %v, with %d messages waiting", stuckTime, len(c.queue))
+		}
+		if err != nil {
+			s.remove(c, "cannot be sent to: "+err.Error())
+			s.flushAll()
+			s.mu.Unlock()
+			return
+		}
+		if len(c.queue) == 0 {
+			c.flushing = false
+			s.mu.Unlock()
+			return
+		}
+		s.mu.Unlock()
+		select {
+		case <-s.done:
+			return
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// Clients returns how many clients are connected.
+func (s *Server) Clients() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.clients)
+}
+
+// Close disconnects all clients, ends Serve, removes the socket (if it is still ours) and gives the
+// memory back; clients that have it mapped keep it. A second Close does nothing.
+func (s *Server) Close() error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	s.closed = true
+	close(s.done)
+	if s.ln != nil {
+		var st unix.Stat_t
+		if unix.Lstat(s.cfg.Path, &st) == nil && st.Dev == s.stat.Dev && st.Ino == s.stat.Ino {
+			unix.Unlink(s.cfg.Path)
+		}
+		s.ln.Close()
+	}
+	for _, c := range s.clients {
+		c.gone = true
+		c.conn.Close()
+		c.closeVectors()
+	}
+	s.clients = map[int]*client{}
+	s.mu.Unlock()
+	s.wg.Wait()
+	if s.shm > 0 {
+		unix.Close(s.shm)
+	}
+	return nil
+}
+
+// peerCred names the process at the other end.
+func peerCred(c *net.UnixConn) string {
+	who := "unknown process"
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return who
+	}
+	_ = raw.Control(func(fd uintptr) {
+		if u, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			who = fmt.Sprintf("pid %d, uid %d", u.Pid, u.Uid)
+		}
+	})
+	return who
+}

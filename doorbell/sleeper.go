@@ -1,0 +1,256 @@
+package doorbell
+
+import (
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Reason tells what ended a sleep: a set, as several things may happen at once.
+type Reason uint8
+
+const (
+	// Rung: the doorbell was rung; it has been acknowledged.
+	Rung Reason = 1 << iota
+	// Extra: the extra file descriptor is ready.
+	Extra
+	// Stopped: the stop doorbell was rung. It stays rung, for all loops to see.
+	Stopped
+	// Timeout: nothing happened; the poll fallback asks to look for work all the same.
+	Timeout
+)
+
+// Events of the extra file descriptor that Sleep can wait for.
+const (
+	In  int16 = unix.POLLIN  // it can be read
+	Out int16 = unix.POLLOUT // it can be written
+)
+
+// Fallback is the range in which the poll fallback adapts. Zero fields take the default.
+type Fallback struct {
+	// Min and Max bound the sleep beside a doorbell that works: Min (1 ms) after a rescue,
+	// doubling to Max (100 ms) while polls find nothing.
+	Min, Max time.Duration
+	// PollMin and PollMax do so where there is no doorbell, or where one after the other of its rings
+	// went missing: 200 us and 4 ms, as then polling is what latency depends on.
+	PollMin, PollMax time.Duration
+}
+
+func (f *Fallback) setDefaults() {
+	def := func(d *time.Duration, v time.Duration) {
+		if *d <= 0 {
+			*d = v
+		}
+	}
+	def(&f.Min, time.Millisecond)
+	def(&f.Max, 100*time.Millisecond)
+	def(&f.PollMin, 200*time.Microsecond)
+	def(&f.PollMax, 4*time.Millisecond)
+	if f.Max < f.Min {
+		f.Max = f.Min
+	}
+	if f.PollMax < f.PollMin {
+		f.PollMax = f.PollMin
+	}
+}
+
+// missing is how many rescues in a row, with no ring in between, make a doorbell count as
+// not wired.
+const missing = 3
+
+// FDError is a file descriptor that cannot be slept on any more.
+type FDError struct {
+	Name    string // "doorbell", "stop" or the extra descriptor's name
+	FD      int
+	Revents int16 // POLLERR, POLLHUP, POLLNVAL
+}
+
+// Error names the descriptor and what poll(2) reported.
+func (e *FDError) Error() string {
+	s := ""
+	for _, f := range [...]struct {
+		bit  int16
+		name string
+	}{{unix.POLLERR, "POLLERR"}, {unix.POLLHUP, "POLLHUP"}, {unix.POLLNVAL, "POLLNVAL"}} {
+		if e.Revents&f.bit != 0 {
+			s += " " + f.name
+		}
+	}
+	return fmt.Sprintf("doorbell: cannot wait on %s (fd %d):%s", e.Name, e.FD, s)
+}
+
+// SleeperConfig is what a Sleeper is made of.
+type SleeperConfig struct {
+	// Doorbell is what wakes the loop; None (or nil) where there is nothing.
+	Doorbell Waiter
+	// Stop, if not nil, ends every sleep once it has been rung. It is shared by all loops of a
+	// device, and never acknowledged by them.
+	Stop *Eventfd
+	// Extra is one more descriptor to wait for (a tun device); ignored unless HasExtra.
+	Extra     int
+	HasExtra  bool
+	ExtraName string // for errors: "tap0"
+	Fallback  Fallback
+	// Counters, if not nil, is counted in; else the Sleeper has its own.
+	Counters *Counters
+}
+
+// Sleeper is what a data loop sleeps on. It belongs to one goroutine, which need not be locked
+// to a thread. It owns none of the descriptors: they stay open until the loop has stopped.
+//
+// The loop arms its notification, looks for work once more, calls Sleep, looks for work, and tells
+// by Found whether there was any.
+type Sleeper struct {
+	fds   [3]unix.PollFd // doorbell, stop, extra
+	ts    unix.Timespec
+	door  Waiter
+	extra int32
+	name  string
+	f     Fallback
+	cur   time.Duration // of the next sleep
+	lost  int           // rescues since the last ring
+	last  Reason        // of the last sleep, until Found
+	c     *Counters
+}
+
+// NewSleeper makes a Sleeper.
+func NewSleeper(cfg SleeperConfig) *Sleeper {
+	s := &Sleeper{door: cfg.Doorbell, extra: -1, name: cfg.ExtraName, f: cfg.Fallback, c: cfg.Counters}
+	if s.door == nil {
+		s.door = None
+	}
+	if s.c == nil {
+		s.c = new(Counters)
+	}
+	if s.name == "" {
+		s.name = "extra descriptor"
+	}
+	s.f.setDefaults()
+	for i := range s.fds {
+		s.fds[i] = unix.PollFd{Fd: -1, Events: unix.POLLIN} // poll skips negative ones
+	}
+	s.fds[0].Fd = int32(s.door.FD())
+	if cfg.Stop != nil {
+		s.fds[1].Fd = int32(cfg.Stop.FD())
+	}
+	if cfg.HasExtra {
+		s.extra = int32(cfg.Extra)
+	}
+	s.cur, _ = s.limits()
+	return s
+}
+
+// Counters returns where the Sleeper counts.
+func (s *Sleeper) Counters() *Counters { return s.c }
+
+// limits returns the range of the time-out. Where the doorbell is missing, the poll
+// fallback carries the traffic, not just the accidents.
+func (s *Sleeper) limits() (min, max time.Duration) {
+	if s.fds[0].Fd < 0 || s.lost >= missing {
+		return s.f.PollMin, s.f.PollMax
+	}
+	return s.f.Min, s.f.Max
+}
+
+// Sleep waits until the doorbell is rung, the extra descriptor has one of the given events (In, Out; 0
+// leaves it out), the stop doorbell is rung, or the poll fallback's time is up. A rung
+// doorbell is acknowledged before Sleep returns: look for work after it. The error is an *FDError, or
+// what Ack or ppoll(2) failed with; the loop should end then.
+func (s *Sleeper) Sleep(extra int16) (Reason, error) {
+	return s.sleep(extra, s.cur)
+}
+
+// sleep is Sleep for at most d, forever where d is negative.
+func (s *Sleeper) sleep(extra int16, d time.Duration) (Reason, error) {
+	s.last = 0
+	s.fds[2].Fd, s.fds[2].Events = -1, extra
+	if extra != 0 {
+		s.fds[2].Fd = s.extra
+	}
+	var ts *unix.Timespec
+	if d >= 0 {
+		s.ts = unix.NsecToTimespec(int64(d))
+		ts = &s.ts
+	}
+	atomic.AddUint64(&s.c.Sleeps, 1)
+	for {
+		// ppoll leaves the time that remains in ts, so that a signal (the Go
+		// runtime preempts by them) does not make the sleep longer.
+		_, err := unix.Ppoll(s.fds[:], ts, nil)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return 0, fmt.Errorf("doorbell: ppoll: %w", err)
+		}
+		break
+	}
+	const bad = unix.POLLERR | unix.POLLHUP | unix.POLLNVAL
+	for i := range s.fds {
+		if r := s.fds[i].Revents; r&bad != 0 && s.fds[i].Fd >= 0 {
+			return 0, &FDError{Name: [...]string{"doorbell", "stop", s.name}[i], FD: int(s.fds[i].Fd), Revents: r}
+		}
+	}
+	var why Reason
+	if s.fds[0].Revents != 0 {
+		n, err := s.door.Ack()
+		if err != nil {
+			return 0, err
+		}
+		// Rings that somebody else took wake us for nothing: still a
+		// reason to look.
+		_ = n
+		why |= Rung
+		s.lost = 0
+		atomic.AddUint64(&s.c.Wakeups, 1)
+	}
+	if s.fds[1].Revents != 0 {
+		why |= Stopped
+	}
+	if s.fds[2].Revents != 0 {
+		why |= Extra
+	}
+	if why == 0 {
+		why = Timeout
+		atomic.AddUint64(&s.c.Timeouts, 1)
+	}
+	s.last = why
+	return why, nil
+}
+
+// Found tells whether the look for work after the last Sleep found any that the doorbell stands
+// for (what came from the extra descriptor does not count). It adapts the poll fallback, and counts
+// rescued and spurious wake-ups. A second call after the same Sleep does nothing.
+func (s *Sleeper) Found(work bool) {
+	last := s.last
+	s.last = 0
+	switch {
+	case last&Rung != 0:
+		if !work && last&Extra == 0 {
+			atomic.AddUint64(&s.c.Spurious, 1)
+		}
+	case last&Timeout == 0:
+	case work:
+		if s.fds[0].Fd < 0 {
+			atomic.AddUint64(&s.c.Polled, 1)
+		} else {
+			atomic.AddUint64(&s.c.Rescued, 1)
+			if s.lost < missing {
+				s.lost++
+			}
+		}
+		s.cur, _ = s.limits()
+		return
+	default:
+		s.cur *= 2
+	}
+	min, max := s.limits()
+	if s.cur < min {
+		s.cur = min
+	}
+	if s.cur > max {
+		s.cur = max
+	}
+}
