@@ -60,6 +60,58 @@ TEXT ·Store64(SB), NOSPLIT, $0-16
 	MOVQ BX, (AX)
 	RET
 
+// func copyWords(dst, src unsafe.Pointer, words uint64)
+TEXT ·copyWords(SB), NOSPLIT, $0-24
+	MOVQ dst+0(FP), DI
+	MOVQ src+8(FP), SI
+	MOVQ words+16(FP), CX
+
+four:
+	CMPQ CX, $4
+	JCS  one
+	MOVQ (SI), R8
+	MOVQ 8(SI), R9
+	MOVQ 16(SI), R10
+	MOVQ 24(SI), R11
+	MOVQ R8, (DI)
+	MOVQ R9, 8(DI)
+	MOVQ R10, 16(DI)
+	MOVQ R11, 24(DI)
+	ADDQ $32, SI
+	ADDQ $32, DI
+	SUBQ $4, CX
+	JMP  four
+
+one:
+	TESTQ CX, CX
+	JZ    done
+	MOVQ  (SI), R8
+	MOVQ  R8, (DI)
+	ADDQ  $8, SI
+	ADDQ  $8, DI
+	DECQ  CX
+	JMP   one
+
+done:
+	RET
+
+// func zeroWords(dst unsafe.Pointer, words uint64)
+TEXT ·zeroWords(SB), NOSPLIT, $0-16
+	MOVQ dst+0(FP), DI
+	MOVQ words+8(FP), CX
+	XORL AX, AX
+
+loop:
+	TESTQ CX, CX
+	JZ    done
+	MOVQ  AX, (DI)
+	ADDQ  $8, DI
+	DECQ  CX
+	JMP   loop
+
+done:
+	RET
+
 // Between processors x86 keeps loads in order with loads, and stores behind all
 // that came before; only the compiler must be held off, which the call does.
 

@@ -2,7 +2,10 @@
 
 package mmio
 
-import "unsafe"
+import (
+	"runtime"
+	"unsafe"
+)
 
 // wordAccesses is the number of bus accesses that one 64-bit access makes.
 const wordAccesses = 1
@@ -52,6 +55,62 @@ func Store32(p unsafe.Pointer, v uint32)
 //
 //go:noescape
 func Store64(p unsafe.Pointer, v uint64)
+
+// copyWords copies 64-bit words one by one, upwards, with plain loads and stores. The device
+// side is aligned to 8; the other may not be (except on riscv64).
+//
+//go:noescape
+func copyWords(dst, src unsafe.Pointer, words uint64)
+
+// zeroWords writes zero words; dst is aligned to 8.
+//
+//go:noescape
+func zeroWords(dst unsafe.Pointer, words uint64)
+
+// storeWords writes src, whole words, to device memory at p, aligned to 8.
+func storeWords(p unsafe.Pointer, src []byte) {
+	if runtime.GOARCH == "riscv64" && uintptr(unsafe.Pointer(&src[0]))&7 != 0 {
+		slowStoreWords(p, src)
+		return
+	}
+	for i := 0; i < len(src); i += burst {
+		n := len(src) - i
+		if n > burst {
+			n = burst
+		}
+		copyWords(unsafe.Add(p, i), unsafe.Pointer(&src[i]), uint64(n)/8)
+	}
+}
+
+// loadWords reads dst, whole words, from device memory at p, aligned to 8.
+func loadWords(dst []byte, p unsafe.Pointer) {
+	if runtime.GOARCH == "riscv64" && uintptr(unsafe.Pointer(&dst[0]))&7 != 0 {
+		slowLoadWords(dst, p)
+		return
+	}
+	for i := 0; i < len(dst); i += burst {
+		n := len(dst) - i
+		if n > burst {
+			n = burst
+		}
+		copyWords(unsafe.Pointer(&dst[i]), unsafe.Add(p, i), uint64(n)/8)
+	}
+}
+
+// clearWords writes n bytes, whole words, of zeros to device memory at p, aligned to 8.
+func clearWords(p unsafe.Pointer, n uint64) {
+	for i := uint64(0); i < n; i += burst {
+		w := n - i
+		if w > burst {
+			w = burst
+		}
+		zeroWords(unsafe.Add(p, i), w/8)
+	}
+}
+
+// burst is how many bytes one call into the assembly moves at most. The scheduler cannot
+// stop it there, and a read from a device may take a microsecond for each word.
+const burst = 1024
 
 // The barriers between processors, for cached memory. The call alone keeps the
 // compiler from moving accesses across.

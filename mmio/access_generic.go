@@ -70,6 +70,15 @@ func Store64(p unsafe.Pointer, v uint64) {
 	Store32(unsafe.Add(p, 4), uint32(v>>32))
 }
 
+func storeWords(p unsafe.Pointer, src []byte) { slowStoreWords(p, src) }
+func loadWords(dst []byte, p unsafe.Pointer)  { slowLoadWords(dst, p) }
+
+func clearWords(p unsafe.Pointer, n uint64) {
+	for i := uint64(0); i < n; i += 8 {
+		Store64(unsafe.Add(p, i), 0)
+	}
+}
+
 // fence is a read-modify-write of a word that no other processor knows: on
 // every architecture sync/atomic makes it a full barrier (386: LOCK XADD, arm: DMB
 // on both sides, gccgo: a sequentially consistent __atomic operation, on PowerPC

@@ -32,11 +32,11 @@ func (m *Mem) misaligned(off uint64) uint64 {
 	return (uint64(uintptr(m.base)) + off) & 7
 }
 
-// step returns the width of the next access of a copy of n bytes at off: the
+// step returns the width of the next access of a copy of n bytes at an address: the
 // widest that is aligned and does not pass the end.
-func step(misaligned, n uint64) uint64 {
+func step(addr, n uint64) uint64 {
 	w := uint64(8)
-	for misaligned&(w-1) != 0 || w > n {
+	for addr&(w-1) != 0 || w > n {
 		w >>= 1
 	}
 	return w
@@ -53,22 +53,13 @@ func (m *Mem) CopyIn(off uint64, src []byte) uint64 {
 		copy(m.bytes(off, n), src)
 		return lines(n)
 	}
+	if m.bus == nil {
+		return copyIn(unsafe.Add(m.base, off), src)
+	}
 	count := uint64(0)
 	for len(src) > 0 {
-		w := step(m.misaligned(off), uint64(len(src)))
-		switch w {
-		case 8:
-			m.Store64(off, binary.LittleEndian.Uint64(src))
-			if m.bus == nil {
-				count += uint64(wordAccesses) - 1
-			}
-		case 4:
-			m.Store32(off, binary.LittleEndian.Uint32(src))
-		case 2:
-			m.Store16(off, binary.LittleEndian.Uint16(src))
-		default:
-			m.Store8(off, src[0])
-		}
+		w := step(m.off+off, uint64(len(src)))
+		m.bus.Store(m.off+off, uint(w), little(src[:w]))
 		count++
 		off += w
 		src = src[w:]
@@ -87,22 +78,13 @@ func (m *Mem) CopyOut(dst []byte, off uint64) uint64 {
 		copy(dst, m.bytes(off, n))
 		return lines(n)
 	}
+	if m.bus == nil {
+		return copyOut(dst, unsafe.Add(m.base, off))
+	}
 	count := uint64(0)
 	for len(dst) > 0 {
-		w := step(m.misaligned(off), uint64(len(dst)))
-		switch w {
-		case 8:
-			binary.LittleEndian.PutUint64(dst, m.Load64(off))
-			if m.bus == nil {
-				count += uint64(wordAccesses) - 1
-			}
-		case 4:
-			binary.LittleEndian.PutUint32(dst, m.Load32(off))
-		case 2:
-			binary.LittleEndian.PutUint16(dst, m.Load16(off))
-		default:
-			dst[0] = m.Load8(off)
-		}
+		w := step(m.off+off, uint64(len(dst)))
+		putLittle(dst[:w], m.bus.Load(m.off+off, uint(w)))
 		count++
 		off += w
 		dst = dst[w:]
@@ -120,22 +102,13 @@ func (m *Mem) Zero(off, n uint64) uint64 {
 		}
 		return lines(n)
 	}
+	if m.bus == nil {
+		return clearAt(unsafe.Add(m.base, off), n)
+	}
 	count := uint64(0)
 	for n > 0 {
-		w := step(m.misaligned(off), n)
-		switch w {
-		case 8:
-			m.Store64(off, 0)
-			if m.bus == nil {
-				count += uint64(wordAccesses) - 1
-			}
-		case 4:
-			m.Store32(off, 0)
-		case 2:
-			m.Store16(off, 0)
-		default:
-			m.Store8(off, 0)
-		}
+		w := step(m.off+off, n)
+		m.bus.Store(m.off+off, uint(w), 0)
 		count++
 		off += w
 		n -= w
@@ -174,4 +147,103 @@ func CopyMem(dst *Mem, doff uint64, src *Mem, soff, n uint64) (reads, writes uin
 		n -= uint64(len(s))
 	}
 	return reads, writes
+}
+
+// The copies to and from mapped device memory. A pointer is made only where an access
+// follows, so that none ever leaves the memory.
+
+func copyIn(p unsafe.Pointer, src []byte) uint64 {
+	count, n := uint64(0), uint64(len(src))
+	for i := uint64(0); i < n; {
+		at, w := unsafe.Add(p, i), step(uint64(uintptr(p))+i, n-i)
+		count++
+		switch w {
+		case 8:
+			w = (n - i) &^ 7
+			storeWords(at, src[i:i+w])
+			count += w/8*uint64(wordAccesses) - 1
+		case 4:
+			Store32(at, binary.LittleEndian.Uint32(src[i:]))
+		case 2:
+			Store16(at, binary.LittleEndian.Uint16(src[i:]))
+		default:
+			Store8(at, src[i])
+		}
+		i += w
+	}
+	return count
+}
+
+func copyOut(dst []byte, p unsafe.Pointer) uint64 {
+	count, n := uint64(0), uint64(len(dst))
+	for i := uint64(0); i < n; {
+		at, w := unsafe.Add(p, i), step(uint64(uintptr(p))+i, n-i)
+		count++
+		switch w {
+		case 8:
+			w = (n - i) &^ 7
+			loadWords(dst[i:i+w], at)
+			count += w/8*uint64(wordAccesses) - 1
+		case 4:
+			binary.LittleEndian.PutUint32(dst[i:], Load32(at))
+		case 2:
+			binary.LittleEndian.PutUint16(dst[i:], Load16(at))
+		default:
+			dst[i] = Load8(at)
+		}
+		i += w
+	}
+	return count
+}
+
+func clearAt(p unsafe.Pointer, n uint64) uint64 {
+	count := uint64(0)
+	for i := uint64(0); i < n; {
+		at, w := unsafe.Add(p, i), step(uint64(uintptr(p))+i, n-i)
+		count++
+		switch w {
+		case 8:
+			w = (n - i) &^ 7
+			clearWords(at, w)
+			count += w/8*uint64(wordAccesses) - 1
+		case 4:
+			Store32(at, 0)
+		case 2:
+			Store16(at, 0)
+		default:
+			Store8(at, 0)
+		}
+		i += w
+	}
+	return count
+}
+
+// The middle of a copy by single accesses, where assembly cannot be used: src and dst
+// are private memory, of any alignment.
+
+func slowStoreWords(p unsafe.Pointer, src []byte) {
+	for i := 0; i < len(src); i += 8 {
+		Store64(unsafe.Add(p, i), binary.LittleEndian.Uint64(src[i:]))
+	}
+}
+
+func slowLoadWords(dst []byte, p unsafe.Pointer) {
+	for i := 0; i < len(dst); i += 8 {
+		binary.LittleEndian.PutUint64(dst[i:], Load64(unsafe.Add(p, i)))
+	}
+}
+
+// little returns the number that stands in b, low byte first.
+func little(b []byte) uint64 {
+	v := uint64(0)
+	for i := len(b) - 1; i >= 0; i-- {
+		v = v<<8 | uint64(b[i])
+	}
+	return v
+}
+
+func putLittle(b []byte, v uint64) {
+	for i := range b {
+		b[i] = byte(v >> (8 * uint(i)))
+	}
 }

@@ -139,7 +139,7 @@ func (r RAM) Pointer(off uint64) unsafe.Pointer {
 }
 
 func (m *Mem) fault(off uint64, width uint64) {
-	panic(fmt.Sprintf("mmio: access of %d bytes at offset %#x, outside a memory of %#x bytes or misaligned", width, off, m.size))
+	panic(Fault{off, m.size, width})
 }
 
 // ptr checks an access and returns its address; nil means the bus.
@@ -269,10 +269,12 @@ func (m *Mem) Publish32(off uint64, v uint32) {
 type Barrier uint8
 
 const (
-	// ReadBarrier keeps later loads behind earlier loads.
+	// ReadBarrier keeps every later access behind earlier loads (acquire: between
+	// the index and what it announces).
 	ReadBarrier Barrier = iota
-	// WriteBarrier keeps later stores behind earlier stores, gathered
-	// (write-combining) ones included.
+	// WriteBarrier keeps later stores behind every earlier access, gathered
+	// (write-combining) stores included (release: between what is announced, or a
+	// buffer that was read and is handed back, and the index).
 	WriteBarrier
 	// FullBarrier keeps every later access behind every earlier one.
 	FullBarrier

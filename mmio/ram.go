@@ -10,9 +10,17 @@ import (
 // inlines. They order nothing: the barriers, Publish32 and Consume32 do. Offset and base
 // must both be aligned to the width; an access outside or misaligned panics.
 
-//go:noinline
-func (r RAM) fault(off uint64, width int) {
-	panic(fmt.Sprintf("mmio: access of %d bytes at offset %#x, outside a memory of %#x bytes at %p or misaligned", width, off, r.size, r.base))
+// Fault is what an access outside its memory, or a misaligned one, panics with: a
+// programmer's error. It is a value, so that the accessors stay small enough to be inlined.
+type Fault struct {
+	Off   uint64 // of the access, in bytes
+	Size  uint64 // of the memory, in bytes
+	Width uint64 // of the access, in bytes
+}
+
+// Error names the access and the memory.
+func (f Fault) Error() string {
+	return fmt.Sprintf("mmio: access of %d bytes at offset %#x, misaligned or outside a memory of %#x bytes", f.Width, f.Off, f.Size)
 }
 
 // bad tells that an access is not allowed. An aligned off has zeros below the
@@ -36,7 +44,7 @@ func (r RAM) Slice(off, n uint64) RAM {
 // Load16 returns the little-endian 16 bits at off.
 func (r RAM) Load16(off uint64) uint16 {
 	if r.bad(off, 1) {
-		r.fault(off, 2)
+		panic(Fault{off, r.size, 2})
 	}
 	return le16(*(*uint16)(unsafe.Add(r.base, off)))
 }
@@ -44,7 +52,7 @@ func (r RAM) Load16(off uint64) uint16 {
 // Load32 returns the little-endian 32 bits at off.
 func (r RAM) Load32(off uint64) uint32 {
 	if r.bad(off, 3) {
-		r.fault(off, 4)
+		panic(Fault{off, r.size, 4})
 	}
 	return le32(*(*uint32)(unsafe.Add(r.base, off)))
 }
@@ -53,7 +61,7 @@ func (r RAM) Load32(off uint64) uint32 {
 // loads of 32 bits in either order.
 func (r RAM) Load64(off uint64) uint64 {
 	if r.bad(off, 7) {
-		r.fault(off, 8)
+		panic(Fault{off, r.size, 8})
 	}
 	return le64(*(*uint64)(unsafe.Add(r.base, off)))
 }
@@ -61,7 +69,7 @@ func (r RAM) Load64(off uint64) uint64 {
 // Store16 writes 16 bits, little-endian, at off.
 func (r RAM) Store16(off uint64, v uint16) {
 	if r.bad(off, 1) {
-		r.fault(off, 2)
+		panic(Fault{off, r.size, 2})
 	}
 	*(*uint16)(unsafe.Add(r.base, off)) = le16(v)
 }
@@ -69,7 +77,7 @@ func (r RAM) Store16(off uint64, v uint16) {
 // Store32 writes 32 bits, little-endian, at off.
 func (r RAM) Store32(off uint64, v uint32) {
 	if r.bad(off, 3) {
-		r.fault(off, 4)
+		panic(Fault{off, r.size, 4})
 	}
 	*(*uint32)(unsafe.Add(r.base, off)) = le32(v)
 }
@@ -78,7 +86,7 @@ func (r RAM) Store32(off uint64, v uint32) {
 // stores of 32 bits in either order.
 func (r RAM) Store64(off uint64, v uint64) {
 	if r.bad(off, 7) {
-		r.fault(off, 8)
+		panic(Fault{off, r.size, 8})
 	}
 	*(*uint64)(unsafe.Add(r.base, off)) = le64(v)
 }
@@ -86,7 +94,7 @@ func (r RAM) Store64(off uint64, v uint64) {
 // Consume32 is Mem.Consume32.
 func (r RAM) Consume32(off uint64) uint32 {
 	if r.bad(off, 3) {
-		r.fault(off, 4)
+		panic(Fault{off, r.size, 4})
 	}
 	return le32(atomic.LoadUint32((*uint32)(unsafe.Add(r.base, off))))
 }
@@ -94,7 +102,7 @@ func (r RAM) Consume32(off uint64) uint32 {
 // Publish32 is Mem.Publish32.
 func (r RAM) Publish32(off uint64, v uint32) {
 	if r.bad(off, 3) {
-		r.fault(off, 4)
+		panic(Fault{off, r.size, 4})
 	}
 	atomic.StoreUint32((*uint32)(unsafe.Add(r.base, off)), le32(v))
 }
