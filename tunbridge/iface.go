@@ -290,13 +290,17 @@ func (it *Iface) openVnet(cfg Config) error {
 		it.warn("no offload: the kernel cannot set the header's length (TUNSETVNETHDRSZ: %v)", err)
 		return nil
 	}
-	if err := ioctlSetInt(fd, unix.TUNSETVNETLE, 1); err != nil {
-		it.warn("no offload: the kernel cannot set the header's byte order (TUNSETVNETLE: %v)", err)
+	leErr := ioctlSetInt(fd, unix.TUNSETVNETLE, 1)
+	if leErr != nil && !littleEndian() {
+		it.warn("no offload: the kernel cannot set the header's byte order (TUNSETVNETLE: %v)", leErr)
 		return nil
 	}
 	// Read back: a wrong header would garble every frame.
 	n, err1 := ioctlGetInt(fd, unix.TUNGETVNETHDRSZ)
 	le, err2 := ioctlGetInt(fd, unix.TUNGETVNETLE)
+	if leErr != nil {
+		le, err2 = 1, nil // before Linux 3.19 the header is in the machine's byte order
+	}
 	ierr := ioctlIfreq(fd, unix.TUNGETIFF, r)
 	if err1 != nil || err2 != nil || ierr != nil || n != HeaderLen || le != 1 || *r.u16()&unix.IFF_VNET_HDR == 0 {
 		return configError(name, nil, "the interface keeps its own header settings (length %d, little-endian %d, flags %#x): remove it with \"ip link del %s\" and start again", n, le, *r.u16(), name)
@@ -486,7 +490,7 @@ func (it *Iface) Type() LinkType { return it.typ }
 func (it *Iface) FD() int { return it.fd }
 
 // HeaderLen returns how many bytes of virtio-net header each frame starts with:
-// HeaderLen in vnet mode, 0 in plain mode.
+// 12 in vnet mode, 0 in plain mode.
 func (it *Iface) HeaderLen() int { return it.hdrLen }
 
 // Attached tells whether Open found the interface, instead of creating it.

@@ -103,3 +103,9 @@ func controlSocket() (int, error) {
 	}
 	return fd, err
 }
+
+// littleEndian tells the machine's byte order.
+func littleEndian() bool {
+	x := uint16(1)
+	return *(*byte)(unsafe.Pointer(&x)) == 1
+}
