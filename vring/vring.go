@@ -1,6 +1,9 @@
 package vring
 
-import "github.com/boardlink/boardlink/dma"
+import (
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/mmio"
+)
 
 // MaxSize is the largest queue size of a split virtqueue (virtio 1.2, 2.7).
 const MaxSize = 32768
@@ -33,24 +36,34 @@ type Driver interface {
 	Free() int
 	// Add makes as many requests available, from the first on, as there are free
 	// descriptors, with a single write of the available index, and returns their number.
-	// It does not kick: ask NeedKick after it.
+	// It does not kick: ask NeedKick after it. A request that no queue could take (no
+	// buffer, one of no bytes, more than 4 GiB - 1 in all, more buffers than the queue has
+	// descriptors) is the caller's error: an *Error with Code ErrRequest, ErrZeroLength,
+	// ErrOverflow, ErrTotal or ErrTooLong; those before it were added, and the queue goes on.
 	Add(reqs []Request) (int, error)
 	// NeedKick tells whether the device wants to be notified of what was added
 	// since the last call. It holds the full barrier between the index and the
 	// suppression word (pairs with the device side's ArmKick).
 	NeedKick() bool
 	// Reap fills done with chains that the device has used and returns their
-	// number; 0 where there are none. An error means the device misbehaved: the
-	// queue is broken, and stays so.
+	// number; 0 where there are none. An error means the device misbehaved: those
+	// before it are returned, the queue is broken, and stays so.
 	Reap(done []Completion) (int, error)
 	// ArmCall asks to be called for the next used buffer, and tells whether one
 	// is there already (then do not sleep). It follows design rule "going to sleep
 	// across a bus".
 	ArmCall() (pending bool, err error)
+	// ArmCallAfter is ArmCall for the n-th used buffer from now, 1 <= n <= the chains in
+	// flight (it is cut to them, and 1 where there are none): the device may stay silent until
+	// then. pending tells that n are there already. Without the event index it asks for
+	// the next one.
+	ArmCallAfter(n int) (pending bool, err error)
 	// DisarmCall asks not to be called: to be used while awake.
 	DisarmCall()
-	// State returns the ring state, as of now.
+	// State returns the ring state, as of the last call by the owner.
 	State() State
+	// Broken returns the error that broke the queue, nil as long as none has.
+	Broken() error
 	// Stats returns the live counters; read them with Stats.Load.
 	Stats() *Stats
 }
@@ -84,13 +97,18 @@ type Used struct {
 type Device interface {
 	Size() int
 	// Pop appends up to max available chains to b, translated and checked, and returns
-	// their number. An error means the driver misbehaved: chains before the bad one are
-	// returned, the queue is broken, and stays so.
+	// their number. It may return fewer than there are (a batch ends early when its
+	// spans outnumber the descriptors of the queue, which bounds its memory): 0 alone
+	// means that none was there. An error means the driver misbehaved: chains before the
+	// bad one are returned, the queue is broken, and stays so.
 	Pop(b *Batch, max int) (int, error)
-	// Unpop gives the last n popped chains back: they will be popped again.
+	// Unpop gives the last n popped chains back: they will be popped again, and read and
+	// checked anew. None of them may have been completed; more than are popped and not
+	// completed is the caller's error and panics.
 	Unpop(n int)
 	// Complete hands chains back, in order, with a single write of the used index.
-	// It does not call: ask NeedCall after it.
+	// It does not call: ask NeedCall after it. An ID that cannot be, or more chains than
+	// were popped, is the caller's error (Code ErrComplete): nothing is published then.
 	Complete(used []Used) error
 	// NeedCall tells whether the driver wants to be notified of what was completed
 	// since the last call. Pairs with the driver side's ArmCall.
@@ -101,12 +119,14 @@ type Device interface {
 	// DisarmKick asks not to be kicked: to be used while awake.
 	DisarmKick()
 	State() State
+	Broken() error
 	Stats() *Stats
 }
 
 // State is what has to be kept of a queue to go on with it elsewhere (vhost's vring
 // base). For split rings: the device side's next available index to pop and next used index,
-// the driver side's next available index and last seen used index.
+// the driver side's next available index and last seen used index. Avail - Used
+// chains are in flight, at most the queue size.
 type State struct {
 	Avail uint16 // next available index
 	Used  uint16 // next used index
@@ -115,17 +135,27 @@ type State struct {
 // Config describes a queue to either side.
 type Config struct {
 	Name string // of device and queue, for errors: "net0 rx0"
-	Size uint16
-	// The three areas. Each lies in one region, aligned to 16, 2 and 4 bytes. Their
-	// kinds, whether they lie across the bus, and their accounts come from the regions.
+	Size uint16 // descriptors; split: a power of two, at most MaxSize
+	// The three areas, of at least the lengths of SplitSizes. Each lies in one region that
+	// the device may read (Desc, Driver) or write (Device), and starts at a multiple of
+	// 16, 2 and 4 bytes; the driver side asks for 4 in place of 2, so that flags and
+	// index are one aligned word. Their kinds, whether they lie across the bus, and their
+	// accounts come from the regions.
 	Desc, Driver, Device dma.Span
 	EventIdx, Indirect   bool // negotiated
 	// Table translates what descriptors carry; device side only.
 	Table *dma.TableRef
-	// IndirectMem is where the driver side keeps its indirect tables: Size entries of
-	// IndirectMax*16 bytes; zero where none are used. IndirectAddr is its link address.
-	IndirectMem  dma.Span
-	IndirectAddr dma.Addr
-	IndirectMax  int // descriptors of one indirect table
-	State        State
+	// IndirectMem is where the driver side keeps its indirect tables: Size tables of
+	// IndirectMax*16 bytes, table i for head i, aligned to 16; the zero Span where none are
+	// used. The device may read its region.
+	IndirectMem dma.Span
+	IndirectMax int // descriptors of one indirect table, at most Size
+	IndirectMin int // buffers from which on a request takes an indirect table; 0 means 2
+	// PayloadKind is the strongest kind of the memory of the buffers, as the driver
+	// side sees it: the barriers must cover it. The device side finds it in Table.
+	PayloadKind mmio.Kind
+	// State is where to go on. A driver side starts with nothing in flight (Avail equal
+	// to Used); a device side goes on with Avail-Used chains in flight, whose IDs
+	// its owner knows.
+	State State
 }

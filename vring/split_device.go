@@ -1,0 +1,492 @@
+package vring
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/mmio"
+)
+
+var _ Device = (*SplitDevice)(nil)
+
+// SplitDevice is the device side of a split virtqueue (virtio 1.2, 2.7). It trusts
+// nothing that the driver wrote: each shared word is read once into a local and then
+// checked, indirect tables are copied before they are parsed, and a buffer becomes
+// spans only through the region table.
+type SplitDevice struct {
+	split
+	indirectOK bool
+	ref        *dma.TableRef
+	table      *dma.Table // of the last batch; what the barriers cover
+	half       bool       // the driver area is aligned to 2 only: flags and index apart
+
+	avail     uint16 // next available index to pop
+	availSeen uint16 // available index as last read and checked
+	used      uint16 // next used index
+
+	flags      uint16 // of the used ring
+	availEvent uint16 // as written
+	settled    bool   // the suppression word has reached the driver since it was written
+
+	lastCall  uint16 // used index at the last NeedCall ...
+	sinceCall uint32 // ... and the chains completed since
+	callAny   bool   // lastCall is not known: the first batch after a restart calls
+
+	heads  []uint16 // the batch's ring entries, in memory of our own
+	run    []byte   // copy of the descriptor area ...
+	runLo  int      // ... of which these are of this batch
+	runHi  int
+	raw    []byte     // pieces of rings on their way across
+	tab    []byte     // copy of an indirect table
+	pieces []dma.Span // where the indirect table lies
+}
+
+// NewSplitDevice makes the device side of a split virtqueue, and writes its index, its
+// flags and its event word as State says. It fails with an *Error of Code ErrConfig or ErrState.
+func NewSplitDevice(c Config) (*SplitDevice, error) {
+	q := &SplitDevice{}
+	if c.Table == nil {
+		return nil, &Error{Queue: c.Name, Code: ErrConfig, Err: errors.New("no region table")}
+	}
+	if err := q.setup(&c, 2); err != nil {
+		return nil, &Error{Queue: c.Name, Code: ErrConfig, Err: err}
+	}
+	if n := c.State.Avail - c.State.Used; n > c.Size {
+		return nil, &Error{Queue: c.Name, Code: ErrState, Err: fmt.Errorf("available index %d and used index %d: %d chains in flight in a queue of %d", c.State.Avail, c.State.Used, n, c.Size)}
+	}
+	q.indirectOK = c.Indirect
+	q.ref = c.Table
+	q.half = (uint64(q.driver.region.Addr)+c.Driver.Off)%4 != 0 || q.driver.isRAM && uintptr(q.driver.ram.Pointer(0))%4 != 0
+	q.avail, q.availSeen, q.used = c.State.Avail, c.State.Avail, c.State.Used
+	q.availEvent, q.lastCall = c.State.Avail, c.State.Used
+	q.callAny = c.State != State{}
+	n := int(c.Size)
+	if !q.driver.direct {
+		q.heads = make([]uint16, n)
+	}
+	if !q.desc.direct {
+		q.run = make([]byte, n*descSize)
+	}
+	q.raw = make([]byte, n*usedSize)
+	if c.Indirect {
+		q.tab = make([]byte, n*descSize)
+		q.pieces = make([]dma.Span, 0, dma.MaxSpans)
+	}
+	q.reload()
+	q.device.store16(availEventOff(q.size), q.availEvent)
+	q.publish(&q.device, word(0, q.used))
+	q.fence(mmio.FullBarrier)
+	q.flush()
+	return q, nil
+}
+
+// reload takes the current table, and makes the barriers cover its regions.
+func (q *SplitDevice) reload() {
+	if t := q.ref.Load(); t != q.table {
+		q.table = t
+		q.cover(q.kind, t.Regions())
+	}
+}
+
+// look reads the available index and returns how many chains wait to be popped.
+func (q *SplitDevice) look() (uint16, error) {
+	var idx uint16
+	if q.half {
+		idx = q.driver.load16(2)
+	} else {
+		idx = uint16(q.consume(&q.driver) >> 16)
+	}
+	q.stats.add(cIndexReads, 1)
+	q.driver.flush()
+	waiting := idx - q.avail
+	if idx == q.availSeen {
+		return waiting, nil
+	}
+	// A chain takes a descriptor at least, so no more can be in flight than the queue
+	// has. An index that went back shows as a jump by nearly 65536.
+	inflight := uint32(q.avail-q.used) + uint32(waiting)
+	if inflight > uint32(q.size) || waiting < q.availSeen-q.avail {
+		return 0, q.fail(&Error{Code: ErrIndexJump, Index: idx, Value: uint64(inflight), Limit: uint64(q.size)})
+	}
+	q.availSeen = idx
+	if q.half {
+		q.fence(mmio.ReadBarrier)
+	} else {
+		q.acquire() // B
+	}
+	q.stats.add(cIndexMoved, 1)
+	return waiting, nil
+}
+
+// Pop implements Device.
+func (q *SplitDevice) Pop(b *Batch, max int) (int, error) {
+	if q.err != nil {
+		return 0, q.err
+	}
+	q.reload()
+	waiting := q.availSeen - q.avail
+	if waiting == 0 {
+		var err error
+		if waiting, err = q.look(); err != nil {
+			return 0, err
+		}
+	}
+	m := max
+	if m > int(waiting) {
+		m = int(waiting)
+	}
+	if m <= 0 {
+		return 0, nil
+	}
+	if !q.driver.direct {
+		q.readHeads(m)
+	}
+	q.runLo, q.runHi = 0, 0
+	size := uint32(q.size)
+	spans := len(b.Spans)
+	left := int(q.size) // descriptors that the batch may take: chains share none
+	var bytes uint64
+	var bad *Error
+	n := 0
+	for n < m && len(b.Spans)-spans < int(size) {
+		var head uint16
+		if q.driver.direct {
+			head = q.driver.ram.Load16(ringHead + 2*uint64((q.avail+uint16(n))&q.mask))
+		} else {
+			head = q.heads[n]
+		}
+		if uint32(head) >= size {
+			bad = &Error{Code: ErrHeadRange, Value: uint64(head), Limit: uint64(size - 1)}
+			break
+		}
+		var addr, w uint64
+		if q.desc.direct {
+			addr = q.desc.ram.Load64(uint64(head) * descSize)
+			w = q.desc.ram.Load64(uint64(head)*descSize + 8)
+		} else {
+			addr, w = q.fetch(head, n, m)
+		}
+		c := Chain{ID: head, Count: 1, First: int32(len(b.Spans))}
+		length, flags := uint32(w), uint16(w>>32)
+		if flags&(descNext|descIndirect) == 0 && left > 0 {
+			left--
+			need := dma.DeviceRead
+			if flags&descWrite != 0 {
+				need = dma.DeviceWrite
+			}
+			var err error
+			if b.Spans, err = q.table.Translate(b.Spans, dma.Addr(addr), length, need); err != nil {
+				bad = q.untranslatable(head, head, dma.Addr(addr), length, err)
+				break
+			}
+			if flags&descWrite != 0 {
+				c.WriteLen, c.Writable = length, uint16(len(b.Spans)-int(c.First))
+			} else {
+				c.ReadLen, c.Readable = length, uint16(len(b.Spans)-int(c.First))
+			}
+		} else {
+			kept := len(b.Spans)
+			if left, bad = q.walk(b, &c, addr, w, left); bad != nil {
+				b.Spans = b.Spans[:kept]
+				break
+			}
+		}
+		b.Chains = append(b.Chains, c)
+		bytes += uint64(c.ReadLen) + uint64(c.WriteLen)
+		n++
+	}
+	q.avail += uint16(n)
+	q.setState(q.avail, q.used)
+	q.stats.add(cChains, uint64(n))
+	q.stats.add(cBytes, bytes)
+	q.driver.flush()
+	q.desc.flush()
+	if bad != nil {
+		bad.Index = q.avail
+		return n, q.fail(bad)
+	}
+	return n, nil
+}
+
+// readHeads copies the next m entries of the available ring to heads.
+func (q *SplitDevice) readHeads(m int) {
+	q.driver.readRing(q.raw, uint64(q.avail&q.mask), uint64(m), uint64(q.size), 2)
+	for i := range q.heads[:m] {
+		q.heads[i] = binary.LittleEndian.Uint16(q.raw[2*i:])
+	}
+}
+
+// fetch returns descriptor head of chain n of m, in memory that is not direct. Where the
+// heads that follow are those of the descriptors that follow, all are read in one burst.
+func (q *SplitDevice) fetch(head uint16, n, m int) (addr, w uint64) {
+	h := int(head)
+	if h < q.runLo || h >= q.runHi {
+		k := 1
+		// Where the driver area is direct while the descriptors are not, heads are
+		// not at hand.
+		if q.heads != nil {
+			for n+k < m && int(q.heads[n+k]) == h+k && h+k < int(q.size) {
+				k++
+			}
+		}
+		q.runLo, q.runHi = h, h+k
+		q.desc.copyOut(q.run[h*descSize:(h+k)*descSize], uint64(h)*descSize)
+	}
+	return binary.LittleEndian.Uint64(q.run[h*descSize:]), binary.LittleEndian.Uint64(q.run[h*descSize+8:])
+}
+
+// walk takes the chain c that starts with the given descriptor, of at most left
+// descriptors in the ring, and returns how many are left.
+func (q *SplitDevice) walk(b *Batch, c *Chain, addr, w uint64, left int) (int, *Error) {
+	head := c.ID
+	at := head
+	buffers := 0 // of the chain, those of an indirect table included
+	for {
+		if left == 0 {
+			return 0, &Error{Code: ErrLoop, Head: head, Desc: at, Value: uint64(q.size) + 1, Limit: uint64(q.size)}
+		}
+		left--
+		length, flags, next := uint32(w), uint16(w>>32), uint16(w>>48)
+		if flags&descIndirect != 0 {
+			if flags&descNext != 0 {
+				return 0, &Error{Code: ErrIndirectNext, Head: head, Desc: at, Addr: dma.Addr(addr), Len: length}
+			}
+			return left, q.walkTable(b, c, at, dma.Addr(addr), length, buffers)
+		}
+		if bad := q.buffer(b, c, at, dma.Addr(addr), length, flags); bad != nil {
+			return 0, bad
+		}
+		buffers++
+		if flags&descNext == 0 {
+			return left, nil
+		}
+		if next >= q.size {
+			return 0, &Error{Code: ErrNextRange, Head: head, Desc: at, Value: uint64(next), Limit: uint64(q.size) - 1}
+		}
+		at = next
+		if q.desc.direct {
+			addr = q.desc.ram.Load64(uint64(at) * descSize)
+			w = q.desc.ram.Load64(uint64(at)*descSize + 8)
+		} else {
+			addr, w = q.fetch(at, 0, 0)
+		}
+	}
+}
+
+// walkTable takes the rest of chain c from the indirect table that descriptor at points to
+// (virtio 1.2, 2.7.5.3). Its WRITE flag means nothing (2.7.5.3.2).
+func (q *SplitDevice) walkTable(b *Batch, c *Chain, at uint16, addr dma.Addr, length uint32, buffers int) *Error {
+	switch {
+	case !q.indirectOK:
+		return &Error{Code: ErrIndirectNotNegotiated, Head: c.ID, Desc: at, Addr: addr, Len: length}
+	case length == 0 || length%descSize != 0 || length > uint32(len(q.tab)):
+		return &Error{Code: ErrIndirectLen, Head: c.ID, Desc: at, Addr: addr, Len: length}
+	}
+	var err error
+	if q.pieces, err = q.table.Translate(q.pieces[:0], addr, length, dma.DeviceRead); err != nil {
+		return q.untranslatable(c.ID, at, addr, length, err)
+	}
+	tab := q.tab[:length]
+	for i, n := 0, uint32(0); i < len(q.pieces); i++ {
+		p := &q.pieces[i]
+		p.CopyOut(tab[n:n+p.Len], 0)
+		n += p.Len
+	}
+	entries := length / descSize
+	for i, steps := uint32(0), uint32(0); ; steps++ {
+		if steps == entries || buffers == int(q.size) {
+			return &Error{Code: ErrLoop, Head: c.ID, Desc: uint16(i), Value: uint64(buffers) + 1, Limit: uint64(buffers)}
+		}
+		a := dma.Addr(binary.LittleEndian.Uint64(tab[i*descSize:]))
+		w := binary.LittleEndian.Uint64(tab[i*descSize+8:])
+		n, flags, next := uint32(w), uint16(w>>32), uint16(w>>48)
+		if flags&descIndirect != 0 {
+			return &Error{Code: ErrIndirectNested, Head: c.ID, Desc: uint16(i), Addr: a, Len: n}
+		}
+		if bad := q.buffer(b, c, uint16(i), a, n, flags); bad != nil {
+			return bad
+		}
+		buffers++
+		if flags&descNext == 0 {
+			return nil
+		}
+		if uint32(next) >= entries {
+			return &Error{Code: ErrIndirectNextRange, Head: c.ID, Desc: uint16(i), Value: uint64(next), Limit: uint64(entries) - 1}
+		}
+		i = uint32(next)
+	}
+}
+
+// buffer appends the spans of one buffer of chain c.
+func (q *SplitDevice) buffer(b *Batch, c *Chain, at uint16, addr dma.Addr, length uint32, flags uint16) *Error {
+	need := dma.DeviceRead
+	if flags&descWrite != 0 {
+		need = dma.DeviceWrite
+	} else if c.Writable != 0 {
+		return &Error{Code: ErrOrder, Head: c.ID, Desc: at, Addr: addr, Len: length}
+	}
+	kept := len(b.Spans)
+	var err error
+	if b.Spans, err = q.table.Translate(b.Spans, addr, length, need); err != nil {
+		return q.untranslatable(c.ID, at, addr, length, err)
+	}
+	// Neither sum can overflow: 64 bits hold three values of 32.
+	if total := uint64(c.ReadLen) + uint64(c.WriteLen) + uint64(length); total > 1<<32-1 {
+		return &Error{Code: ErrTotal, Head: c.ID, Desc: at, Value: total, Limit: 1<<32 - 1}
+	}
+	if spans := len(b.Spans) - int(c.First); spans > 1<<16-1 {
+		return &Error{Code: ErrSpans, Head: c.ID, Desc: at, Value: uint64(spans), Limit: 1<<16 - 1}
+	}
+	if n := uint16(len(b.Spans) - kept); flags&descWrite != 0 {
+		c.WriteLen += length
+		c.Writable += n
+	} else {
+		c.ReadLen += length
+		c.Readable += n
+	}
+	return nil
+}
+
+// untranslatable gives the reasons that have a Code of their own that Code.
+func (q *SplitDevice) untranslatable(head, at uint16, addr dma.Addr, n uint32, err error) *Error {
+	e := &Error{Code: ErrTranslate, Head: head, Desc: at, Addr: addr, Len: n, Err: err}
+	switch {
+	case errors.Is(err, dma.ErrZeroLength):
+		e.Code, e.Err = ErrZeroLength, nil
+	case errors.Is(err, dma.ErrOverflow):
+		e.Code, e.Err = ErrOverflow, nil
+	}
+	return e
+}
+
+// Unpop implements Device.
+func (q *SplitDevice) Unpop(n int) {
+	if n == 0 || q.err != nil {
+		return
+	}
+	if inflight := int(q.avail - q.used); n < 0 || n > inflight {
+		panic(fmt.Sprintf("vring: %s: unpops %d chains of %d", q.name, n, inflight))
+	}
+	q.avail -= uint16(n)
+	q.setState(q.avail, q.used)
+	q.stats.add(cChains, -uint64(n))
+}
+
+// Complete implements Device.
+func (q *SplitDevice) Complete(used []Used) error {
+	if q.err != nil {
+		return q.err
+	}
+	n := len(used)
+	if n == 0 {
+		return nil
+	}
+	if inflight := int(q.avail - q.used); n > inflight {
+		return q.misuse(&Error{Code: ErrComplete, Value: uint64(n), Limit: uint64(inflight)})
+	}
+	var bytes uint64
+	direct := q.device.direct
+	for i := range used {
+		u := &used[i]
+		if u.ID >= q.size {
+			return q.misuse(&Error{Code: ErrComplete, Value: uint64(u.ID), Limit: uint64(q.size) - 1})
+		}
+		if direct {
+			off := ringHead + usedSize*uint64((q.used+uint16(i))&q.mask)
+			q.device.ram.Store32(off, uint32(u.ID))
+			q.device.ram.Store32(off+4, u.Len)
+		} else {
+			binary.LittleEndian.PutUint64(q.raw[usedSize*i:], uint64(u.ID)|uint64(u.Len)<<32)
+		}
+		bytes += uint64(u.Len)
+	}
+	if !direct {
+		q.device.writeRing(q.raw, uint64(q.used&q.mask), uint64(n), uint64(q.size), usedSize)
+	}
+	q.used += uint16(n)
+	q.publish(&q.device, word(q.flags, q.used)) // A
+	if q.sinceCall += uint32(n); q.sinceCall > 1<<16 {
+		q.sinceCall = 1 << 16
+	}
+	q.setState(q.avail, q.used)
+	q.stats.add(cDone, uint64(n))
+	q.stats.add(cDoneBytes, bytes)
+	q.stats.add(cPublished, 1)
+	q.device.flush()
+	return nil
+}
+
+// NeedCall implements Device.
+func (q *SplitDevice) NeedCall() bool {
+	n := q.sinceCall
+	if n == 0 || q.err != nil {
+		return false
+	}
+	old, any := q.lastCall, q.callAny
+	q.lastCall, q.sinceCall, q.callAny = q.used, 0, false
+	q.fence(mmio.FullBarrier) // C
+	var need bool
+	switch {
+	case q.eventIdx:
+		need = needEvent(q.driver.load16(usedEventOff(q.size)), q.used, old) || any || n >= 1<<16
+	case q.half:
+		need = q.driver.load16(0)&availNoInterrupt == 0
+	default:
+		need = uint16(q.driver.load32(0))&availNoInterrupt == 0
+	}
+	if need {
+		q.stats.add(cNotify, 1)
+	} else {
+		q.stats.add(cSuppressed, 1)
+	}
+	q.driver.flush()
+	return need
+}
+
+// ArmKick implements Device.
+func (q *SplitDevice) ArmKick() (bool, error) {
+	if q.err != nil {
+		return false, q.err
+	}
+	q.stats.add(cArms, 1)
+	if q.availSeen != q.avail {
+		q.stats.add(cArmPending, 1)
+		return true, nil
+	}
+	off, width := uint64(0), uint(4)
+	if q.eventIdx {
+		off, width = availEventOff(q.size), 2
+		if q.availEvent != q.avail {
+			q.availEvent, q.settled = q.avail, false
+			q.device.store16(off, q.avail)
+		}
+	} else if q.flags != 0 {
+		q.flags, q.settled = 0, false
+		q.device.store32(0, word(0, q.used))
+	}
+	// Where the word stands as it was, the driver has seen it since it was settled.
+	if !q.settled {
+		q.settle(&q.device, off, width, &q.driver) // D
+		q.settled = true
+		q.device.flush()
+	}
+	waiting, err := q.look()
+	if err != nil || waiting == 0 {
+		return false, err
+	}
+	q.stats.add(cArmPending, 1)
+	return true, nil
+}
+
+// DisarmKick implements Device. With the event index there is nothing to write: the event
+// stays behind as the available index moves on, and asks for one kick in 65536 at most.
+func (q *SplitDevice) DisarmKick() {
+	if q.eventIdx || q.flags == usedNoNotify || q.err != nil {
+		return
+	}
+	q.flags, q.settled = usedNoNotify, false
+	q.device.store32(0, word(q.flags, q.used))
+	q.device.flush()
+}
