@@ -8,8 +8,6 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/boardlink/boardlink/board"
 )
 
@@ -127,12 +125,9 @@ func (s *Search) defaults() {
 func Find(s Search, setup func(b *Board)) Result {
 	s.defaults()
 	if s.Seed == 0 {
-		var buf [8]byte
-		if n, err := unix.Getrandom(buf[:], 0); err != nil || n != 8 {
-			panic(fmt.Sprintf("testboard: getrandom: %v", err))
-		}
-		for _, c := range buf {
-			s.Seed = s.Seed<<8 | uint64(c)
+		var err error
+		if s.Seed, err = systemSeed(); err != nil {
+			panic(err)
 		}
 	}
 	x := &explorer{Search: s, setup: setup}
