@@ -114,6 +114,10 @@ func userCommand(path string, args []string) *exec.Cmd {
 
 // userError says in one line why no user namespace could be had.
 func userError(err error, sysctl func(string) string) error {
+	var errno unix.Errno
+	if errors.As(err, &errno) {
+		err = errno // without "fork/exec /proc/self/exe", which worked or was not reached
+	}
 	switch {
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EUSERS):
 		return fmt.Errorf("make a user namespace: %w: too many, or forbidden%s: run as root", err, userHint(sysctl))
