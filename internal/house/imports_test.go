@@ -1,0 +1,195 @@
+package house
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// floors is the table of docs/architecture.md: an import points down. Sub-packages
+// stand on the floor of their top folder, see floor.
+var floors = map[string]int{
+	"mmio": 0, "virtio": 0, "status": 0,
+	"dma":   1,
+	"vring": 2, "doorbell": 2, "pci": 2,
+	"board":     3,
+	"virtiomsg": 4, "tunbridge": 4,
+	"host": 5, "agent": 5,
+	"cmd": 6,
+}
+
+// top returns the first element of a package's path inside the module.
+func top(rel string) string {
+	t, _, _ := strings.Cut(rel, "/")
+	return t
+}
+
+// subset tells whether a package has to stay within Go 1.18 and few imports: all
+// rooms below cmd.
+func subset(rel string) bool {
+	f, ok := floors[top(rel)]
+	return ok && f < floors["cmd"]
+}
+
+// beside tells whether a package stands beside the floors: it tests, measures or builds. No
+// room below cmd imports it; cmd shares the measuring with hwtest.
+func beside(rel string) bool { return top(rel) == "hwtest" || top(rel) == "internal" }
+
+// mayImport says whether package from may import package to, both inside the
+// module, and why not.
+func mayImport(from, to string) string {
+	if top(to) == "cmd" {
+		if top(from) == "cmd" {
+			return ""
+		}
+		return "nobody imports cmd"
+	}
+	if beside(from) {
+		return ""
+	}
+	if top(from) == "cmd" && top(to) == "hwtest" {
+		return ""
+	}
+	if beside(to) {
+		return "no program imports " + top(to)
+	}
+	ff, ok := floors[top(from)]
+	if !ok {
+		return "package " + from + " has no floor: add it to the table"
+	}
+	tf, ok := floors[top(to)]
+	if !ok {
+		return "package " + to + " has no floor: add it to the table"
+	}
+	switch {
+	case ff > tf:
+		return ""
+	case top(from) == top(to):
+		// Within a room: a sub-package may use its parents and internal ones; the
+		// kinds of board do not know each other, and the room does not know its kinds.
+		if strings.HasPrefix(from, to+"/") || strings.Contains(to, "/internal/") || strings.HasSuffix(to, "/internal") {
+			return ""
+		}
+		return "inside a room only sub-packages import their parents"
+	}
+	return "an import only points down: floor " + strconv.Itoa(ff) + " imports floor " + strconv.Itoa(tf)
+}
+
+// mayUseModule says whether a package below cmd may import a path of another module.
+func mayUseModule(rel, path string) bool {
+	switch {
+	case path == "golang.org/x/sys/unix":
+		return true
+	case path == "github.com/songgao/water":
+		return top(rel) == "tunbridge"
+	}
+	return false
+}
+
+// bannedStd are standard packages that no package below cmd imports, and why.
+var bannedStd = map[string]string{
+	"math/rand":    "random numbers come from unix.Getrandom",
+	"math/rand/v2": "random numbers come from unix.Getrandom",
+	"C":            "no cgo: the programs are static",
+	"plugin":       "no cgo: the programs are static",
+}
+
+// checkImports is the rule of the floors and of the modules, for one file.
+func checkImports(f *findings, rel string, file *ast.File) {
+	for _, spec := range file.Imports {
+		path, err := strconv.Unquote(spec.Path.Value)
+		if err != nil {
+			f.add(spec.Pos(), "import %s", spec.Path.Value)
+			continue
+		}
+		if ours(path) {
+			to := strings.TrimPrefix(strings.TrimPrefix(path, modulePath), "/")
+			if why := mayImport(rel, to); why != "" {
+				f.add(spec.Pos(), "%s imports %s: %s", rel, to, why)
+			}
+			continue
+		}
+		if !subset(rel) {
+			continue
+		}
+		if isStd(path) {
+			if why, bad := bannedStd[path]; bad {
+				f.add(spec.Pos(), "%s imports %s: %s", rel, path, why)
+			}
+		} else if !mayUseModule(rel, path) {
+			f.add(spec.Pos(), "%s imports %s: below cmd only the standard library, golang.org/x/sys/unix and (tunbridge) water", rel, path)
+		}
+	}
+}
+
+func TestImportsPointDown(t *testing.T) {
+	fset := token.NewFileSet()
+	f := &findings{fset: fset}
+	for _, s := range parseTree(t, fset) {
+		if !s.test {
+			checkImports(f, s.rel, s.file)
+		}
+	}
+	f.report(t)
+}
+
+// TestEveryPackageHasAFloor: a new top folder is a decision, not an accident.
+func TestEveryPackageHasAFloor(t *testing.T) {
+	for _, p := range tree(t) {
+		if _, ok := floors[top(p.rel())]; !ok && !beside(p.rel()) {
+			t.Errorf("package %s has no floor: add it to the table in docs/architecture.md and here", p.ImportPath)
+		}
+	}
+}
+
+func TestImportCheckerBites(t *testing.T) {
+	for _, c := range []struct {
+		rel, imports string
+		bad          bool
+	}{
+		{"vring", modulePath + "/dma", false},
+		{"vring", modulePath + "/mmio", false},
+		{"mmio", modulePath + "/dma", true},
+		{"vring", modulePath + "/doorbell", true},
+		{"dma", modulePath + "/dma", true},
+		{"board/loopback", modulePath + "/board", false},
+		{"board/loopback", modulePath + "/board/internal/x", false},
+		{"board/loopback", modulePath + "/board/ivshmem", true},
+		{"board", modulePath + "/board/loopback", true},
+		{"virtiomsg", modulePath + "/board/loopback", false},
+		{"tunbridge", modulePath + "/virtiomsg", true},
+		{"host", modulePath + "/agent", true},
+		{"host", modulePath + "/cmd/boardlink", true},
+		{"hwtest", modulePath + "/cmd/boardlink", true},
+		{"hwtest", modulePath + "/host", false},
+		{"host", modulePath + "/hwtest", true},
+		{"cmd/boardlink", modulePath + "/host", false},
+		{"cmd/boardlink", modulePath + "/hwtest/x", false},
+		{"cmd/boardlink", modulePath + "/internal/runtests", true},
+		{"newroom", modulePath + "/mmio", true},
+		{"vring", "unsafe", false},
+		{"vring", "math/rand", true},
+		{"vring", "math/rand/v2", true},
+		{"vring", "C", true},
+		{"vring", "golang.org/x/sys/unix", false},
+		{"vring", "golang.org/x/sys/cpu", true},
+		{"vring", "github.com/songgao/water", true},
+		{"tunbridge", "github.com/songgao/water", false},
+		{"host", "github.com/vishvananda/netlink", true},
+		{"cmd/boardlink", "github.com/vishvananda/netlink", false},
+	} {
+		fset := token.NewFileSet()
+		file, err := parser.ParseFile(fset, "x.go", "package x\nimport _ \""+c.imports+"\"\n", parser.ParseComments)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f := &findings{fset: fset}
+		checkImports(f, c.rel, file)
+		if (len(f.list) > 0) != c.bad {
+			t.Errorf("%s imports %s: found %q, want bad=%v", c.rel, c.imports, f.list, c.bad)
+		}
+	}
+}

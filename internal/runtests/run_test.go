@@ -1,0 +1,100 @@
+package main
+
+import (
+	"io"
+	"strings"
+	"testing"
+)
+
+// events is what go 1.26 test -json says of a package that has a passing test, a
+// subtest that fails, a skipped test, and of a package that does not build.
+const events = `{"Action":"start","Package":"github.com/boardlink/boardlink/a"}
+{"Action":"run","Package":"github.com/boardlink/boardlink/a","Test":"TestGood"}
+{"Action":"output","Package":"github.com/boardlink/boardlink/a","Test":"TestGood","Output":"--- PASS: TestGood (0.00s)\n"}
+{"Action":"pass","Package":"github.com/boardlink/boardlink/a","Test":"TestGood","Elapsed":0}
+{"Action":"run","Package":"github.com/boardlink/boardlink/a","Test":"TestBad"}
+{"Action":"run","Package":"github.com/boardlink/boardlink/a","Test":"TestBad/sub"}
+{"Action":"output","Package":"github.com/boardlink/boardlink/a","Test":"TestBad/sub","Output":"    a_test.go:7: descriptor 3 is wrong\n"}
+{"Action":"fail","Package":"github.com/boardlink/boardlink/a","Test":"TestBad/sub","Elapsed":0}
+{"Action":"fail","Package":"github.com/boardlink/boardlink/a","Test":"TestBad","Elapsed":0}
+{"Action":"run","Package":"github.com/boardlink/boardlink/a","Test":"TestSkip"}
+{"Action":"output","Package":"github.com/boardlink/boardlink/a","Test":"TestSkip","Output":"    a_test.go:9: needs /dev/net/tun\n"}
+{"Action":"skip","Package":"github.com/boardlink/boardlink/a","Test":"TestSkip","Elapsed":0}
+{"Action":"output","Package":"github.com/boardlink/boardlink/a","Output":"FAIL\n"}
+{"Action":"output","Package":"github.com/boardlink/boardlink/a","Output":"FAIL\tgithub.com/boardlink/boardlink/a\t0.001s\n"}
+{"Action":"fail","Package":"github.com/boardlink/boardlink/a","Elapsed":0.001}
+{"ImportPath":"github.com/boardlink/boardlink/b [b.test]","Action":"build-output","Output":"b/b.go:3:1: undefined: x\n"}
+{"ImportPath":"github.com/boardlink/boardlink/b [b.test]","Action":"build-fail"}
+{"Action":"start","Package":"github.com/boardlink/boardlink/b"}
+{"Action":"output","Package":"github.com/boardlink/boardlink/b","Output":"FAIL\tgithub.com/boardlink/boardlink/b [build failed]\n"}
+{"Action":"fail","Package":"github.com/boardlink/boardlink/b","Elapsed":0,"FailedBuild":"github.com/boardlink/boardlink/b [b.test]"}
+{"Action":"run","Package":"github.com/boardlink/boardlink/c","Test":"TestPanic"}
+{"Action":"output","Package":"github.com/boardlink/boardlink/c","Test":"TestPanic","Output":"panic: out of range\n"}
+{"Action":"output","Package":"github.com/boardlink/boardlink/c","Output":"FAIL\tgithub.com/boardlink/boardlink/c\t0.001s\n"}
+{"Action":"fail","Package":"github.com/boardlink/boardlink/c","Elapsed":0.001}
+no event at all
+`
+
+func TestReport(t *testing.T) {
+	rep := newReport(io.Discard)
+	var pkgLines []string
+	rep.onPackage = func(l string) { pkgLines = append(pkgLines, l) }
+	rep.read(strings.NewReader(events))
+
+	if want := (counts{passed: 1, failed: 4, skipped: 1}); rep.counts != want {
+		t.Errorf("counted %v, want %v", rep.counts, want)
+	}
+	if got := rep.String(); got != "1 passed, 4 failed, 1 skipped" {
+		t.Errorf("last line is %q", got)
+	}
+	if len(pkgLines) != 3 {
+		t.Errorf("package lines: %q, want 3", pkgLines)
+	}
+	if len(rep.skips) != 1 || rep.skips[0] != "a TestSkip: needs /dev/net/tun" {
+		t.Errorf("skips: %q", rep.skips)
+	}
+	all := strings.Join(rep.failures(), "\n")
+	for _, want := range []string{"a TestBad/sub", "descriptor 3 is wrong", "undefined: x", "panic: out of range"} {
+		if !strings.Contains(all, want) {
+			t.Errorf("failures lack %q:\n%s", want, all)
+		}
+	}
+}
+
+func TestLinesOfAnyLength(t *testing.T) {
+	long := strings.Repeat("x", 1<<20)
+	l := newLines(strings.NewReader("a\n" + long + "\n\nend"))
+	var got []string
+	for l.next() {
+		got = append(got, string(l.line))
+	}
+	if len(got) != 4 || got[0] != "a" || got[1] != long || got[2] != "" || got[3] != "end" {
+		t.Errorf("read %d lines", len(got))
+	}
+}
+
+func TestChoose(t *testing.T) {
+	all := []stage{{name: "a"}, {name: "b"}, {name: "c"}}
+	got, err := choose(all, "c, a")
+	if err != nil || len(got) != 2 || got[0].name != "a" || got[1].name != "c" {
+		t.Errorf("choose: %v, %v", got, err)
+	}
+	if _, err := choose(all, "a,nosuch"); err == nil {
+		t.Error("an unknown stage is accepted")
+	}
+}
+
+// TestToolsAreKnown: a stage that needs a tool nobody can install would never be skipped.
+func TestToolsAreKnown(t *testing.T) {
+	known := map[string]bool{}
+	for _, x := range tools {
+		known[x.name] = true
+	}
+	for _, s := range stages(0) {
+		for _, n := range append(s.wants, s.needs...) {
+			if !known[n] {
+				t.Errorf("stage %s needs %q, which is not in the list of tools", s.name, n)
+			}
+		}
+	}
+}

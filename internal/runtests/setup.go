@@ -1,0 +1,217 @@
+package main
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sort"
+	"strings"
+)
+
+// tool is a program that a stage needs and that does not come with Go.
+type tool struct {
+	name     string
+	binaries []string // any of them will do
+	packages []string // Debian packages that bring it: the first that can be installed
+	why      string
+	// unless tells that the tree as it is does not use the tool; nil: it does.
+	unless func() bool
+}
+
+// tools is all that `make test` may install.
+var tools = []tool{
+	{"gcc", []string{"gcc"}, []string{"gcc libc6-dev"}, "the race detector and cgo", nil},
+	{"gccgo", gccgoNames, []string{"gccgo-12", "gccgo-13", "gccgo-14", "gccgo"}, "to compile the packages as Go 1.18", nil},
+	{"qemu-user", []string{"qemu-ppc64-static", "qemu-ppc64"}, []string{"qemu-user-static", "qemu-user"}, "to run tests on a big-endian processor", nil},
+	{"ip", []string{"ip"}, []string{"iproute2"}, "the tests with network namespaces", nil},
+	{"qemu-system", []string{"qemu-system-x86_64"}, []string{"qemu-system-x86"}, "the tests against QEMU's PCI devices", func() bool { return !mentioned("hwtest", "qemu-system-x86_64") }},
+}
+
+// gccgoNames are the gccgo releases that compile Go 1.18; the newer ones do too.
+// internal/house looks for the same.
+var gccgoNames = []string{"gccgo-12", "gccgo-13", "gccgo-14", "gccgo-15", "gccgo"}
+
+// toolsFor returns the tools that the stages need.
+func toolsFor(chosen []stage) []tool {
+	need := map[string]bool{}
+	for _, s := range chosen {
+		for _, n := range s.needs {
+			need[n] = true
+		}
+		for _, n := range s.wants {
+			need[n] = true
+		}
+	}
+	var out []tool
+	for _, t := range tools {
+		if need[t.name] && (t.unless == nil || !t.unless()) {
+			out = append(out, t)
+		}
+	}
+	return out
+}
+
+// mentioned tells whether a test below dir contains the word: a tool of a hundred
+// megabytes is not installed before something uses it.
+func mentioned(dir, word string) bool {
+	found := false
+	filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && strings.HasSuffix(path, ".go") {
+			if b, err := os.ReadFile(path); err == nil && strings.Contains(string(b), word) {
+				found = true
+			}
+		}
+		return nil
+	})
+	return found
+}
+
+// find returns the path of the tool, "" if it is not installed. The directories of
+// system programs count even where a user's PATH lacks them.
+func (t tool) find() string {
+	for _, b := range t.binaries {
+		if p, err := exec.LookPath(b); err == nil {
+			return p
+		}
+		for _, dir := range []string{"/usr/sbin", "/sbin"} {
+			p := filepath.Join(dir, b)
+			if st, err := os.Stat(p); err == nil && st.Mode()&0o111 != 0 {
+				return p
+			}
+		}
+	}
+	return ""
+}
+
+// qemuUser returns the emulator of a processor, by QEMU's name of it.
+func qemuUser(arch string) string {
+	t := tool{binaries: []string{"qemu-" + arch + "-static", "qemu-" + arch}}
+	if p := t.find(); p != "" {
+		return p
+	}
+	return t.binaries[0]
+}
+
+// provide installs what is missing and returns, for each tool that is still
+// missing, a line that says so and what to do.
+func provide(r *run, want []tool, install bool) map[string]string {
+	var lack []tool
+	for _, t := range want {
+		if p := t.find(); p != "" {
+			fmt.Fprintf(r.log, "%s: %s\n", t.name, p)
+		} else {
+			lack = append(lack, t)
+		}
+	}
+	if len(lack) == 0 {
+		r.say("nothing to install")
+		return nil
+	}
+
+	why := "-setup=false"
+	var got []string
+	if install {
+		var apt []string
+		if apt, why = aptGet(); apt != nil {
+			why = "apt-get could not install it, see " + filepath.Join(logDir, "setup.log")
+			a := &installer{run: r, apt: apt}
+			for _, t := range lack {
+				r.out.doing("apt-get install " + t.packages[0])
+				if a.install(t) {
+					got = append(got, t.name)
+				}
+			}
+		}
+	}
+	sort.Strings(got)
+	missing := map[string]string{}
+	for _, t := range lack {
+		if t.find() != "" {
+			continue
+		}
+		line := fmt.Sprintf("%s is missing (%s): %s; by hand: apt-get install %s", t.binaries[0], t.why, why, t.packages[0])
+		missing[t.name] = line
+		if isCI() {
+			r.failf("%s", line)
+		} else {
+			r.note("%s", line)
+		}
+	}
+	if len(got) > 0 {
+		r.say("installed " + strings.Join(got, " "))
+	}
+	return missing
+}
+
+// aptGet returns the command that runs apt-get as root, or nil and why there is none.
+func aptGet() ([]string, string) {
+	apt, err := exec.LookPath("apt-get")
+	if err != nil {
+		return nil, "this system has no apt-get"
+	}
+	cmd := []string{"env", "DEBIAN_FRONTEND=noninteractive", apt, "-y", "-q", "--no-install-recommends",
+		"-o", "DPkg::Lock::Timeout=120", "-o", "Acquire::Retries=2", "-o", "Acquire::http::Timeout=30"}
+	if os.Geteuid() == 0 {
+		return cmd, ""
+	}
+	sudo, err := exec.LookPath("sudo")
+	if err != nil {
+		return nil, "not root, and there is no sudo"
+	}
+	if exec.Command(sudo, "-n", "true").Run() == nil {
+		return append([]string{sudo, "-n"}, cmd...), ""
+	}
+	// A password has to be asked for, in the open, before output is captured.
+	if st, err := os.Stdin.Stat(); err == nil && st.Mode()&os.ModeCharDevice != 0 && !isCI() {
+		fmt.Println("sudo is asked for, to install what the tests need:")
+		ask := exec.Command(sudo, "-v")
+		ask.Stdin, ask.Stdout, ask.Stderr = os.Stdin, os.Stdout, os.Stderr
+		if ask.Run() == nil {
+			return append([]string{sudo, "-n"}, cmd...), ""
+		}
+	}
+	return nil, "not root, and sudo wants a password"
+}
+
+// installer installs packages one tool at a time, so that one that is not to be
+// had does not cost the others.
+type installer struct {
+	run     *run
+	apt     []string
+	updated bool
+}
+
+func (a *installer) install(t tool) bool {
+	if !haveLists() {
+		a.update()
+	}
+	for {
+		for _, p := range t.packages {
+			if a.get(append([]string{"install"}, strings.Fields(p)...)...) && t.find() != "" {
+				return true
+			}
+		}
+		if a.updated || a.run.ctx.Err() != nil {
+			return false
+		}
+		a.update() // the lists may be older than the archive
+	}
+}
+
+func (a *installer) update() {
+	a.updated = true
+	a.get("update")
+}
+
+func (a *installer) get(args ...string) bool {
+	_, err := a.run.output(nil, a.apt[0], append(append([]string{}, a.apt[1:]...), args...)...)
+	return err == nil
+}
+
+// haveLists tells whether apt-get update was ever run.
+func haveLists() bool {
+	m, _ := filepath.Glob("/var/lib/apt/lists/*_Packages*")
+	return len(m) > 0
+}
