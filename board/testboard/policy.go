@@ -20,9 +20,10 @@ func (r *rng) n(n int) int { return int(r.next() % uint64(n)) }
 // move is something that the environment can do, or a processor that can go on.
 type move struct {
 	what   moveKind
-	p      *Proc      // run, timeout, resume, drain
-	side   board.Side // deliver, park
-	n      int        // deliver: how many; drain: up to which entry; fault: which
+	p      *Proc      // run, timeout, resume, drain, arrive, ring
+	from   *Proc      // ring: whose pending store n it is; nil: it is posted
+	side   board.Side // deliver, ring, park
+	n      int        // deliver, ring: how many; drain, arrive: which entry; takeFault: which
 	weight int
 }
 
@@ -33,6 +34,7 @@ const (
 	timeout
 	resume
 	drain
+	arrive // drain, then deliver
 	deliver
 	ring // deliver up to a ring of p, then run p
 	park
@@ -53,10 +55,18 @@ func (b *Board) do(m *move) *Proc {
 		b.Resume(m.p)
 	case drain:
 		m.p.c.drain(m.n)
+	case arrive:
+		m.p.c.drain(m.n)
+		b.m.deliver(m.p.c.side, b.m.post[m.p.c.side].len())
 	case deliver:
 		b.m.deliver(m.side, m.n)
 	case ring:
-		b.m.deliver(m.side, m.n)
+		if m.from != nil {
+			m.from.c.drain(m.n)
+			b.m.deliver(m.side, b.m.post[m.side].len())
+		} else {
+			b.m.deliver(m.side, m.n)
+		}
 		return m.p
 	case takeFault:
 		b.takeFault(m.n)
@@ -105,12 +115,12 @@ func (b *Board) lastResort(moves []move) []move {
 // a loop that polls without Yield ends.
 const breath = 512
 
-// random is a random schedule: how likely each thing is, is drawn anew for each run,
-// from "at once" to "never unless all sleep".
+// random is a random schedule: how likely each thing is, is drawn anew for each run and
+// at times during a run, from "at once" to "never unless all sleep".
 type random struct {
 	r        rng
 	deliver  [2]int
-	drain    int
+	drain    [2]int
 	switchTo int
 	chances  int // in 64
 	timeouts int
@@ -121,10 +131,9 @@ var reluctance = [...]int{256, 64, 16, 4, 1, 0}
 
 func newRandom(seed uint64, horizon int) *random {
 	s := &random{r: rng(seed)}
-	s.deliver[0] = reluctance[s.r.n(6)]
-	s.deliver[1] = reluctance[s.r.n(6)]
-	s.drain = reluctance[s.r.n(6)]
-	s.switchTo = reluctance[s.r.n(5)]
+	for i := 0; i < 5; i++ {
+		s.draw(i)
+	}
 	s.chances = []int{0, 1, 4, 32}[s.r.n(4)]
 	s.timeouts = reluctance[2+s.r.n(4)]
 	for i := 0; i < 16; i++ {
@@ -133,9 +142,24 @@ func newRandom(seed uint64, horizon int) *random {
 	return s
 }
 
+// draw draws how likely one kind of move is.
+func (s *random) draw(i int) {
+	switch i {
+	case 0, 1:
+		s.deliver[i] = reluctance[s.r.n(6)]
+	case 2, 3:
+		s.drain[i-2] = reluctance[s.r.n(6)]
+	default:
+		s.switchTo = reluctance[s.r.n(5)]
+	}
+}
+
 func (s *random) chance(b *Board) bool { return s.r.n(64) < s.chances }
 
 func (s *random) next(b *Board, p *Proc) *Proc {
+	if s.r.n(32) == 0 {
+		s.draw(s.r.n(5))
+	}
 	at := 0
 	for i, f := range b.faults {
 		for k := f.left; k > 0; k-- {
@@ -192,9 +216,11 @@ func (s *random) next(b *Board, p *Proc) *Proc {
 			n, total = len(moves), len(moves)
 		}
 		for i := n; i < len(moves); i++ {
-			w := s.drain
+			var w int
 			if moves[i].what == deliver {
 				w = s.deliver[moves[i].side]
+			} else {
+				w = s.drain[moves[i].p.c.side]
 			}
 			if w < floor {
 				w = floor
@@ -319,6 +345,24 @@ func (s *systematic) after(b *Board, p *Proc) *Proc {
 	return nil
 }
 
+// ringFor returns the move that lets the next ring for r arrive, if one is under way.
+func (b *Board) ringFor(r *Proc) (move, bool) {
+	d := r.c.side.Other()
+	for i, n := 0, b.m.post[d].len(); i < n; i++ {
+		if e := b.m.post[d].at(i); e.bell && e.val == r.op.val {
+			return move{what: ring, p: r, side: d, n: i + 1}, true
+		}
+	}
+	for _, q := range b.procs {
+		for j := range q.c.pending {
+			if e := &q.c.pending[j]; e.bell && e.dst == r.c.side && e.val == r.op.val {
+				return move{what: ring, p: r, from: q, side: d, n: j}, true
+			}
+		}
+	}
+	return move{}, false
+}
+
 // options appends what could happen instead of the plain next step of q, as far as it can
 // make a difference that a later choice cannot.
 func (s *systematic) options(b *Board, q *Proc, moves []move) []move {
@@ -329,8 +373,12 @@ func (s *systematic) options(b *Board, q *Proc, moves []move) []move {
 				continue
 			}
 			for j := range r.c.pending {
-				if r.c.pending[j].overlaps(o.of, o.off, o.width) {
-					moves = append(moves, move{what: drain, p: r, n: j})
+				if e := &r.c.pending[j]; e.overlaps(o.of, o.off, o.width) {
+					w := drain
+					if !e.local {
+						w = arrive
+					}
+					moves = append(moves, move{what: w, p: r, n: j})
 				}
 			}
 		}
@@ -354,12 +402,8 @@ func (s *systematic) options(b *Board, q *Proc, moves []move) []move {
 			moves = append(moves, move{what: run, p: r})
 			continue
 		}
-		d := r.c.side.Other()
-		for i, n := 0, b.m.post[d].len(); i < n; i++ {
-			if e := b.m.post[d].at(i); e.bell && e.val == r.op.val {
-				moves = append(moves, move{what: ring, p: r, side: d, n: i + 1})
-				break
-			}
+		if m, ok := b.ringFor(r); ok {
+			moves = append(moves, m)
 		}
 		if r.op.kind == opWaitTimeout {
 			moves = append(moves, move{what: timeout, p: r})
