@@ -22,10 +22,6 @@ type Pump interface {
 	// Run moves frames until Stop is raised (nil) or the peer or the interface
 	// misbehaves (an error that names queue and cause). It may be called once.
 	Run() error
-	// Stats returns the live counters.
-	Stats() *Stats
-	// Bell returns the counters of the pump's doorbell.
-	Bell() *doorbell.Sleeper
 }
 
 // Limits of one batch: the queue is published when either is reached, so that a
@@ -175,16 +171,22 @@ type PumpConfig struct {
 	MaxFrame int
 	// Fallback is the pace of the poll fallback; the zero value is the default.
 	Fallback doorbell.Fallback
+	// Stats and Bells, if not nil, are counted in, so that counters outlive the pump.
+	Stats *Stats
+	Bells *doorbell.Counters
 }
 
 func newCommon(c PumpConfig) common {
+	if c.Stats == nil {
+		c.Stats = new(Stats)
+	}
 	return common{
-		stats: &Stats{},
+		stats: c.Stats,
 		name:  c.Name,
 		ifc:   c.Iface,
 		stop:  c.Stop,
 		sleeper: doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: c.Wait, Stop: c.Stop.Bell(),
-			Extra: c.Iface.FD(), HasExtra: true, ExtraName: c.Iface.Name(), Fallback: c.Fallback}),
+			Extra: c.Iface.FD(), HasExtra: true, ExtraName: c.Iface.Name(), Fallback: c.Fallback, Counters: c.Bells}),
 		ringer:  c.Ring,
 		max:     c.MaxFrame,
 		vnet:    c.Iface.HeaderLen() != 0,
@@ -192,12 +194,6 @@ func newCommon(c PumpConfig) common {
 		hdr:     new(header),
 	}
 }
-
-// Stats returns the live counters.
-func (c *common) Stats() *Stats { return c.stats }
-
-// Bell returns the doorbell that the loop sleeps on.
-func (c *common) Bell() *doorbell.Sleeper { return c.sleeper }
 
 // ring notifies the peer. A ring that fails is counted, and no more: the peer is absent, which the
 // link finds out, or its poll fallback rescues it.
