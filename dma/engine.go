@@ -1,9 +1,16 @@
 package dma
 
-import "errors"
+import (
+	"errors"
+	"fmt"
+)
 
-// ErrEngineClosed is returned by a closed Engine.
-var ErrEngineClosed = errors.New("dma: engine is closed")
+var (
+	// ErrEngineClosed is returned by a closed Engine.
+	ErrEngineClosed = errors.New("dma: engine is closed")
+	// ErrBadCopy: the destination of a copy is shorter than its source; submit no such.
+	ErrBadCopy = errors.New("destination shorter than source")
+)
 
 // Copy is one operation of an Engine: all of Src to the start of Dst, which must be at
 // least as long. Tag is the submitter's and comes back in the Completion.
@@ -25,8 +32,8 @@ type Completion struct {
 type Engine interface {
 	// Submit starts the copies of batch in order and returns how many were accepted:
 	// fewer than all where the engine is full; then Poll and submit the rest. An
-	// error tells that the copy behind the accepted ones is refused for good, or
-	// ErrEngineClosed. The batch itself is the caller's again on return.
+	// error tells that the copy behind the accepted ones is refused for good
+	// (ErrBadCopy), or ErrEngineClosed. The batch itself is the caller's again on return.
 	Submit(batch []Copy) (int, error)
 	// Poll writes completions to done, in the order of submission, and returns how
 	// many. It never blocks. What a completed copy wrote to local memory is
@@ -64,6 +71,9 @@ func (e *cpuEngine) Submit(batch []Copy) (int, error) {
 			return i, nil
 		}
 		c := &batch[i]
+		if c.Dst.Len < c.Src.Len {
+			return i, badCopy(c)
+		}
 		CopySpan(c.Dst, c.Src)
 		e.done[e.tail%uint64(len(e.done))] = Completion{Tag: c.Tag}
 		e.tail++
@@ -84,4 +94,8 @@ func (e *cpuEngine) Close() error {
 	e.closed = true
 	e.head = e.tail
 	return nil
+}
+
+func badCopy(c *Copy) error {
+	return fmt.Errorf("dma: copy with tag %d: %d bytes at %#x to %d bytes at %#x: %w", c.Tag, c.Src.Len, uint64(c.Src.Addr()), c.Dst.Len, uint64(c.Dst.Addr()), ErrBadCopy)
 }

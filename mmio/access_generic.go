@@ -79,15 +79,21 @@ func clearWords(p unsafe.Pointer, n uint64) {
 	}
 }
 
-// fence is a read-modify-write of a word that no other processor knows: on
-// every architecture sync/atomic makes it a full barrier (386: LOCK XADD, arm: DMB
-// on both sides, gccgo: a sequentially consistent __atomic operation, on PowerPC
-// with sync in front).
+// fenceWord is for fence alone, a cache line of its own. (A local word would be allocated
+// at each call by gccgo.)
+var fenceWord struct {
+	_    [64]byte
+	word uint32
+	_    [60]byte
+}
+
+// fence is a read-modify-write of a word that nobody reads: on every architecture
+// sync/atomic makes it a full barrier (386: LOCK XADD, arm: DMB on both sides,
+// gccgo: a sequentially consistent __atomic operation, on PowerPC with sync in front).
 //
 //go:noinline
 func fence() {
-	var word uint32
-	atomic.AddUint32(&word, 1)
+	atomic.AddUint32(&fenceWord.word, 1)
 }
 
 func weakRead()    { fence() }

@@ -138,114 +138,99 @@ func (r RAM) Pointer(off uint64) unsafe.Pointer {
 	return unsafe.Add(r.base, off)
 }
 
-func (m *Mem) fault(off uint64, width uint64) {
-	panic(Fault{off, m.size, width})
-}
-
-// ptr checks an access and returns its address; nil means the bus.
-func (m *Mem) ptr(off, width uint64) unsafe.Pointer {
-	if off+width > m.size || off+width < off {
-		m.fault(off, width)
+// want panics unless an access is inside the memory and aligned. One of base and m.off is 0.
+func (m *Mem) want(off, width uint64) {
+	if off > m.size || m.size-off < width || (uint64(uintptr(m.base))+m.off+off)&(width-1) != 0 {
+		panic(Fault{off, m.size, width})
 	}
-	if m.bus != nil {
-		if (m.off+off)&(width-1) != 0 {
-			m.fault(off, width)
-		}
-		return nil
-	}
-	p := unsafe.Add(m.base, off)
-	if uintptr(p)&uintptr(width-1) != 0 {
-		m.fault(off, width)
-	}
-	return p
 }
 
 // Load8 returns the byte at off.
 func (m *Mem) Load8(off uint64) uint8 {
-	p := m.ptr(off, 1)
-	if p == nil {
+	m.want(off, 1)
+	if m.bus != nil {
 		return uint8(m.bus.Load(m.off+off, 1))
 	}
-	return Load8(p)
+	return Load8(unsafe.Add(m.base, off))
 }
 
 // Load16 returns the little-endian 16 bits at off.
 func (m *Mem) Load16(off uint64) uint16 {
-	p := m.ptr(off, 2)
-	if p == nil {
+	m.want(off, 2)
+	if m.bus != nil {
 		return uint16(m.bus.Load(m.off+off, 2))
 	}
-	return Load16(p)
+	return Load16(unsafe.Add(m.base, off))
 }
 
 // Load32 returns the little-endian 32 bits at off.
 func (m *Mem) Load32(off uint64) uint32 {
-	p := m.ptr(off, 4)
-	if p == nil {
+	m.want(off, 4)
+	if m.bus != nil {
 		return uint32(m.bus.Load(m.off+off, 4))
 	}
-	return Load32(p)
+	return Load32(unsafe.Add(m.base, off))
 }
 
 // Load64 returns the little-endian 64 bits at off. On 32-bit processors it is two
 // loads of 32 bits, low half first.
 func (m *Mem) Load64(off uint64) uint64 {
-	p := m.ptr(off, 8)
-	if p == nil {
+	m.want(off, 8)
+	if m.bus != nil {
 		return m.bus.Load(m.off+off, 8)
 	}
-	return Load64(p)
+	return Load64(unsafe.Add(m.base, off))
 }
 
 // Store8 writes the byte at off.
 func (m *Mem) Store8(off uint64, v uint8) {
-	p := m.ptr(off, 1)
-	if p == nil {
+	m.want(off, 1)
+	if m.bus != nil {
 		m.bus.Store(m.off+off, 1, uint64(v))
 		return
 	}
-	Store8(p, v)
+	Store8(unsafe.Add(m.base, off), v)
 }
 
 // Store16 writes 16 bits, little-endian, at off.
 func (m *Mem) Store16(off uint64, v uint16) {
-	p := m.ptr(off, 2)
-	if p == nil {
+	m.want(off, 2)
+	if m.bus != nil {
 		m.bus.Store(m.off+off, 2, uint64(v))
 		return
 	}
-	Store16(p, v)
+	Store16(unsafe.Add(m.base, off), v)
 }
 
 // Store32 writes 32 bits, little-endian, at off.
 func (m *Mem) Store32(off uint64, v uint32) {
-	p := m.ptr(off, 4)
-	if p == nil {
+	m.want(off, 4)
+	if m.bus != nil {
 		m.bus.Store(m.off+off, 4, uint64(v))
 		return
 	}
-	Store32(p, v)
+	Store32(unsafe.Add(m.base, off), v)
 }
 
 // Store64 writes 64 bits, little-endian, at off. On 32-bit processors it is two
 // stores of 32 bits, low half first.
 func (m *Mem) Store64(off uint64, v uint64) {
-	p := m.ptr(off, 8)
-	if p == nil {
+	m.want(off, 8)
+	if m.bus != nil {
 		m.bus.Store(m.off+off, 8, v)
 		return
 	}
-	Store64(p, v)
+	Store64(unsafe.Add(m.base, off), v)
 }
 
 // Consume32 loads 32 bits that the other side publishes, and keeps every later
 // access behind the load (pairs with the peer's Publish32).
 func (m *Mem) Consume32(off uint64) uint32 {
-	p := m.ptr(off, 4)
-	if p != nil && m.kind == Cached {
+	m.want(off, 4)
+	if m.bus == nil && m.kind == Cached {
 		// sync/atomic: an acquire on every architecture, and an edge that the
 		// race detector understands.
-		return le32(atomic.LoadUint32((*uint32)(p)))
+		return le32(atomic.LoadUint32((*uint32)(unsafe.Add(m.base, off))))
 	}
 	v := m.Load32(off)
 	m.Barrier(ReadBarrier)
@@ -256,9 +241,9 @@ func (m *Mem) Consume32(off uint64) uint32 {
 // side waits for (pairs with the peer's Consume32). Where the data lies in memory of a
 // stronger kind than the word itself, call BarrierFor first.
 func (m *Mem) Publish32(off uint64, v uint32) {
-	p := m.ptr(off, 4)
-	if p != nil && m.kind == Cached {
-		atomic.StoreUint32((*uint32)(p), le32(v))
+	m.want(off, 4)
+	if m.bus == nil && m.kind == Cached {
+		atomic.StoreUint32((*uint32)(unsafe.Add(m.base, off)), le32(v))
 		return
 	}
 	m.Barrier(WriteBarrier)
