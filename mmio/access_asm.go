@@ -111,16 +111,3 @@ func clearWords(p unsafe.Pointer, n uint64) {
 // burst is how many bytes one call into the assembly moves at most. The scheduler cannot
 // stop it there, and a read from a device may take a microsecond for each word.
 const burst = 1024
-
-// The barriers between processors, for cached memory. The call alone keeps the
-// compiler from moving accesses across.
-
-func weakRead()
-func weakWrite()
-func weakFull()
-
-// The barriers towards devices.
-
-func strongRead()
-func strongWrite()
-func strongFull()

@@ -2,10 +2,7 @@
 
 package mmio
 
-import (
-	"sync/atomic"
-	"unsafe"
-)
+import "unsafe"
 
 // wordAccesses is the number of bus accesses that one 64-bit access makes: two
 // where a pointer, and so a register, has 32 bits.
@@ -78,27 +75,3 @@ func clearWords(p unsafe.Pointer, n uint64) {
 		Store64(unsafe.Add(p, i), 0)
 	}
 }
-
-// fenceWord is for fence alone, a cache line of its own. (A local word would be allocated
-// at each call by gccgo.)
-var fenceWord struct {
-	_    [64]byte
-	word uint32
-	_    [60]byte
-}
-
-// fence is a read-modify-write of a word that nobody reads: on every architecture
-// sync/atomic makes it a full barrier (386: LOCK XADD, arm: DMB on both sides,
-// gccgo: a sequentially consistent __atomic operation, on PowerPC with sync in front).
-//
-//go:noinline
-func fence() {
-	atomic.AddUint32(&fenceWord.word, 1)
-}
-
-func weakRead()    { fence() }
-func weakWrite()   { fence() }
-func weakFull()    { fence() }
-func strongRead()  { fence() }
-func strongWrite() { fence() }
-func strongFull()  { fence() }
