@@ -30,8 +30,11 @@ func putPacket(b []byte, token, seq uint64) {
 	le.PutUint64(b[8:], token)
 	le.PutUint64(b[16:], seq)
 	copy(b[udpHeader:], pattern()[payloadAt(token, seq):])
-	le.PutUint32(b, crc32.Checksum(b[4:], castagnoli))
+	le.PutUint32(b, crcOf(b))
 }
+
+// crcOf returns the checksum that belongs in a packet of at least 4 bytes.
+func crcOf(b []byte) uint32 { return crc32.Checksum(b[4:], castagnoli) }
 
 // tally counts received packets by what they turned out to be. See UDPResult.
 type tally struct {
@@ -53,7 +56,7 @@ func newPacketChecker(token uint64, size int) *packetChecker {
 
 // check judges one packet; numbers from limit on were not sent yet.
 func (c *packetChecker) check(b []byte, limit uint64) {
-	if len(b) < udpHeader || le.Uint32(b) != crc32.Checksum(b[4:], castagnoli) || le.Uint32(b[4:]) != uint32(len(b)) {
+	if len(b) < udpHeader || le.Uint32(b) != crcOf(b) || le.Uint32(b[4:]) != uint32(len(b)) {
 		c.corrupt++
 		return
 	}

@@ -27,7 +27,8 @@ const (
 	echoReply4     = 0
 	echoRequest6   = 128
 	echoReply6     = 129
-	maxPing        = math.MaxUint16 // pings in one run: each has a sequence number of its own
+	maxPing        = math.MaxUint16        // pings in one run: each has a sequence number of its own
+	pingLinger     = 10 * time.Millisecond // wait for duplicates of the last reply
 	maxPingPayload = math.MaxUint16 - 20 - icmpHeader
 )
 
@@ -39,6 +40,9 @@ type PingConfig struct {
 	// or 48 (IPv6) is sent in fragments. Default 56.
 	Sizes   []int
 	Timeout time.Duration // after which a request counts as lost; default 1 s
+	// Peer is the namespace of the address pinged, where the requests' checksum errors are
+	// counted; nil if it is not at hand.
+	Peer *netns.NS
 }
 
 func (c PingConfig) withDefaults() (PingConfig, error) {
@@ -84,7 +88,7 @@ type PingResult struct {
 	Duplicates int `json:"duplicates"`
 	// Corrupt counts replies with another payload than their request had, and ChecksumErrors.
 	Corrupt        uint64 `json:"corrupt"`
-	ChecksumErrors uint64 `json:"checksum_errors"` // packets refused by the kernel, in both namespaces
+	ChecksumErrors uint64 `json:"checksum_errors"` // packets refused by the kernel, also in Peer
 	SendErrors     int    `json:"send_errors"`     // requests that the kernel refused to send
 	// RTT is of the replies received, from just before the request's system call until after the
 	// reply's: the wake-up of this process included.
@@ -276,7 +280,11 @@ func Ping(ctx context.Context, from *netns.NS, dst netip.Addr, cfg PingConfig) (
 	if err != nil {
 		return res, err
 	}
-	sums, err := newCsum(Endpoint{NS: from}, Endpoint{NS: from})
+	ends := [2]Endpoint{{NS: from}, {NS: from}}
+	if cfg.Peer != nil {
+		ends[1].NS = cfg.Peer
+	}
+	sums, err := newCsum(ends[0], ends[1])
 	if err != nil {
 		return res, err
 	}
@@ -289,9 +297,10 @@ func Ping(ctx context.Context, from *netns.NS, dst netip.Addr, cfg PingConfig) (
 	sentAt := make([]atomic.Int64, cfg.Count+1) // nanoseconds since begin; 0 is not sent yet
 	begin := time.Now()
 	since := func() int64 { return max(1, int64(time.Since(begin))) }
+	answered := make([]bool, cfg.Count+1)
 	received := make(chan error, 1)
 	go func() {
-		received <- p.receive(cfg, sentAt, since, &res)
+		received <- p.receive(cfg, sentAt, answered, since, &res, true)
 	}()
 
 	err = p.send(ctx, cfg, sentAt, since, &res)
@@ -303,6 +312,11 @@ func Ping(ctx context.Context, from *netns.NS, dst netip.Addr, cfg PingConfig) (
 	stop := context.AfterFunc(ctx, func() { p.f.SetReadDeadline(time.Now()) })
 	rerr := <-received
 	stop()
+	if err == nil && rerr == nil && ctx.Err() == nil {
+		// What comes twice comes at once.
+		p.f.SetReadDeadline(time.Now().Add(pingLinger))
+		rerr = p.receive(cfg, sentAt, answered, since, &res, false)
+	}
 	if err == nil {
 		err = rerr
 	}
@@ -360,11 +374,10 @@ func (p *pinger) send(ctx context.Context, cfg PingConfig, sentAt []atomic.Int64
 	return nil
 }
 
-// receive takes replies until all have come or the read deadline passes.
-func (p *pinger) receive(cfg PingConfig, sentAt []atomic.Int64, since func() int64, res *PingResult) error {
+// receive takes replies until the read deadline passes, or all have come and these are enough.
+func (p *pinger) receive(cfg PingConfig, sentAt []atomic.Int64, answered []bool, since func() int64, res *PingResult, enough bool) error {
 	buf := make([]byte, 1<<16)
-	state := make([]bool, cfg.Count+1) // answered
-	for res.Received < cfg.Count {
+	for !enough || res.Received < cfg.Count {
 		n, err := p.f.Read(buf)
 		now := since()
 		if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -388,7 +401,7 @@ func (p *pinger) receive(cfg PingConfig, sentAt []atomic.Int64, since func() int
 			res.Corrupt++
 			continue
 		}
-		if state[i] {
+		if answered[i] {
 			res.Duplicates++
 			continue
 		}
@@ -396,7 +409,7 @@ func (p *pinger) receive(cfg PingConfig, sentAt []atomic.Int64, since func() int
 		if rtt > int64(cfg.Timeout) {
 			continue
 		}
-		state[i] = true
+		answered[i] = true
 		res.Received++
 		res.hist.RecordValue(min(rtt, int64(time.Minute)))
 	}

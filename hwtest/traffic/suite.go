@@ -127,7 +127,7 @@ func (p Pair) ends(d Direction) (from, to Endpoint) {
 // RunConfig says what Run does. The zero value of a field stands for its default.
 type RunConfig struct {
 	Duration time.Duration // of each of the measurements, TCP and UDP, each way; default 3 s
-	Ping     PingConfig    // for each pair, each way; the default also has sizes of 0 to 1400 bytes
+	Ping     PingConfig    // for each pair, each way, without Peer; the default also has sizes of 0 to 1400 bytes
 	TCP      TCPConfig     // without Duration
 	UDP      UDPConfig     // without Duration, Size
 	Ready    time.Duration // how long the path may take to come up; default 10 s
@@ -182,6 +182,7 @@ func Run(ctx context.Context, pairs []Pair, cfg RunConfig) (Result, error) {
 				switch what {
 				case "ping":
 					var res PingResult
+					cfg.Ping.Peer = to.NS
 					res, err = Ping(ctx, from.NS, to.Addr, cfg.Ping)
 					r.AddPing(res)
 				case "tcp":

@@ -19,7 +19,7 @@ const (
 	udpBatch    = 64       // packets of a system call
 	udpTimeout  = 20e6     // nanoseconds that a system call may wait, so that Stop is seen
 	udpRcvbuf   = 16 << 20 // bytes asked for; the kernel may give less
-	udpQuiet    = 300 * time.Millisecond
+	udpQuiet    = 200 * time.Millisecond
 	udpMaxBytes = 65507 // RFC 768 in an IPv4 packet of 65535 bytes
 )
 
@@ -32,7 +32,8 @@ type UDPConfig struct {
 	// Segments is how many packets the kernel makes of one that is sent (UDP_SEGMENT, Linux 4.18),
 	// at most 64 and 65507 bytes together; default 1.
 	Segments int
-	// Lossless makes a lost packet an error. Give a Rate that the path is known to carry.
+	// Lossless makes a lost packet an error. Give a Rate that the path is known to carry, and see
+	// WaitReachable: packets also get lost while a neighbour is resolved.
 	Lossless bool
 }
 
