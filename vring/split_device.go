@@ -19,8 +19,12 @@ type SplitDevice struct {
 	split
 	indirectOK bool
 	ref        *dma.TableRef
-	table      *dma.Table // of the last batch; what the barriers cover
-	half       bool       // the driver area is aligned to 2 only: flags and index apart
+	table      *dma.Table  // of the last batch; what the barriers cover
+	hot        *dma.Region // region of table that was used last, its range and rights
+	hotAddr    uint64
+	hotSize    uint64
+	hotAccess  dma.Access
+	half       bool // the driver area is aligned to 2 only: flags and index apart
 
 	avail     uint16 // next available index to pop
 	availSeen uint16 // available index as last read and checked
@@ -86,6 +90,7 @@ func NewSplitDevice(c Config) (*SplitDevice, error) {
 func (q *SplitDevice) reload() {
 	if t := q.ref.Load(); t != q.table {
 		q.table = t
+		q.hot, q.hotSize = nil, 0
 		q.cover(q.kind, t.Regions())
 	}
 }
@@ -144,31 +149,43 @@ func (q *SplitDevice) Pop(b *Batch, max int) (int, error) {
 		q.readHeads(m)
 	}
 	q.runLo, q.runHi = 0, 0
-	size := uint32(q.size)
-	spans := len(b.Spans)
-	left := int(q.size) // descriptors that the batch may take: chains share none
+	// The loop works on locals: through q and b, each store would make the compiler
+	// load everything anew.
+	size, mask, avail := q.size, q.mask, q.avail
+	ringDirect, ring := q.driver.direct, q.driver.ram
+	descDirect, desc := q.desc.direct, q.desc.ram
+	chains, spans := b.Chains, b.Spans
+	limit := len(spans) + int(size)
+	left := int(size) // descriptors that the batch may take: chains share none
 	var bytes uint64
 	var bad *Error
 	n := 0
-	for n < m && len(b.Spans)-spans < int(size) {
+	for n < m && len(spans) < limit {
 		var head uint16
-		if q.driver.direct {
-			head = q.driver.ram.Load16(ringHead + 2*uint64((q.avail+uint16(n))&q.mask))
+		if ringDirect {
+			head = ring.Load16(ringHead + 2*uint64((avail+uint16(n))&mask))
 		} else {
 			head = q.heads[n]
 		}
-		if uint32(head) >= size {
+		if head >= size {
 			bad = &Error{Code: ErrHeadRange, Value: uint64(head), Limit: uint64(size - 1)}
 			break
 		}
 		var addr, w uint64
-		if q.desc.direct {
-			addr = q.desc.ram.Load64(uint64(head) * descSize)
-			w = q.desc.ram.Load64(uint64(head)*descSize + 8)
+		if descDirect {
+			addr = desc.Load64(uint64(head) * descSize)
+			w = desc.Load64(uint64(head)*descSize + 8)
 		} else {
 			addr, w = q.fetch(head, n, m)
 		}
-		c := Chain{ID: head, Count: 1, First: int32(len(b.Spans))}
+		// Written in place: a copy would wait for the stores of the fields.
+		if len(chains) == cap(chains) {
+			chains = append(chains, Chain{})[:len(chains)]
+		}
+		kept := len(spans)
+		chains = chains[:len(chains)+1]
+		c := &chains[len(chains)-1]
+		*c = Chain{ID: head, Count: 1, First: int32(kept)}
 		length, flags := uint32(w), uint16(w>>32)
 		if flags&(descNext|descIndirect) == 0 && left > 0 {
 			left--
@@ -176,27 +193,38 @@ func (q *SplitDevice) Pop(b *Batch, max int) (int, error) {
 			if flags&descWrite != 0 {
 				need = dma.DeviceWrite
 			}
-			var err error
-			if b.Spans, err = q.table.Translate(b.Spans, dma.Addr(addr), length, need); err != nil {
-				bad = q.untranslatable(head, head, dma.Addr(addr), length, err)
-				break
+			// Most buffers lie in the region of the one before.
+			off := addr - q.hotAddr
+			if off < q.hotSize && uint64(length) <= q.hotSize-off && length != 0 && q.hotAccess&need != 0 {
+				spans = append(spans, dma.Span{Region: q.hot, Off: off, Len: length})
+			} else {
+				var err error
+				if spans, err = q.table.Translate(spans, dma.Addr(addr), length, need); err != nil {
+					bad = q.untranslatable(head, head, dma.Addr(addr), length, err)
+				} else {
+					q.heat(spans[kept].Region)
+				}
 			}
 			if flags&descWrite != 0 {
-				c.WriteLen, c.Writable = length, uint16(len(b.Spans)-int(c.First))
+				c.WriteLen, c.Writable = length, uint16(len(spans)-kept)
 			} else {
-				c.ReadLen, c.Readable = length, uint16(len(b.Spans)-int(c.First))
+				c.ReadLen, c.Readable = length, uint16(len(spans)-kept)
 			}
+			bytes += uint64(length)
 		} else {
-			kept := len(b.Spans)
-			if left, bad = q.walk(b, &c, addr, w, left); bad != nil {
-				b.Spans = b.Spans[:kept]
-				break
-			}
+			b.Spans = spans
+			left, bad = q.walk(b, c, addr, w, left)
+			spans = b.Spans
+			bytes += uint64(c.ReadLen) + uint64(c.WriteLen)
 		}
-		b.Chains = append(b.Chains, c)
-		bytes += uint64(c.ReadLen) + uint64(c.WriteLen)
+		if bad != nil {
+			chains = chains[:len(chains)-1]
+			spans = spans[:kept]
+			break
+		}
 		n++
 	}
+	b.Chains, b.Spans = chains, spans
 	q.avail += uint16(n)
 	q.setState(q.avail, q.used)
 	q.stats.add(cChains, uint64(n))
@@ -208,6 +236,11 @@ func (q *SplitDevice) Pop(b *Batch, max int) (int, error) {
 		return n, q.fail(bad)
 	}
 	return n, nil
+}
+
+// heat remembers the region of a translated buffer.
+func (q *SplitDevice) heat(r *dma.Region) {
+	q.hot, q.hotAddr, q.hotSize, q.hotAccess = r, uint64(r.Addr), r.Mem.Size(), r.Access
 }
 
 // readHeads copies the next m entries of the available ring to heads.
@@ -297,6 +330,7 @@ func (q *SplitDevice) walkTable(b *Batch, c *Chain, at uint16, addr dma.Addr, le
 	entries := length / descSize
 	for i, steps := uint32(0), uint32(0); ; steps++ {
 		if steps == entries || buffers == int(q.size) {
+			// One more than the table, or the queue, has room for.
 			return &Error{Code: ErrLoop, Head: c.ID, Desc: uint16(i), Value: uint64(buffers) + 1, Limit: uint64(buffers)}
 		}
 		a := dma.Addr(binary.LittleEndian.Uint64(tab[i*descSize:]))

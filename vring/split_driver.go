@@ -161,6 +161,9 @@ func (q *SplitDriver) Add(reqs []Request) (int, error) {
 	n := 0
 	// Of the batch's ring entries, those from lo up to hi changed.
 	lo, hi := -1, 0
+	// The loop works on locals, as SplitDevice.Pop does.
+	ring, slots, descs := q.ring, q.slots, q.descs
+	direct, ram := q.driver.direct, q.driver.ram
 	for n < len(reqs) {
 		r := &reqs[n]
 		var head uint16
@@ -174,14 +177,15 @@ func (q *SplitDriver) Add(reqs []Request) (int, error) {
 				break
 			}
 			head = q.take()
-			s := &q.slots[head]
-			s.token, s.count = r.Token, 1
-			if r.Readable == 1 {
-				s.writable = 0
-				q.put(head, uint64(b.Addr), rest(b.Len, 0, 0))
-			} else {
-				s.writable = b.Len
-				q.put(head, uint64(b.Addr), rest(b.Len, descWrite, 0))
+			w := rest(b.Len, 0, 0)
+			writable := uint32(0)
+			if r.Readable == 0 {
+				w = rest(b.Len, descWrite, 0)
+				writable = b.Len
+			}
+			slots[head] = slot{token: r.Token, writable: writable, count: 1}
+			if d := &descs[head]; d[0] != uint64(b.Addr) || d[1] != w {
+				q.put(head, uint64(b.Addr), w)
 			}
 			bytes += uint64(b.Len)
 		} else {
@@ -196,10 +200,10 @@ func (q *SplitDriver) Add(reqs []Request) (int, error) {
 			bytes += total
 		}
 		pos := (q.avail + uint16(n)) & q.mask
-		if q.ring[pos] != head {
-			q.ring[pos] = head
-			if q.driver.direct {
-				q.driver.ram.Store16(ringHead+2*uint64(pos), head)
+		if ring[pos] != head {
+			ring[pos] = head
+			if direct {
+				ram.Store16(ringHead+2*uint64(pos), head)
 			} else {
 				if lo < 0 {
 					lo = n
@@ -396,7 +400,8 @@ func (q *SplitDriver) Reap(done []Completion) (int, error) {
 	if m == 0 {
 		return 0, nil
 	}
-	direct := q.device.direct
+	direct, ram := q.device.direct, q.device.ram
+	slots := q.slots
 	if !direct {
 		q.device.readRing(q.scratch, uint64(q.used&q.mask), uint64(m), uint64(q.size), usedSize)
 		q.device.flush()
@@ -408,16 +413,16 @@ func (q *SplitDriver) Reap(done []Completion) (int, error) {
 		var id, length uint32
 		if direct {
 			off := ringHead + usedSize*uint64((q.used+uint16(n))&q.mask)
-			id, length = q.device.ram.Load32(off), q.device.ram.Load32(off+4)
+			id, length = ram.Load32(off), ram.Load32(off+4)
 		} else {
 			id = binary.LittleEndian.Uint32(q.scratch[n*usedSize:])
 			length = binary.LittleEndian.Uint32(q.scratch[n*usedSize+4:])
 		}
-		if id >= uint32(len(q.slots)) || q.slots[id].count == 0 {
+		if id >= uint32(len(slots)) || slots[id].count == 0 {
 			err = q.fail(&Error{Code: ErrUsedID, Index: q.used + uint16(n), Value: uint64(id)})
 			break
 		}
-		s := &q.slots[id]
+		s := &slots[id]
 		if length > s.writable {
 			err = q.fail(&Error{Code: ErrUsedLen, Index: q.used + uint16(n), Head: uint16(id), Value: uint64(length), Limit: uint64(s.writable)})
 			break
@@ -430,7 +435,7 @@ func (q *SplitDriver) Reap(done []Completion) (int, error) {
 			if c == 1 {
 				break
 			}
-			i = q.slots[i].next
+			i = slots[i].next
 		}
 		s.count = 0
 		n++

@@ -1,0 +1,150 @@
+package vring_test
+
+import (
+	"fmt"
+	"runtime"
+	"testing"
+
+	"github.com/boardlink/boardlink/vring"
+	"github.com/boardlink/boardlink/vring/vringtest"
+)
+
+func requests(r *vringtest.Rig, n, bufs int) []vring.Request {
+	reqs := make([]vring.Request, n)
+	for i := range reqs {
+		for k := 0; k < bufs; k++ {
+			off := uint64(i*bufs+k) * 64 % 32768
+			reqs[i].Bufs = append(reqs[i].Bufs, vring.Buffer{Addr: r.Addr(off), Len: 64})
+		}
+		reqs[i].Readable = bufs / 2
+		reqs[i].Token = uint32(i)
+	}
+	return reqs
+}
+
+// cycle passes one batch through both sides.
+func cycle(drv vring.Driver, dev vring.Device, reqs []vring.Request, b *vring.Batch, used []vring.Used, done []vring.Completion) error {
+	n, err := drv.Add(reqs)
+	if err != nil || n != len(reqs) {
+		return fmt.Errorf("added %d of %d: %v", n, len(reqs), err)
+	}
+	drv.NeedKick()
+	b.Chains, b.Spans = b.Chains[:0], b.Spans[:0]
+	if n, err = dev.Pop(b, len(reqs)); err != nil || n != len(reqs) {
+		return fmt.Errorf("popped %d of %d: %v", n, len(reqs), err)
+	}
+	used = used[:0]
+	for i := range b.Chains {
+		c := &b.Chains[i]
+		used = append(used, vring.Used{ID: c.ID, Count: c.Count, Len: c.WriteLen})
+	}
+	if err = dev.Complete(used); err != nil {
+		return err
+	}
+	dev.NeedCall()
+	if n, err = drv.Reap(done); err != nil || n != len(reqs) {
+		return fmt.Errorf("reaped %d of %d: %v", n, len(reqs), err)
+	}
+	return nil
+}
+
+func benchCycle(b *testing.B, p vringtest.Params, batch, bufs int) {
+	r := vringtest.NewRig(b, p, 256, 65536)
+	drv, dev := r.Pair(b)
+	reqs := requests(r, batch, bufs)
+	var bt vring.Batch
+	used := make([]vring.Used, 0, batch)
+	done := make([]vring.Completion, batch)
+	b.ReportAllocs()
+	for b.Loop() {
+		if err := cycle(drv, dev, reqs, &bt, used, done); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(batch*bufs), "ns/buffer")
+}
+
+// BenchmarkCycle is add, kick check, pop, complete, call check and reap, on one processor.
+func BenchmarkCycle(b *testing.B) {
+	for _, m := range vringtest.Memories[1:5] {
+		for _, batch := range []int{1, 64} {
+			p := vringtest.Params{Ring: vringtest.Split, Memory: m, EventIdx: true}
+			b.Run(fmt.Sprintf("%s/batch%d", m.Name, batch), func(b *testing.B) { benchCycle(b, p, batch, 1) })
+		}
+	}
+	mm := vringtest.Memories[1]
+	b.Run("mmap64/flags", func(b *testing.B) {
+		benchCycle(b, vringtest.Params{Ring: vringtest.Split, Memory: mm}, 64, 1)
+	})
+	b.Run("mmap64/chain2", func(b *testing.B) {
+		benchCycle(b, vringtest.Params{Ring: vringtest.Split, Memory: mm, EventIdx: true}, 64, 2)
+	})
+	b.Run("mmap64/indirect2", func(b *testing.B) {
+		benchCycle(b, vringtest.Params{Ring: vringtest.Split, Memory: mm, EventIdx: true, Indirect: true}, 64, 2)
+	})
+}
+
+// BenchmarkPingPong passes batches between two goroutines that poll.
+func BenchmarkPingPong(b *testing.B) {
+	for _, batch := range []int{1, 64} {
+		b.Run(fmt.Sprintf("batch%d", batch), func(b *testing.B) {
+			p := vringtest.Params{Ring: vringtest.Split, Memory: vringtest.Memories[1], EventIdx: true}
+			r := vringtest.NewRig(b, p, 256, 65536)
+			drv, dev := r.Pair(b)
+			reqs := requests(r, batch, 1)
+			done := make([]vring.Completion, 256)
+			stop := make(chan struct{})
+			failed := make(chan error, 1)
+			go func() {
+				var bt vring.Batch
+				var used []vring.Used
+				for spins := 0; ; spins++ {
+					bt.Chains, bt.Spans = bt.Chains[:0], bt.Spans[:0]
+					n, err := dev.Pop(&bt, 64)
+					if err != nil {
+						failed <- err
+						return
+					}
+					if n == 0 {
+						select {
+						case <-stop:
+							failed <- nil
+							return
+						default:
+						}
+						if spins%64 == 0 {
+							runtime.Gosched()
+						}
+						continue
+					}
+					used = used[:0]
+					for i := range bt.Chains {
+						used = append(used, vring.Used{ID: bt.Chains[i].ID, Count: 1, Len: bt.Chains[i].WriteLen})
+					}
+					if err := dev.Complete(used); err != nil {
+						failed <- err
+						return
+					}
+				}
+			}()
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := drv.Add(reqs); err != nil {
+					b.Fatal(err)
+				}
+				for left := batch; left > 0; {
+					n, err := drv.Reap(done)
+					if err != nil {
+						b.Fatal(err)
+					}
+					left -= n
+				}
+			}
+			close(stop)
+			if err := <-failed; err != nil {
+				b.Fatal(err)
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(batch), "ns/buffer")
+		})
+	}
+}
