@@ -15,14 +15,14 @@ ARCHES = amd64 arm64 ppc64 ppc64le riscv64 386 arm
 build: ## the program, static, as bin/boardlink
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/boardlink ./cmd/boardlink
 
-test: ## everything: set-up by apt, checks, tests, race, fuzzing, other machines
-	@$(RUNTESTS)
+test: ## everything: set-up by apt, checks, tests, race, fuzzing, other machines; SUDO=1: tests as root
+	@$(RUNTESTS) $(if $(SUDO),-sudo)
 
 lint: ## gofmt, go vet, staticcheck, the rules of the house
 	@$(RUNTESTS) -only gofmt,vet,lint,house
 
 race: ## the tests under the race detector
-	@$(RUNTESTS) -only race
+	@$(RUNTESTS) -only race $(if $(SUDO),-sudo)
 
 fuzz: ## every fuzz target, FUZZTIME=30s each
 	@$(RUNTESTS) -only fuzz -fuzztime $(FUZZTIME)

@@ -33,6 +33,7 @@ func main() {
 		list     = flag.Bool("list", false, "list the stages and exit")
 		fuzztime = flag.Duration("fuzztime", 3*time.Second, "how long each fuzz target runs")
 		setup    = flag.Bool("setup", true, "install missing tools with apt-get")
+		sudo     = flag.Bool("sudo", isCI(), "when not root, run the tests that may need it through sudo (default: if CI=true)")
 	)
 	flag.Usage = func() {
 		fmt.Fprintln(flag.CommandLine.Output(), "usage: go run ./internal/runtests [flags]")
@@ -42,6 +43,9 @@ func main() {
 	if flag.NArg() > 0 {
 		fmt.Fprintf(os.Stderr, "runtests: unexpected argument %q; stages are chosen by -only\n", flag.Arg(0))
 		os.Exit(2)
+	}
+	if *sudo {
+		asRoot = sudoExec()
 	}
 	all := stages(*fuzztime)
 	if *list {
@@ -245,6 +249,7 @@ func stages(fuzztime time.Duration) []stage {
 	return []stage{
 		{name: "gofmt", what: "gofmt -l of every Go file", limit: time.Minute, run: gofmtStage},
 		{name: "vet", what: "go vet ./...", limit: 5 * time.Minute, run: func(r *run) {
+			r.out.doing("./...")
 			r.command(nil, "go", "vet", "./...")
 		}},
 		{name: "lint", what: "staticcheck; and its check of 64-bit alignment for 386", limit: 8 * time.Minute, run: lintStage},
@@ -301,10 +306,13 @@ func lintStage(r *run) {
 	// A build in a scratch place instead of `go tool`, so that GOARCH=386 below
 	// chooses what is checked, not what runs.
 	bin := filepath.Join(".cache", "bin", "staticcheck")
+	r.out.doing("building staticcheck")
 	if !r.command(nil, "go", "build", "-buildvcs=false", "-modfile=tools/go.mod", "-o", bin, "honnef.co/go/tools/cmd/staticcheck") {
 		return
 	}
+	r.out.doing("staticcheck ./...")
 	r.command(nil, bin, "./...")
+	r.out.doing("staticcheck for 386")
 	if pkgs := r.belowCmd(); len(pkgs) > 0 {
 		r.command([]string{"GOARCH=386", "CGO_ENABLED=0"}, bin, append([]string{"-checks=SA1027"}, pkgs...)...)
 	}
@@ -318,7 +326,10 @@ func testStage(r *run) {
 		}
 	}
 	r.live, r.tellSkips = true, true
-	r.goTest(nil, append([]string{"-timeout=5m"}, pkgs...)...)
+	r.goTest(nil, append(append([]string{"-timeout=5m"}, asRoot...), pkgs...)...)
+	if len(r.notes) > 0 && os.Geteuid() != 0 && asRoot == nil {
+		r.note("what needs root runs with: make test SUDO=1")
+	}
 }
 
 func raceStage(r *run) {
@@ -328,7 +339,7 @@ func raceStage(r *run) {
 			pkgs = append(pkgs, p.path)
 		}
 	}
-	r.goTestSome([]string{"CGO_ENABLED=1"}, pkgs, "-race", "-short", "-timeout=5m")
+	r.goTestSome([]string{"CGO_ENABLED=1"}, pkgs, append([]string{"-race", "-short", "-timeout=5m"}, asRoot...)...)
 }
 
 func portsStage(r *run) {

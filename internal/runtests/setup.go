@@ -175,6 +175,21 @@ func aptGet() ([]string, string) {
 	return nil, "not root, and sudo wants a password"
 }
 
+// asRoot is the flag of go test that runs test binaries as root; empty when we are
+// root, or are not to be.
+var asRoot []string
+
+// sudoExec returns that flag where sudo asks for no password. The tests keep the environment,
+// but a go command they start writes into root's own cache: root's files in the user's
+// would break the user's next build.
+func sudoExec() []string {
+	sudo, err := exec.LookPath("sudo")
+	if os.Geteuid() == 0 || err != nil || exec.Command(sudo, "-n", "true").Run() != nil {
+		return nil
+	}
+	return []string{"-exec=" + sudo + " -n -E env HOME=/root GOCACHE=/root/.cache/go-build GOMODCACHE=/root/go/pkg/mod 'PATH=" + os.Getenv("PATH") + "'"}
+}
+
 // installer installs packages one tool at a time, so that one that is not to be
 // had does not cost the others.
 type installer struct {
