@@ -62,14 +62,14 @@ func (d *decoder) next() (message, error) {
 		if flags&unix.MSG_CTRUNC != 0 && d.fd < 0 {
 			d.lost = true
 		}
-		if err != nil {
-			return message{}, err
-		}
-		if n == 0 {
+		if n == 0 && (err == nil || errors.Is(err, io.EOF)) {
 			if d.n > 0 {
 				return message{}, fmt.Errorf("%d bytes of a message: %w", d.n, io.ErrUnexpectedEOF)
 			}
 			return message{}, io.EOF
+		}
+		if err != nil {
+			return message{}, err
 		}
 		d.n += n
 	}

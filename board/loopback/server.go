@@ -19,8 +19,6 @@ import (
 const (
 	// maxPath is the longest path of a unix socket: sun_path of unix(7) less its zero byte.
 	maxPath = 107
-	// stuckTime is how long a client may leave its full socket unread.
-	stuckTime = 5 * time.Second
 	// maxQueue bounds the messages that wait for a client whose socket is full.
 	maxQueue = 1 << 14
 )
@@ -38,6 +36,9 @@ type ServerConfig struct {
 	Vectors int
 	// MaxClients bounds the clients that are connected at once, others are turned away; 0 means 64.
 	MaxClients int
+	// Stuck is how long a client may leave its full socket unread before it is disconnected; 0
+	// means 5 s.
+	Stuck time.Duration
 	// Logf, if set, hears of clients that come and go, and why. It must not call the server.
 	Logf func(format string, args ...interface{})
 }
@@ -47,7 +48,7 @@ type ServerConfig struct {
 // that was killed finds the same memory when it connects again.
 //
 // A client that does not read cannot hold up others: what it leaves unread waits in its socket, then in a queue, and
-// when nothing moves for 5 seconds it is disconnected. Clients send nothing; one that does is
+// when nothing moves for ServerConfig.Stuck it is disconnected. Clients send nothing; one that does is
 // disconnected.
 type Server struct {
 	cfg  ServerConfig
@@ -64,10 +65,12 @@ type Server struct {
 
 // client is one connection. Its fields are guarded by Server.mu.
 type client struct {
-	id       int
-	who      string
-	conn     *net.UnixConn
-	raw      interface{ Write(func(uintptr) bool) error }
+	id   int
+	who  string
+	conn *net.UnixConn
+	raw  interface {
+		Write(func(uintptr) bool) error
+	}
 	vectors  []int // eventfds that ring it
 	queue    []message
 	flushing bool // a goroutine waits for room in the socket
@@ -92,6 +95,9 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	}
 	if cfg.MaxClients < 0 || cfg.MaxClients > maxID+1 {
 		return nil, bad("%d clients: 1 to %d wanted", cfg.MaxClients, maxID+1)
+	}
+	if cfg.Stuck <= 0 {
+		cfg.Stuck = 5 * time.Second
 	}
 	if cfg.Mode == 0 {
 		cfg.Mode = 0o600
@@ -363,7 +369,10 @@ func (s *Server) remove(c *client, why string) {
 				keep = append(keep, m)
 			}
 		}
-		o.queue = append(keep, message{val: int64(c.id), fd: -1})
+		if unheard := len(o.queue) - len(keep); unheard < len(c.vectors) {
+			keep = append(keep, message{val: int64(c.id), fd: -1})
+		}
+		o.queue = keep
 	}
 	c.closeVectors()
 }
@@ -444,7 +453,7 @@ func (s *Server) send(c *client, fd int) (progress bool, err error) {
 // not.
 func (s *Server) flushLater(c *client) {
 	defer s.wg.Done()
-	for end := time.Now().Add(stuckTime); ; {
+	for end := time.Now().Add(s.cfg.Stuck); ; {
 		s.mu.Lock()
 		if c.gone {
 			s.mu.Unlock()
@@ -461,10 +470,10 @@ func (s *Server) flushLater(c *client) {
 			err = e
 		}
 		if progress {
-			end = time.Now().Add(stuckTime)
+			end = time.Now().Add(s.cfg.Stuck)
 		}
 		if err == nil && len(c.queue) > 0 && time.Now().After(end) {
-			err = fmt.Errorf("it has not read for %v, with %d messages waiting", stuckTime, len(c.queue))
+			err = fmt.Errorf("it has not read for %v, with %d messages waiting", s.cfg.Stuck, len(c.queue))
 		}
 		if err != nil {
 			s.remove(c, "cannot be sent to: "+err.Error())
