@@ -199,13 +199,7 @@ func Open(cfg Config) (*Iface, error) {
 
 func (it *Iface) open(cfg Config) error {
 	if cfg.Name != "" {
-		if it.attached = ioctlIfreq(it.ctl, unix.SIOCGIFINDEX, newIfreq(cfg.Name)) == nil; it.attached {
-			// Checked beforehand: on an interface of another kind TUNSETIFF says no more
-			// than EINVAL.
-			if err := checkKind(it.ctl, cfg.Name, cfg.Type); err != nil {
-				return err
-			}
-		}
+		it.attached = ioctlIfreq(it.ctl, unix.SIOCGIFINDEX, newIfreq(cfg.Name)) == nil
 	}
 	if cfg.Offload {
 		if err := it.openVnet(cfg); err != nil {
@@ -406,12 +400,13 @@ func openTun(name string) (int, error) {
 	}
 }
 
-// checkKind reports an existing interface that is not of type t.
+// checkKind reports an existing interface that is not of type t; TUNSETIFF says no more than
+// EINVAL of it.
 func checkKind(ctl int, name string, t LinkType) error {
 	info, err := unix.IoctlGetEthtoolDrvinfo(ctl, name)
 	if err != nil {
 		if err == unix.EOPNOTSUPP || err == unix.EPERM {
-			return nil // cannot tell; TUNSETIFF will
+			return nil // cannot tell
 		}
 		if err == unix.ENODEV {
 			return nil // gone meanwhile
