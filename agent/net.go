@@ -273,6 +273,31 @@ func (n *Net) configure(acked virtio.Features, c virtio.NetConfig) error {
 	return nil
 }
 
+// reconfigure takes over a configuration that changed while the device runs: the link's state, the
+// MAC. The MTU decides how large buffers are: a change of it takes effect with the next reset.
+func (n *Net) reconfigure(t transport) error {
+	b, err := t.Config(0, virtio.NetConfigLen)
+	if err != nil {
+		return err
+	}
+	n.mu.Lock()
+	acked, running := n.acked, n.stop != nil
+	n.mu.Unlock()
+	if !running {
+		return nil
+	}
+	c := virtio.DecodeNetConfig(b)
+	up := !acked.Has(virtio.NetStatus) || c.LinkUp
+	if err := n.ifc.SetCarrier(up); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	n.carrier = up
+	n.mu.Unlock()
+	c.MTU = uint16(n.ifc.MTU())
+	return n.configure(acked, c)
+}
+
 // layOut places rings and buffers in the device's memory, tells the device, and makes the loops.
 func (n *Net) layOut(t transport, m memory, acked virtio.Features, stop *tunbridge.Stop) ([2]netQueue, error) {
 	queues := n.queues

@@ -1,0 +1,457 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sort"
+	"sync/atomic"
+	"time"
+
+	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/session"
+	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/virtio"
+	"github.com/boardlink/boardlink/virtiomsg"
+)
+
+// Where things lie in the window; the link page tells the host (docs/wire.md).
+const (
+	offAgentToHost = 1 * virtiomsg.PageSize
+	offHostToAgent = 2 * virtiomsg.PageSize
+	offHeap        = 3 * virtiomsg.PageSize // rings and buffers, to the end of the window
+)
+
+// answerTime limits the wait for an answer of the host.
+const answerTime = 2 * time.Second
+
+// A device that does not come up is tried again after retryMin, then twice as long, up to retryMax.
+const (
+	retryMin = 50 * time.Millisecond
+	retryMax = 5 * time.Second
+)
+
+// Config describes the agent's end of a link.
+type Config struct {
+	Name  string // for log and status
+	Board string // spec: "loopback:/run/a.sock"
+	// Options are how the board is opened; Side is filled in.
+	Options board.Options
+	// Devices are what this side drives, where the host offers it.
+	Devices []*Net
+	Log     session.Logger
+	// Beat and LostBeats: see session.Config.
+	Beat      time.Duration
+	LostBeats int
+}
+
+// Link is the agent's end of a link: it brings up what the host offers.
+type Link struct {
+	n linkCounters // first: 64-bit alignment
+
+	cfg    Config
+	s      *session.Session
+	region *dma.Region // the heap
+	devs   []*device
+}
+
+type linkCounters struct {
+	BringUps  uint64 // devices brought up
+	Failures  uint64 // attempts that failed
+	HostReset uint64 // devices that the host put to NEEDS_RESET
+	Broken    uint64 // queues in which the host broke the rules
+}
+
+// device is one device's place on the link.
+type device struct {
+	l       *Link
+	n       *Net
+	index   int // its share of the heap
+	up      bool
+	absent  bool // told that the host does not offer it
+	next    time.Time
+	backoff time.Duration
+	failed  chan error // of its loops
+	logged  string     // the last error that was logged
+}
+
+// NewLink returns the end of a link; Run runs it.
+func NewLink(c Config) *Link {
+	l := &Link{cfg: c}
+	ds := append([]*Net(nil), c.Devices...)
+	sort.Slice(ds, func(i, j int) bool { return ds[i].cfg.Number < ds[j].cfg.Number })
+	for i, n := range ds {
+		l.devs = append(l.devs, &device{l: l, n: n, index: i, failed: make(chan error, len(n.queues))})
+	}
+	c.Options.Side = board.Agent
+	l.s = session.New(session.Config{Name: c.Name, Spec: c.Board, Options: c.Options, Log: c.Log,
+		Beat: c.Beat, LostBeats: c.LostBeats, Handler: (*handler)(l)})
+	return l
+}
+
+// Run keeps the link going until ctx ends, and closes the devices. Errors are those of the
+// board; a peer cannot cause any.
+func (l *Link) Run(ctx context.Context) error {
+	err := l.s.Run(ctx)
+	for _, d := range l.devs {
+		if cerr := d.n.Close(); cerr != nil && err == nil {
+			err = cerr
+		}
+	}
+	return err
+}
+
+// Status describes the link for an operator. Any goroutine may call it.
+func (l *Link) Status() status.Link {
+	s := l.s.Status()
+	for k, v := range status.Counters(linkCounters{
+		BringUps: atomic.LoadUint64(&l.n.BringUps), Failures: atomic.LoadUint64(&l.n.Failures),
+		HostReset: atomic.LoadUint64(&l.n.HostReset), Broken: atomic.LoadUint64(&l.n.Broken)}) {
+		s.Counters[k] = v
+	}
+	s.Devices = []status.Device{}
+	for _, d := range l.devs {
+		s.Devices = append(s.Devices, d.n.Status())
+	}
+	return s
+}
+
+// handler is what the session sees of a Link.
+type handler Link
+
+func (l *handler) Queues() []session.QueueID {
+	var qs []session.QueueID
+	for _, d := range l.devs {
+		for i := range d.n.queues {
+			qs = append(qs, session.QueueID{Dev: d.n.cfg.Number, Queue: i})
+		}
+	}
+	return qs
+}
+
+// Declare implements session.Handler: everything behind the FIFOs is for rings and buffers.
+func (l *handler) Declare(b board.Board) (virtiomsg.Declaration, error) {
+	w := b.Window()
+	size := w.Mem.Size() &^ (virtiomsg.RegionAlign - 1)
+	if size < offHeap+virtiomsg.PageSize {
+		return virtiomsg.Declaration{}, fmt.Errorf("board %s: a window of %d bytes has no room behind link page and FIFOs (%d)", b, w.Mem.Size(), offHeap)
+	}
+	m, err := w.Mem.Slice(offHeap, size-offHeap)
+	if err != nil {
+		return virtiomsg.Declaration{}, err
+	}
+	l.region = &dma.Region{Name: "heap", Addr: w.Addr + offHeap, Mem: m, Access: dma.DeviceRead | dma.DeviceWrite,
+		Across: w.Across, Account: w.Account}
+	return virtiomsg.Declaration{
+		FIFOAgentToHost: offAgentToHost, FIFOHostToAgent: offHostToAgent,
+		SlotsAgentToHost: virtiomsg.MaxSlots, SlotsHostToAgent: virtiomsg.MaxSlots,
+		Regions: []virtiomsg.Region{{Addr: l.region.Addr, Size: m.Size(), Offset: offHeap, Access: l.region.Access}},
+	}, nil
+}
+
+// Up implements session.Handler: all devices are to come up, at once.
+func (l *handler) Up() {
+	for _, d := range l.devs {
+		d.next, d.backoff, d.absent = time.Time{}, 0, false
+	}
+}
+
+// Down implements session.Handler.
+func (l *handler) Down() {
+	for _, d := range l.devs {
+		d.down()
+	}
+}
+
+// Tick takes broken devices down and brings up what is not up.
+func (l *handler) Tick() {
+	for _, d := range l.devs {
+		select {
+		case err := <-d.failed:
+			if d.up {
+				atomic.AddUint64(&l.n.Broken, 1)
+				d.l.cfg.Log.Warn("device broken, resetting it", "link", l.cfg.Name, "device", d.n.cfg.Name, "error", err)
+				d.down()
+				d.later()
+			}
+		default:
+		}
+		if d.up || time.Now().Before(d.next) {
+			continue
+		}
+		err := d.bringUp()
+		if err == nil {
+			atomic.AddUint64(&l.n.BringUps, 1)
+			continue
+		}
+		d.down()
+		if errors.Is(err, virtiomsg.ErrDown) {
+			return // the link went down under us
+		}
+		if errors.Is(err, session.ErrTimeout) {
+			// What the host does with our memory is not known any more.
+			l.s.Reset()
+		}
+		atomic.AddUint64(&l.n.Failures, 1)
+		d.later()
+		if s := err.Error(); s != d.logged {
+			d.logged = s
+			l.cfg.Log.Warn("device does not come up", "link", l.cfg.Name, "device", d.n.cfg.Name, "error", err, "again_in", d.backoff.String())
+		}
+	}
+}
+
+// later puts the next attempt off.
+func (d *device) later() {
+	d.backoff *= 2
+	if d.backoff < retryMin {
+		d.backoff = retryMin
+	}
+	if d.backoff > retryMax {
+		d.backoff = retryMax
+	}
+	d.next = time.Now().Add(d.backoff)
+}
+
+func (d *device) down() {
+	d.n.down()
+	d.up = false
+	for {
+		select {
+		case <-d.failed:
+		default:
+			return
+		}
+	}
+}
+
+func (d *device) bringUp() error {
+	t := &transportMsg{s: d.l.s, dev: d.n.cfg.Number, name: d.n.cfg.Name}
+	there, err := t.exists()
+	if err != nil {
+		return err
+	}
+	if !there {
+		return fmt.Errorf("%s: the host offers no device %d", d.n.cfg.Name, d.n.cfg.Number)
+	}
+	if err := t.check(virtio.IDNet); err != nil {
+		return err
+	}
+	heap := d.l.region
+	share := heap.Mem.Size() / uint64(len(d.l.devs)) &^ 4095
+	base := heap.Addr + dma.Addr(uint64(d.index)*share)
+	// The device is reset before anything is allocated: it knows none of this memory.
+	m := memory{region: heap, alloc: dma.NewAllocator(base, share), share: share}
+	if err := d.n.up(t, m, d.broken); err != nil {
+		return err
+	}
+	d.up, d.logged = true, ""
+	d.l.cfg.Log.Info("device up", "link", d.l.cfg.Name, "device", d.n.cfg.Name, "interface", d.n.ifc.Name())
+	return nil
+}
+
+// broken is told by the loops.
+func (d *device) broken(err error) {
+	select {
+	case d.failed <- err:
+	default:
+	}
+	d.l.s.Wake()
+}
+
+// Message takes the host's events.
+func (l *handler) Message(h virtiomsg.Header, m *virtiomsg.Slot) {
+	if h.Bus() {
+		switch h.ID {
+		case virtiomsg.BusPing:
+			data, err := virtiomsg.DecodePing(m)
+			if err != nil {
+				l.Malformed(m, err)
+				return
+			}
+			virtiomsg.EncodePong(m, h.Token, data)
+			l.s.Send(m)
+		case virtiomsg.BusEventDevice:
+			var e virtiomsg.DeviceEvent
+			if err := e.Decode(m); err != nil {
+				l.Malformed(m, err)
+				return
+			}
+			for _, d := range l.devs {
+				if d.n.cfg.Number != e.Dev {
+					continue
+				}
+				if e.State == virtiomsg.DeviceRemoved {
+					d.down()
+				}
+				d.next, d.backoff = time.Time{}, 0
+			}
+			l.s.Wake()
+		}
+		return
+	}
+	if h.ID != virtiomsg.EventConfig {
+		return // EVENT_USED: the doorbell or the poll fallback tells the same
+	}
+	var e virtiomsg.ConfigEvent
+	if err := e.Decode(m); err != nil {
+		l.Malformed(m, err)
+		return
+	}
+	for _, d := range l.devs {
+		if d.n.cfg.Number != h.Dev || !d.up {
+			continue
+		}
+		if e.Status&virtio.StatusNeedsReset != 0 {
+			atomic.AddUint64(&l.n.HostReset, 1)
+			l.cfg.Log.Warn("the host asks for a reset of the device", "link", l.cfg.Name, "device", d.n.cfg.Name)
+			d.down()
+			d.later()
+			continue
+		}
+		t := &transportMsg{s: l.s, dev: h.Dev, name: d.n.cfg.Name}
+		if err := d.n.reconfigure(t); err != nil && !errors.Is(err, virtiomsg.ErrDown) {
+			l.cfg.Log.Warn("the device's new configuration cannot be used", "link", l.cfg.Name, "device", d.n.cfg.Name, "error", err)
+		}
+	}
+}
+
+// Malformed implements session.Handler: a host that talks nonsense is shaken hands with anew.
+func (l *handler) Malformed(m *virtiomsg.Slot, err error) {
+	l.cfg.Log.Warn("a message makes no sense", "link", l.cfg.Name, "error", err)
+	l.s.Reset()
+}
+
+// transportMsg is a device behind virtio-msg.
+type transportMsg struct {
+	s    *session.Session
+	dev  uint16
+	name string
+	m    virtiomsg.Slot
+}
+
+var _ transport = (*transportMsg)(nil)
+
+func (t *transportMsg) call(id uint8, encode func(token uint16)) error {
+	if err := t.s.Call(false, id, t.dev, answerTime, &t.m, encode); err != nil {
+		return fmt.Errorf("%s: %w", t.name, err)
+	}
+	return nil
+}
+
+func (t *transportMsg) exists() (bool, error) {
+	err := t.s.Call(true, virtiomsg.BusGetDevices, 0, answerTime, &t.m, func(token uint16) {
+		virtiomsg.EncodeGetDevices(&t.m, token, t.dev&^7, 8)
+	})
+	if err != nil {
+		return false, fmt.Errorf("%s: %w", t.name, err)
+	}
+	var r virtiomsg.Devices
+	if err := r.Decode(&t.m); err != nil {
+		return false, err
+	}
+	return r.Has(t.dev), nil
+}
+
+func (t *transportMsg) check(id uint32) error {
+	if err := t.call(virtiomsg.GetDeviceInfo, func(token uint16) { virtiomsg.EncodeGetDeviceInfo(&t.m, t.dev, token) }); err != nil {
+		return err
+	}
+	var r virtiomsg.DeviceInfo
+	if err := r.Decode(&t.m); err != nil {
+		return err
+	}
+	if r.DeviceID != id {
+		return fmt.Errorf("%s: device %d of the host has virtio device id %d, not %d", t.name, t.dev, r.DeviceID, id)
+	}
+	return nil
+}
+
+func (t *transportMsg) Features() (virtio.Features, error) {
+	var f virtiomsg.Features
+	err := t.call(virtiomsg.GetDeviceFeatures, func(token uint16) {
+		virtiomsg.EncodeGetDeviceFeatures(&t.m, t.dev, token, 0, virtio.FeatureBlocks)
+	})
+	if err != nil {
+		return virtio.Features{}, err
+	}
+	var b virtiomsg.FeatureBlocks
+	if err := b.DecodeResponse(&t.m); err != nil {
+		return virtio.Features{}, err
+	}
+	if err := b.Store(&f); err != nil {
+		return virtio.Features{}, fmt.Errorf("%s: features: %w", t.name, err)
+	}
+	return virtio.Features{uint32(f[0]), uint32(f[0] >> 32), uint32(f[1]), uint32(f[1] >> 32)}, nil
+}
+
+func (t *transportMsg) SetFeatures(f virtio.Features) error {
+	b := virtiomsg.Features{f.Mask(), uint64(f[2]) | uint64(f[3])<<32}.Blocks(0, virtio.FeatureBlocks)
+	err := t.call(virtiomsg.SetDriverFeatures, func(token uint16) { b.EncodeRequest(&t.m, t.dev, token) })
+	if err != nil {
+		return err
+	}
+	return virtiomsg.DecodeEmptyResponse(&t.m, virtiomsg.SetDriverFeatures)
+}
+
+func (t *transportMsg) Config(off, n uint32) ([]byte, error) {
+	if n > virtiomsg.ConfigChunk {
+		return nil, fmt.Errorf("%s: %d bytes of configuration at once, at most %d go", t.name, n, virtiomsg.ConfigChunk)
+	}
+	err := t.call(virtiomsg.GetConfig, func(token uint16) { virtiomsg.EncodeGetConfig(&t.m, t.dev, token, off, n) })
+	if err != nil {
+		return nil, err
+	}
+	var r virtiomsg.ConfigData
+	if err := r.DecodeResponse(&t.m, virtiomsg.GetConfig); err != nil {
+		return nil, err
+	}
+	if r.Offset != off || r.Len != n {
+		return nil, fmt.Errorf("%s: the host gives %d bytes of configuration at %d, %d at %d were asked for", t.name, r.Len, r.Offset, n, off)
+	}
+	return append([]byte(nil), r.Data[:n]...), nil
+}
+
+func (t *transportMsg) SetStatus(s uint32) (uint32, error) {
+	err := t.call(virtiomsg.SetDeviceStatus, func(token uint16) { virtiomsg.EncodeSetDeviceStatus(&t.m, t.dev, token, s) })
+	if err != nil {
+		return 0, err
+	}
+	return virtiomsg.DecodeStatus(&t.m, virtiomsg.SetDeviceStatus)
+}
+
+func (t *transportMsg) QueueMax(i int) (uint16, error) {
+	err := t.call(virtiomsg.GetVQueue, func(token uint16) {
+		virtiomsg.EncodeQueueRequest(&t.m, virtiomsg.GetVQueue, t.dev, token, uint32(i))
+	})
+	if err != nil {
+		return 0, err
+	}
+	var q virtiomsg.VQueue
+	if err := q.DecodeResponse(&t.m); err != nil {
+		return 0, err
+	}
+	if q.MaxSize > 1<<15 {
+		return 1 << 15, nil
+	}
+	return uint16(q.MaxSize), nil
+}
+
+func (t *transportMsg) SetQueue(i int, size uint16, desc, driver, device dma.Addr) error {
+	q := virtiomsg.VQueue{Index: uint32(i), Size: uint32(size), Desc: uint64(desc), Driver: uint64(driver), Device: uint64(device)}
+	err := t.call(virtiomsg.SetVQueue, func(token uint16) { q.EncodeRequest(&t.m, t.dev, token) })
+	if err != nil {
+		return err
+	}
+	return virtiomsg.DecodeEmptyResponse(&t.m, virtiomsg.SetVQueue)
+}
+
+func (t *transportMsg) Kick(i int) (doorbell.Ringer, error) {
+	return t.s.Ringer(session.QueueID{Dev: t.dev, Queue: i})
+}
+
+func (t *transportMsg) Call(i int) doorbell.Waiter {
+	return t.s.Waiter(session.QueueID{Dev: t.dev, Queue: i})
+}

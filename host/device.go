@@ -1,0 +1,289 @@
+package host
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/session"
+	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/virtio"
+	"github.com/boardlink/boardlink/virtiomsg"
+)
+
+// errOrder: the driver does things in an order that virtio 1.2, 3.1.1 does not allow.
+var errOrder = errors.New("not allowed in this device status")
+
+// device serves virtio-msg for one device model: it keeps what the transport of a device
+// keeps (status, accepted features) and drives the model through Backend.
+type device struct {
+	l      *Link
+	number uint16
+	be     Backend
+
+	// The session's goroutine only.
+	driver  virtio.Features // what the driver has written so far
+	gen     uint32          // configuration generation
+	told    bool            // a ConfigEvent has to be sent
+	stateMu sync.Mutex      // guards what describe reads
+	status  uint32
+	lastErr string
+
+	mu      sync.Mutex
+	pending []Event // of the model
+}
+
+func newDevice(l *Link, n uint16, be Backend) *device { return &device{l: l, number: n, be: be} }
+
+// event is the model's Notify.
+func (d *device) event(e Event) {
+	d.mu.Lock()
+	if len(d.pending) < 16 { // more would say nothing new
+		d.pending = append(d.pending, e)
+	}
+	d.mu.Unlock()
+	d.l.s.Wake()
+}
+
+// events acts on what the model has told.
+func (d *device) events() {
+	d.mu.Lock()
+	es := d.pending
+	d.pending = nil
+	d.mu.Unlock()
+	for _, e := range es {
+		if e.Broken != nil {
+			d.needsReset(e.Broken)
+		} else {
+			d.gen++
+			d.told = true
+		}
+	}
+	if d.told {
+		var m virtiomsg.Slot
+		(&virtiomsg.ConfigEvent{Status: d.status, Generation: d.gen}).Encode(&m, d.number)
+		if d.l.s.Send(&m) == nil {
+			d.told = false // else with the next tick
+		}
+	}
+}
+
+func (d *device) setStatus(s uint32) {
+	d.stateMu.Lock()
+	d.status = s
+	d.stateMu.Unlock()
+}
+
+// needsReset takes the device out of service until the driver resets it (virtio 1.2, 2.1.2).
+func (d *device) needsReset(err error) {
+	d.be.Stop()
+	d.stateMu.Lock()
+	d.lastErr = err.Error()
+	d.stateMu.Unlock()
+	if d.status&virtio.StatusNeedsReset != 0 {
+		return
+	}
+	atomic.AddUint64(&d.l.n.DeviceResets, 1)
+	d.l.cfg.Log.Warn("device needs a reset", "link", d.l.cfg.Name, "device", d.number, "error", err)
+	d.setStatus(d.status | virtio.StatusNeedsReset)
+	d.told = true
+	d.l.s.Wake()
+}
+
+// reset is what status 0 and the end of the link do.
+func (d *device) reset() {
+	d.be.Stop()
+	d.mu.Lock()
+	d.pending = nil // of what was before
+	d.mu.Unlock()
+	d.driver = virtio.Features{}
+	d.told = false
+	d.setStatus(0)
+}
+
+func (d *device) queue(i int) session.QueueID { return session.QueueID{Dev: d.number, Queue: i} }
+
+// message serves a request and writes its answer into m.
+func (d *device) message(h virtiomsg.Header, m *virtiomsg.Slot) (answer bool, err error) {
+	switch h.ID {
+	case virtiomsg.GetDeviceInfo:
+		if err := virtiomsg.DecodeEmptyRequest(m, h.ID); err != nil {
+			return false, err
+		}
+		r := virtiomsg.DeviceInfo{DeviceID: d.be.DeviceID(), VendorID: virtio.VendorID, FeatureBits: 32 * virtio.FeatureBlocks,
+			ConfigSize: uint32(len(d.be.Config())), MaxQueues: uint32(d.be.Queues())}
+		r.Encode(m, h.Dev, h.Token)
+	case virtiomsg.GetDeviceFeatures:
+		index, count, err := virtiomsg.DecodeGetDeviceFeatures(m)
+		if err != nil {
+			return false, err
+		}
+		b := msgFeatures(d.be.Features()).Blocks(index, count)
+		b.EncodeResponse(m, h.Dev, h.Token)
+	case virtiomsg.SetDriverFeatures:
+		var b virtiomsg.FeatureBlocks
+		if err := b.DecodeRequest(m); err != nil {
+			return false, err
+		}
+		if d.status&virtio.StatusFeaturesOK != 0 {
+			return false, fmt.Errorf("features written after FEATURES_OK: %w", errOrder)
+		}
+		f := msgFeatures(d.driver)
+		if err := b.Store(&f); err != nil {
+			return false, err
+		}
+		d.driver = virtioFeatures(f)
+		virtiomsg.EncodeEmptyResponse(m, h.ID, h.Dev, h.Token)
+	case virtiomsg.GetConfig:
+		off, n, err := virtiomsg.DecodeGetConfig(m)
+		if err != nil {
+			return false, err
+		}
+		r := virtiomsg.ConfigData{Generation: d.gen, Offset: off}
+		if c := d.be.Config(); uint64(off)+uint64(n) <= uint64(len(c)) {
+			r.Len = n
+			copy(r.Data[:n], c[off:])
+		}
+		r.EncodeResponse(m, h.ID, h.Dev, h.Token)
+	case virtiomsg.SetConfig:
+		var c virtiomsg.ConfigData
+		if err := c.DecodeRequest(m); err != nil {
+			return false, err
+		}
+		// Nothing in it is the driver's to write.
+		r := virtiomsg.ConfigData{Generation: d.gen, Offset: c.Offset}
+		r.EncodeResponse(m, h.ID, h.Dev, h.Token)
+	case virtiomsg.GetDeviceStatus:
+		if err := virtiomsg.DecodeEmptyRequest(m, h.ID); err != nil {
+			return false, err
+		}
+		virtiomsg.EncodeStatus(m, h.ID, h.Dev, h.Token, d.status)
+	case virtiomsg.SetDeviceStatus:
+		s, err := virtiomsg.DecodeSetDeviceStatus(m)
+		if err != nil {
+			return false, err
+		}
+		d.driverStatus(s)
+		virtiomsg.EncodeStatus(m, h.ID, h.Dev, h.Token, d.status)
+	case virtiomsg.GetVQueue:
+		i, err := virtiomsg.DecodeQueueRequest(m, h.ID)
+		if err != nil {
+			return false, err
+		}
+		r := virtiomsg.VQueue{Index: i}
+		if uint64(i) < uint64(d.be.Queues()) {
+			r.MaxSize = uint32(d.be.QueueMax(int(i)))
+		}
+		r.EncodeResponse(m, h.Dev, h.Token)
+	case virtiomsg.SetVQueue:
+		var q virtiomsg.VQueue
+		if err := q.DecodeRequest(m); err != nil {
+			return false, err
+		}
+		if err := d.setQueue(&q); err != nil {
+			// There is no negative answer: the status tells.
+			d.needsReset(err)
+		}
+		virtiomsg.EncodeEmptyResponse(m, h.ID, h.Dev, h.Token)
+	case virtiomsg.GetShm:
+		i, err := virtiomsg.DecodeQueueRequest(m, h.ID)
+		if err != nil {
+			return false, err
+		}
+		(&virtiomsg.Shm{Index: i}).Encode(m, h.Dev, h.Token)
+	case virtiomsg.EventAvail:
+		// A kick of a peer without doorbells: the poll fallback finds what it is for.
+		return false, nil
+	case virtiomsg.ResetVQueue:
+		return false, fmt.Errorf("RESET_VQUEUE without ring_reset: %w", errOrder)
+	default:
+		atomic.AddUint64(&d.l.n.Unknown, 1)
+		d.l.cfg.Log.Debug("an unknown message", "link", d.l.cfg.Name, "message", h.String())
+		return false, nil
+	}
+	return true, nil
+}
+
+// driverStatus is the driver's write to the device status (virtio 1.2, 2.1 and 3.1.1). What is
+// not possible does not show in d.status afterwards.
+func (d *device) driverStatus(s uint32) {
+	if s == 0 {
+		d.reset()
+		return
+	}
+	// Bits stay set until a reset.
+	s |= d.status
+	fresh := s &^ d.status
+	if fresh&virtio.StatusFeaturesOK != 0 {
+		if err := d.be.SetFeatures(d.driver); err != nil {
+			s &^= virtio.StatusFeaturesOK
+			d.stateMu.Lock()
+			d.lastErr = err.Error()
+			d.stateMu.Unlock()
+			d.l.cfg.Log.Warn("features refused", "link", d.l.cfg.Name, "device", d.number, "error", err)
+		}
+	}
+	if s&virtio.StatusFailed != 0 {
+		d.be.Stop()
+		if fresh&virtio.StatusFailed != 0 {
+			d.l.cfg.Log.Warn("the driver gives up on the device", "link", d.l.cfg.Name, "device", d.number)
+		}
+		d.setStatus(s)
+		return
+	}
+	if fresh&virtio.StatusDriverOK != 0 && s&virtio.StatusNeedsReset == 0 {
+		err := error(nil)
+		if s&virtio.StatusFeaturesOK == 0 {
+			err = fmt.Errorf("DRIVER_OK without FEATURES_OK: %w", errOrder)
+		} else {
+			err = d.be.Start()
+		}
+		if err != nil {
+			d.setStatus(s &^ virtio.StatusDriverOK)
+			d.needsReset(err)
+			return
+		}
+		d.stateMu.Lock()
+		d.lastErr = ""
+		d.stateMu.Unlock()
+		d.l.cfg.Log.Info("device running", "link", d.l.cfg.Name, "device", d.number, "features", d.driver.String())
+	}
+	d.setStatus(s)
+}
+
+func (d *device) setQueue(q *virtiomsg.VQueue) error {
+	if d.status&virtio.StatusFeaturesOK == 0 || d.status&virtio.StatusDriverOK != 0 {
+		return fmt.Errorf("queue %d set up: %w", q.Index, errOrder)
+	}
+	if uint64(q.Index) >= uint64(d.be.Queues()) || q.Size > 1<<15 {
+		return fmt.Errorf("queue %d of size %d does not exist", q.Index, q.Size)
+	}
+	id := d.queue(int(q.Index))
+	call, err := d.l.s.Ringer(id)
+	if err != nil {
+		return err
+	}
+	return d.be.SetQueue(int(q.Index), QueueConfig{Size: uint16(q.Size), Desc: dma.Addr(q.Desc), Driver: dma.Addr(q.Driver), Device: dma.Addr(q.Device),
+		Kick: d.l.s.Waiter(id), Call: call})
+}
+
+func (d *device) describe() status.Device {
+	s := d.be.Status()
+	d.stateMu.Lock()
+	defer d.stateMu.Unlock()
+	s.Status = virtio.StatusString(d.status)
+	if s.LastError == "" {
+		s.LastError = d.lastErr
+	}
+	return s
+}
+
+func msgFeatures(f virtio.Features) virtiomsg.Features {
+	return virtiomsg.Features{f.Mask(), uint64(f[2]) | uint64(f[3])<<32}
+}
+
+func virtioFeatures(f virtiomsg.Features) virtio.Features {
+	return virtio.Features{uint32(f[0]), uint32(f[0] >> 32), uint32(f[1]), uint32(f[1] >> 32)}
+}

@@ -1,0 +1,234 @@
+package host
+
+import (
+	"context"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/session"
+	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/virtiomsg"
+)
+
+// Config describes the host's end of one link.
+type Config struct {
+	Name  string // "board0": for log and status
+	Board string // spec: "loopback:/run/a.sock"
+	// Options are how the board is opened; Side is filled in.
+	Options board.Options
+	// Devices are what is offered, by device number. They belong to the Link from NewLink on.
+	Devices map[uint16]Backend
+	Log     session.Logger
+	// Beat and LostBeats: see session.Config.
+	Beat      time.Duration
+	LostBeats int
+}
+
+// Link is the host's end of one link: it offers devices to the agent.
+type Link struct {
+	n linkCounters // first: 64-bit alignment
+
+	cfg   Config
+	s     *session.Session
+	devs  []*device // by number
+	table dma.TableRef
+}
+
+type linkCounters struct {
+	Requests     uint64 // answered
+	UnknownDev   uint64 // messages for devices that do not exist
+	Unknown      uint64 // messages that are not known here
+	DeviceResets uint64 // devices that went to NEEDS_RESET
+}
+
+// NewLink returns the end of a link; Run runs it.
+func NewLink(c Config) *Link {
+	l := &Link{cfg: c}
+	for n := 0; n < 1<<16; n++ {
+		if be, ok := c.Devices[uint16(n)]; ok {
+			l.devs = append(l.devs, newDevice(l, uint16(n), be))
+		}
+	}
+	c.Options.Side = board.Host
+	l.s = session.New(session.Config{Name: c.Name, Spec: c.Board, Options: c.Options, Log: c.Log,
+		Beat: c.Beat, LostBeats: c.LostBeats, Handler: (*handler)(l)})
+	for _, d := range l.devs {
+		d.be.Notify(d.event)
+	}
+	return l
+}
+
+// Run serves the link until ctx ends, and closes the devices. Errors are those of the
+// board; a peer cannot cause any.
+func (l *Link) Run(ctx context.Context) error {
+	err := l.s.Run(ctx)
+	for _, d := range l.devs {
+		if cerr := d.be.Close(); cerr != nil && err == nil {
+			err = cerr
+		}
+	}
+	return err
+}
+
+// Status describes the link for an operator. Any goroutine may call it.
+func (l *Link) Status() status.Link {
+	s := l.s.Status()
+	for k, v := range status.Counters(linkCounters{
+		Requests: atomic.LoadUint64(&l.n.Requests), UnknownDev: atomic.LoadUint64(&l.n.UnknownDev),
+		Unknown: atomic.LoadUint64(&l.n.Unknown), DeviceResets: atomic.LoadUint64(&l.n.DeviceResets)}) {
+		s.Counters[k] = v
+	}
+	if t := l.table.Load(); t != nil {
+		s.Regions = session.RegionStatus(t.Regions())
+	}
+	s.Devices = []status.Device{}
+	for _, d := range l.devs {
+		s.Devices = append(s.Devices, d.describe())
+	}
+	return s
+}
+
+// handler is what the session sees of a Link.
+type handler Link
+
+func (l *handler) Queues() []session.QueueID {
+	var qs []session.QueueID
+	for _, d := range l.devs {
+		for i := 0; i < d.be.Queues(); i++ {
+			qs = append(qs, session.QueueID{Dev: d.number, Queue: i})
+		}
+	}
+	return qs
+}
+
+// Declare implements session.Handler: the host declares no pool (placement window).
+func (l *handler) Declare(b board.Board) (virtiomsg.Declaration, error) {
+	return virtiomsg.Declaration{}, nil
+}
+
+// Up builds the region table of what the agent declares.
+func (l *handler) Up() {
+	w := l.s.Board().Window()
+	var rs []dma.Region
+	for i, r := range l.s.Peer().Regions {
+		m, err := w.Mem.Slice(r.Offset, r.Size)
+		if err != nil {
+			// The link page was checked: cannot happen.
+			l.cfg.Log.Error("region outside the window", "link", l.cfg.Name, "region", i, "error", err)
+			l.s.Reset()
+			return
+		}
+		rs = append(rs, dma.Region{Name: fmt.Sprintf("board%d", i), Addr: r.Addr, Mem: m, Access: r.Access,
+			Across: w.Across, Account: w.Account})
+	}
+	t, err := dma.NewTable(rs...)
+	if err != nil {
+		l.cfg.Log.Error("the agent's regions are refused", "link", l.cfg.Name, "error", err)
+		l.s.Reset()
+		return
+	}
+	l.table.Store(t)
+	for _, d := range l.devs {
+		d.be.SetMemory(&l.table)
+	}
+}
+
+// Down stops all devices: when it returns, no loop touches the window.
+func (l *handler) Down() {
+	for _, d := range l.devs {
+		d.reset()
+	}
+}
+
+func (l *handler) device(n uint16) *device {
+	for _, d := range l.devs {
+		if d.number == n {
+			return d
+		}
+	}
+	return nil
+}
+
+// Message answers a request of the agent.
+func (l *handler) Message(h virtiomsg.Header, m *virtiomsg.Slot) {
+	var err error
+	var answer bool
+	if h.Bus() {
+		answer, err = l.bus(h, m)
+	} else if d := l.device(h.Dev); d != nil {
+		answer, err = d.message(h, m)
+	} else {
+		atomic.AddUint64(&l.n.UnknownDev, 1)
+		l.cfg.Log.Warn("a message for a device that does not exist", "link", l.cfg.Name, "message", h.String())
+		return
+	}
+	if err != nil {
+		l.Malformed(m, err)
+		return
+	}
+	if !answer {
+		return
+	}
+	atomic.AddUint64(&l.n.Requests, 1)
+	if err := l.s.Send(m); err != nil {
+		// The agent does not take its answers: nothing can be agreed on with it.
+		l.cfg.Log.Warn("the agent does not take answers", "link", l.cfg.Name, "message", h.String(), "error", err)
+		l.s.Reset()
+	}
+}
+
+// Malformed takes the device that a senseless message is for out of service; without one, the link.
+func (l *handler) Malformed(m *virtiomsg.Slot, err error) {
+	h, _ := m.Header()
+	if d := l.device(h.Dev); d != nil && !h.Bus() {
+		d.needsReset(err)
+		return
+	}
+	l.cfg.Log.Warn("a message makes no sense", "link", l.cfg.Name, "error", err)
+	l.s.Reset()
+}
+
+// Tick looks for what the device models have told meanwhile.
+func (l *handler) Tick() {
+	for _, d := range l.devs {
+		d.events()
+	}
+}
+
+func (l *handler) bus(h virtiomsg.Header, m *virtiomsg.Slot) (answer bool, err error) {
+	switch h.ID {
+	case virtiomsg.BusGetDevices:
+		off, count, err := virtiomsg.DecodeGetDevices(m)
+		if err != nil {
+			return false, err
+		}
+		if count > virtiomsg.MaxDevices {
+			count = virtiomsg.MaxDevices
+		}
+		if int(off)+int(count) > 1<<16 {
+			count = uint16(1<<16 - int(off))
+		}
+		r := virtiomsg.Devices{Offset: off, Count: count}
+		for _, d := range l.devs {
+			r.Set(d.number)
+			if int(d.number) >= int(off)+int(count) && r.Next == 0 {
+				r.Next = d.number &^ 7
+			}
+		}
+		r.Encode(m, h.Token)
+		return true, nil
+	case virtiomsg.BusPing:
+		data, err := virtiomsg.DecodePing(m)
+		if err != nil {
+			return false, err
+		}
+		virtiomsg.EncodePong(m, h.Token, data)
+		return true, nil
+	}
+	atomic.AddUint64(&l.n.Unknown, 1)
+	l.cfg.Log.Debug("an unknown message", "link", l.cfg.Name, "message", h.String())
+	return false, nil
+}

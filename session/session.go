@@ -1,0 +1,619 @@
+// Package session keeps one end of a link going: it opens the board, runs the epoch handshake by the clock
+// and the doorbell, hands over messages, and tells its owner when memory may be used and when to
+// let go of it. Host and agent are its two owners.
+//
+// In the room: the control goroutine, its clock, who waits on which doorbell. Never in it: what
+// messages mean, devices, rings, interfaces.
+package session
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/virtiomsg"
+)
+
+// Logger hears what happens; *slog.Logger is one. Arguments behind the message are pairs of
+// names and values.
+type Logger interface {
+	Debug(msg string, args ...interface{})
+	Info(msg string, args ...interface{})
+	Warn(msg string, args ...interface{})
+	Error(msg string, args ...interface{})
+}
+
+// Beat is the default interval of the heartbeat.
+const Beat = 100 * time.Millisecond
+
+// retryOpen is how often a board that is absent is tried again.
+const retryOpen = 250 * time.Millisecond
+
+// stopTime limits how long a clean stop waits for the peer to let go.
+const stopTime = time.Second
+
+// QueueID names a virtqueue of a link.
+type QueueID struct {
+	Dev   uint16
+	Queue int
+}
+
+// Handler is the owner of a Session. All methods are called on the Session's goroutine, and
+// may use the Session's methods.
+type Handler interface {
+	// Queues lists the queues for which this side will be rung.
+	Queues() []QueueID
+	// Declare says what the link page is to declare of this side; Ring is filled in.
+	Declare(b board.Board) (virtiomsg.Declaration, error)
+	// Up: all memory of this side may be rewritten, messages may be sent.
+	Up()
+	// Down: when it returns, nothing of this side touches shared memory. It may come without
+	// an Up before.
+	Down()
+	// Message hands over a request or an event of the peer.
+	Message(h virtiomsg.Header, m *virtiomsg.Slot)
+	// Malformed tells of a message that makes no sense.
+	Malformed(m *virtiomsg.Slot, err error)
+	// Tick comes once a beat, and soon after Wake, while the link is up.
+	Tick()
+}
+
+// Config describes a Session.
+type Config struct {
+	Name    string // of the link, for the log
+	Spec    string // of the board: "loopback:/run/a.sock"
+	Options board.Options
+	Log     Logger
+	// Beat is the interval of the heartbeat, LostBeats after how many without the peer's it counts as
+	// lost; 0 means Beat, and 10.
+	Beat      time.Duration
+	LostBeats int
+	Handler   Handler
+}
+
+// Counters of a session, updated with sync/atomic.
+type Counters struct {
+	Opened      uint64 // boards opened
+	RingErrors  uint64 // the peer could not be rung for the control plane
+	Malformed   uint64 // messages that make no sense
+	Unexpected  uint64 // answers that nobody waits for
+	CallTimeout uint64 // requests without an answer
+}
+
+// Session is one end of a link.
+type Session struct {
+	n Counters // first: 64-bit alignment
+
+	cfg  Config
+	wake chan struct{}
+
+	// The session's goroutine only.
+	b        board.Board
+	link     *virtiomsg.Link
+	assigned *doorbell.Assigned
+	users    map[QueueID]int
+	peer     virtiomsg.Declaration
+	ctl      doorbell.Ringer // rings the peer's vector 0
+	bell     chan struct{}
+	tick     *time.Ticker
+	requests virtiomsg.Requests
+	deferred []virtiomsg.Slot
+	upNow    bool // Up has to be told
+	downNow  bool // Down has to be told
+	busy     bool // inside a Handler: Up and Down wait
+
+	mu     sync.Mutex // guards what Status reads
+	state  string
+	since  time.Time
+	last   string // error
+	shown  board.Board
+	shownL *virtiomsg.Link
+	epochs [2]uint32
+	bells  *doorbell.Counters
+}
+
+// New returns a Session; Run runs it.
+func New(c Config) *Session {
+	if c.Beat <= 0 {
+		c.Beat = Beat
+	}
+	s := &Session{cfg: c, wake: make(chan struct{}, 1), bells: new(doorbell.Counters)}
+	s.setState("starting")
+	return s
+}
+
+// Run keeps the link going until ctx ends (nil) or the board cannot be opened. An
+// absent board is waited for.
+func (s *Session) Run(ctx context.Context) error {
+	waiting := false
+	for {
+		err := s.open()
+		if err == nil {
+			waiting = false
+			again, err := s.serve(ctx)
+			s.close()
+			if err != nil || !again {
+				return err
+			}
+			s.cfg.Log.Warn("the board's server is gone, looking for a new one", "link", s.cfg.Name, "board", s.cfg.Spec)
+			continue
+		}
+		if !errors.Is(err, board.ErrAbsent) {
+			return err
+		}
+		if !waiting {
+			waiting = true
+			s.cfg.Log.Info("waiting for the board", "link", s.cfg.Name, "board", s.cfg.Spec)
+			s.setState("waiting for the board")
+		}
+		s.fail(err)
+		t := time.NewTimer(retryOpen)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return nil
+		case <-t.C:
+		}
+	}
+}
+
+func (s *Session) open() error {
+	b, err := board.Open(s.cfg.Spec, s.cfg.Options)
+	if err != nil {
+		return err
+	}
+	decl, err := s.cfg.Handler.Declare(b)
+	if err != nil {
+		b.Close()
+		return err
+	}
+	self := b.Self()
+	decl.Ring = self
+	link, err := virtiomsg.NewLink(virtiomsg.LinkConfig{Window: b.Window(), Side: s.cfg.Options.Side, Self: decl,
+		PeerDead: b.PeerDead, LostTicks: s.cfg.LostBeats})
+	if err == nil {
+		err = s.assign(b, self)
+	}
+	if err == nil {
+		if err = link.Start(); err != nil {
+			s.assigned.Close()
+		}
+	}
+	if err != nil {
+		b.Close()
+		return fmt.Errorf("board %s: %w", s.cfg.Spec, err)
+	}
+	atomic.AddUint64(&s.n.Opened, 1)
+	s.b, s.link, s.ctl = b, link, nil
+	s.mu.Lock()
+	s.shown, s.shownL = b, link
+	s.mu.Unlock()
+	s.fail(nil)
+	s.setState("waiting for the peer")
+	s.cfg.Log.Info("board opened", "link", s.cfg.Name, "board", s.cfg.Spec, "side", s.cfg.Options.Side.String(),
+		"window", b.Window().Mem.Size(), "memory", b.Window().Mem.Kind().String())
+	return nil
+}
+
+// assign gives the control plane and each queue the end of its doorbell.
+func (s *Session) assign(b board.Board, self board.RingInfo) error {
+	vectors := self.Vectors
+	if vectors == 0 {
+		vectors = 1
+	}
+	bells := make([]doorbell.Waiter, vectors)
+	for v := range bells {
+		bells[v] = b.Waiter(uint32(v))
+	}
+	qs := s.cfg.Handler.Queues()
+	users := make([]int, 1+len(qs))
+	s.users = make(map[QueueID]int, len(qs))
+	for i, q := range qs {
+		users[1+i] = int(virtiomsg.Vector(q.Dev, uint32(q.Queue), vectors))
+		s.users[q] = 1 + i
+	}
+	var err error
+	s.assigned, err = doorbell.Assign(bells, users)
+	return err
+}
+
+func (s *Session) close() {
+	s.mu.Lock()
+	s.shown, s.shownL = nil, nil
+	s.mu.Unlock()
+	if err := s.assigned.Close(); err != nil {
+		s.cfg.Log.Warn("doorbells do not close", "link", s.cfg.Name, "error", err)
+	}
+	if err := s.b.Close(); err != nil {
+		s.cfg.Log.Warn("board does not close", "link", s.cfg.Name, "error", err)
+	}
+	s.b, s.link = nil, nil
+}
+
+// serve runs the opened board; again tells that it has to be opened anew.
+func (s *Session) serve(ctx context.Context) (again bool, err error) {
+	stop, err := doorbell.NewEventfd()
+	if err != nil {
+		return false, err
+	}
+	s.bell = make(chan struct{}, 1)
+	done := make(chan struct{})
+	go s.listen(stop, s.bell, done)
+	s.tick = time.NewTicker(s.cfg.Beat)
+	defer func() {
+		s.tick.Stop()
+		stop.Ring()
+		<-done
+		stop.Close()
+	}()
+	served, _ := s.b.(board.Served)
+	s.poll(false)
+	for {
+		s.handle(false)
+		select {
+		case <-ctx.Done():
+			s.leave()
+			return false, nil
+		case <-s.tick.C:
+			s.poll(true)
+			s.handle(true)
+			if served != nil && served.ServerLost() && !s.link.Up() {
+				s.down()
+				return true, nil
+			}
+		case <-s.bell:
+			s.poll(false)
+		case <-s.b.Events():
+			s.link.Look()
+			s.poll(false)
+		case <-s.wake:
+			s.handle(true)
+		}
+	}
+}
+
+// listen turns rings of vector 0 into tokens.
+func (s *Session) listen(stop *doorbell.Eventfd, bell chan<- struct{}, done chan<- struct{}) {
+	defer close(done)
+	w := s.assigned.Waiter(0)
+	sl := doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: w, Stop: stop, Counters: s.bells})
+	for {
+		why, err := sl.Sleep(0)
+		if err != nil || why&doorbell.Stopped != 0 {
+			return // the beat goes on polling
+		}
+		sl.Found(why&doorbell.Rung != 0)
+		if why&doorbell.Rung != 0 || w.FD() < 0 {
+			select {
+			case bell <- struct{}{}:
+			default:
+			}
+		}
+	}
+}
+
+// poll moves the handshake on.
+func (s *Session) poll(tick bool) {
+	for {
+		ev, err := s.link.Poll(tick)
+		tick = false
+		if err != nil {
+			s.fail(err)
+			s.cfg.Log.Warn("the other side's link page is refused", "link", s.cfg.Name, "error", err)
+		}
+		switch ev {
+		case virtiomsg.EventNone:
+			s.epoch()
+			s.ring()
+			return
+		case virtiomsg.EventPeer:
+			s.peer, _ = s.link.Peer()
+			if s.ctl, err = s.b.Ringer(s.peer.Ring, 0); err != nil {
+				s.ctl = nil
+				s.cfg.Log.Warn("the other side cannot be rung, it has to poll", "link", s.cfg.Name, "error", err)
+			}
+			s.setState("shaking hands")
+		case virtiomsg.EventUp:
+			s.upNow = true
+		case virtiomsg.EventQuiesce:
+			s.upNow, s.downNow = false, true
+			if s.busy {
+				s.epoch()
+				return
+			}
+			s.down()
+		}
+	}
+}
+
+// handle tells the owner what is due, outside of poll: the owner may call back.
+func (s *Session) handle(tick bool) {
+	s.busy = true
+	if s.upNow {
+		s.upNow = false
+		s.requests.Reset()
+		s.fail(nil)
+		s.setState("up")
+		s.cfg.Log.Info("link up", "link", s.cfg.Name, "epoch", s.link.Epoch(), "peer_epoch", s.link.PeerEpoch())
+		s.cfg.Handler.Up()
+		tick = true
+	}
+	for !s.downNow && s.link.Up() {
+		var m virtiomsg.Slot
+		if len(s.deferred) > 0 {
+			m = s.deferred[0]
+			s.deferred = s.deferred[1:]
+		} else if ok, err := s.link.Recv(&m); err != nil || !ok {
+			s.bad(err)
+			break
+		}
+		h, err := m.Header()
+		switch {
+		case err != nil:
+			atomic.AddUint64(&s.n.Malformed, 1)
+			s.cfg.Handler.Malformed(&m, err)
+		case h.Response():
+			s.requests.Match(h) // too late for whoever asked
+			atomic.AddUint64(&s.n.Unexpected, 1)
+		default:
+			s.cfg.Handler.Message(h, &m)
+		}
+		s.ring()
+	}
+	if tick && !s.downNow && s.link.Up() {
+		s.cfg.Handler.Tick()
+	}
+	s.busy = false
+	if s.downNow {
+		s.down()
+	}
+	s.poll(false)
+}
+
+func (s *Session) bad(err error) {
+	if err == nil || errors.Is(err, virtiomsg.ErrDown) {
+		return
+	}
+	s.fail(err)
+	s.cfg.Log.Warn("the other side breaks the link", "link", s.cfg.Name, "error", err)
+}
+
+// down lets the owner let go of shared memory and tells the peer.
+func (s *Session) down() {
+	was := s.downNow
+	s.downNow = false
+	s.deferred = nil
+	s.cfg.Handler.Down()
+	if !was {
+		return
+	}
+	if err := s.link.Quiesced(); err == nil {
+		s.setState("waiting for the peer: " + s.link.Reason().String())
+		s.cfg.Log.Warn("link down", "link", s.cfg.Name, "reason", s.link.Reason().String())
+	}
+}
+
+// leave stops cleanly: the peer is told, and given time to let go.
+func (s *Session) leave() {
+	s.down()
+	if s.link.Stop() != nil {
+		return
+	}
+	s.setState("stopping")
+	limit := time.NewTimer(stopTime)
+	defer limit.Stop()
+	for {
+		for {
+			ev, _ := s.link.Poll(false)
+			s.ring()
+			if ev == virtiomsg.EventStopped {
+				return
+			}
+			if ev == virtiomsg.EventPeer {
+				if d, ok := s.link.Peer(); ok {
+					if r, err := s.b.Ringer(d.Ring, 0); err == nil {
+						s.ctl = r
+					}
+				}
+			}
+			if ev == virtiomsg.EventNone {
+				break
+			}
+		}
+		select {
+		case <-limit.C:
+			return
+		case <-s.bell:
+		case <-s.b.Events():
+		case <-s.tick.C:
+			s.link.Look()
+			s.link.Poll(true)
+			// A peer that never was there lets go of nothing.
+			if _, known := s.link.Peer(); !known {
+				return
+			}
+		}
+	}
+}
+
+func (s *Session) ring() {
+	if s.link.NeedRing() && s.ctl != nil && s.ctl.Ring() != nil {
+		atomic.AddUint64(&s.n.RingErrors, 1)
+	}
+}
+
+// Wake asks for a Tick soon. Any goroutine may call it.
+func (s *Session) Wake() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// ErrTimeout: a request was not answered in time.
+var ErrTimeout = errors.New("the other side does not answer")
+
+// Call sends a request and waits for its answer, for timeout at most. encode writes the
+// request with the token it is given into the slot, which then receives the answer. It fails with
+// virtiomsg.ErrDown when the link goes down meanwhile.
+func (s *Session) Call(bus bool, id uint8, dev uint16, timeout time.Duration, m *virtiomsg.Slot, encode func(token uint16)) error {
+	token, err := s.requests.Begin(bus, id, dev)
+	if err != nil {
+		return err
+	}
+	defer s.requests.Cancel(token)
+	encode(token)
+	if err := s.Send(m); err != nil {
+		return err
+	}
+	limit := time.NewTimer(timeout)
+	defer limit.Stop()
+	for {
+		for {
+			ok, err := s.link.Recv(m)
+			if err != nil {
+				s.bad(err)
+				return err
+			}
+			if !ok {
+				break
+			}
+			h, err := m.Header()
+			switch {
+			case err != nil:
+				atomic.AddUint64(&s.n.Malformed, 1)
+				s.cfg.Handler.Malformed(m, err)
+			case !h.Response():
+				s.deferred = append(s.deferred, *m) // bounded by the FIFO and the time-out
+			case !s.requests.Match(h):
+				atomic.AddUint64(&s.n.Unexpected, 1)
+			case h.Token == token:
+				return nil
+			}
+		}
+		s.ring()
+		select {
+		case <-limit.C:
+			atomic.AddUint64(&s.n.CallTimeout, 1)
+			return fmt.Errorf("%s, device %d: %w within %v", virtiomsg.MessageName(bus, id), dev, ErrTimeout, timeout)
+		case <-s.bell:
+			s.poll(false)
+		case <-s.tick.C:
+			s.poll(true)
+		case <-s.b.Events():
+			s.link.Look()
+			s.poll(false)
+		}
+		if s.downNow {
+			return virtiomsg.ErrDown
+		}
+	}
+}
+
+// Send sends a message.
+func (s *Session) Send(m *virtiomsg.Slot) error {
+	err := s.link.Send(m)
+	s.bad(err)
+	s.ring()
+	return err
+}
+
+// Reset takes the link down, because of a peer that cannot be gone on with.
+func (s *Session) Reset() {
+	if s.link.Reset() {
+		s.downNow, s.upNow = true, false
+	}
+}
+
+// Waiter returns the end of the doorbell for a queue of this side's Queues.
+func (s *Session) Waiter(q QueueID) doorbell.Waiter { return s.assigned.Waiter(s.users[q]) }
+
+// Ringer returns what rings the peer for a queue.
+func (s *Session) Ringer(q QueueID) (doorbell.Ringer, error) {
+	return s.b.Ringer(s.peer.Ring, virtiomsg.Vector(q.Dev, uint32(q.Queue), s.peer.Ring.Vectors))
+}
+
+// Peer returns what the peer declares; while up.
+func (s *Session) Peer() virtiomsg.Declaration { return s.peer }
+
+// Board returns the board; between Declare and the end of Run.
+func (s *Session) Board() board.Board { return s.b }
+
+func (s *Session) setState(st string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.state != st {
+		s.state, s.since = st, time.Now()
+	}
+}
+
+func (s *Session) fail(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.last = ""
+	if err != nil {
+		s.last = err.Error()
+	}
+}
+
+func (s *Session) epoch() {
+	s.mu.Lock()
+	s.epochs = [2]uint32{s.link.Epoch(), s.link.PeerEpoch()}
+	s.mu.Unlock()
+}
+
+// Status returns what the session knows of the link. Any goroutine may call it.
+func (s *Session) Status() status.Link {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := status.Link{Name: s.cfg.Name, Board: s.cfg.Spec, State: s.state, Since: s.since.Format(time.RFC3339Nano),
+		Epoch: s.epochs[0], PeerEpoch: s.epochs[1], LastError: s.last, Placement: "window", Regions: []status.Region{}}
+	l.Counters = status.Counters(Counters{Opened: atomic.LoadUint64(&s.n.Opened), RingErrors: atomic.LoadUint64(&s.n.RingErrors),
+		Malformed: atomic.LoadUint64(&s.n.Malformed), Unexpected: atomic.LoadUint64(&s.n.Unexpected), CallTimeout: atomic.LoadUint64(&s.n.CallTimeout)})
+	for k, v := range status.Counters(s.bells.Snapshot()) {
+		l.Counters["bell_"+k] = v
+	}
+	if s.shownL != nil {
+		st := s.shownL.Stats()
+		for k, v := range status.Counters(st) {
+			l.Counters["link_"+k] = v
+		}
+		for r, v := range st.Downs {
+			l.Counters["downs_"+reasonName(virtiomsg.Reason(r))] = v
+		}
+	}
+	if s.shown != nil {
+		w := s.shown.Window()
+		l.Window = status.Window{Size: w.Mem.Size(), Kind: w.Mem.Kind().String()}
+	}
+	if a := s.cfg.Options.Account; a != nil {
+		l.Bus = status.Counters(a.Load())
+	}
+	return l
+}
+
+func reasonName(r virtiomsg.Reason) string {
+	b := []byte(r.String())
+	for i := range b {
+		if b[i] == ' ' {
+			b[i] = '_'
+		}
+	}
+	return string(b)
+}
+
+// RegionStatus describes regions for an operator.
+func RegionStatus(rs []dma.Region) []status.Region {
+	out := []status.Region{}
+	for _, r := range rs {
+		out = append(out, status.Region{Name: r.Name, Addr: uint64(r.Addr), Size: r.Mem.Size(), Access: r.Access.String(), Across: r.Across})
+	}
+	return out
+}
