@@ -19,15 +19,18 @@ const (
 	EventNone Event = iota
 	// EventPeer: the peer's block has been read and is good. Peer tells how to ring it.
 	EventPeer
-	// EventUp: both sides have let go of everything that was before. The caller may rewrite
-	// all memory of its own that it shows to the peer, and send messages.
+	// EventUp: both sides have let go of everything that was before, and messages may be sent.
+	// The agent may now rewrite all memory that it shows. (The host's pool is the agent's to
+	// fill: the agent may have come up, and begun, before the host.)
 	EventUp
 	// EventQuiesce: the link is no longer up, Reason tells why. The caller stops whatever
 	// touches the peer's or shared memory, makes sure that its writes across the bus have
 	// landed (see Quiesced), and calls Quiesced. It does not rewrite memory that it has shown
 	// until the next EventUp.
 	EventQuiesce
-	// EventStopped: after Stop, the peer has let go. Memory may be unmapped and freed.
+	// EventStopped: after Stop, the peer has let go. Regions and pool may be unmapped and freed.
+	// (Link page and FIFOs stay set apart for the link: a host that is just starting may still
+	// write its words there.)
 	EventStopped
 )
 
@@ -156,6 +159,7 @@ type Link struct {
 	side      board.Side
 	own, peer uint64 // offsets of the blocks
 	self      Declaration
+	image     block // self, as it is written
 	peerDead  func() bool
 	random    func() (uint32, error)
 	lostTicks int
@@ -228,12 +232,13 @@ func (l *Link) declare(d Declaration) error {
 	}
 	d.Regions = append([]Region(nil), d.Regions...)
 	d.Pool = append([]PoolRegion(nil), d.Pool...)
-	l.self = d
+	l.self, l.image = d, encodeBlock(l.side, &d)
 	return nil
 }
 
 // Start shows this side to the peer. The caller is the only live process of its side (it holds the
-// lock, or the VFIO group), and no DMA of an earlier one is under way. It fails with
+// lock, or the VFIO group); no DMA of an earlier one is under way, and what an earlier agent wrote to
+// the pool has landed. It fails with
 // ErrState where the link was started already, and where no random number can be had.
 func (l *Link) Start() error {
 	if l.phase != phaseIdle {
@@ -282,7 +287,7 @@ func (l *Link) publish() {
 	l.republish = false
 	l.setEcho(0)
 	l.w.store32(l.own+offEpoch, 0)
-	writeStatics(&l.w, l.side, &l.self)
+	l.image.write(&l.w, l.side)
 	l.w.store32(l.own+offBeat, l.beat)
 	l.newEpoch()
 }
@@ -350,28 +355,29 @@ func (l *Link) Poll(tick bool) (Event, error) {
 		}
 		epoch = 0 // our own memory, that nobody has written yet
 	}
-	if l.gone || l.republish {
-		// What is there now need not be what was written before.
-		l.gone = false
+	l.gone = false // what it left of our own block is looked at with the peer's next epoch
+	if l.republish {
 		l.publish()
 	}
 	if epoch == 0 {
-		// By its own word the peer touches nothing.
 		l.peerEpoch, l.badEpoch = 0, 0
-		l.released = true
-		return l.pollStopping(false), nil
+		if l.side == board.Host {
+			// By its own word the agent touches nothing. A host's word is not enough: one that
+			// is starting may have index words under way to where an earlier agent had
+			// its FIFOs; and it may be no word at all, but memory that a reset cleared
+			// under a host that has not noticed.
+			l.released = true
+		}
+		return l.pollStopping(check), nil
 	}
 	if epoch != l.peerEpoch {
 		return l.adopt(epoch, check)
 	}
 	if echo == l.epoch {
-		// The epoch must have been read before the echo, which a read of both at once does not
-		// promise on every bus: read once more.
-		again, echo2 := l.w.load64(l.peer + offEpoch)
-		if again == epoch && echo2 == l.epoch {
-			l.released = true
-			return l.pollReleased(), nil
-		}
+		// An earlier Poll has read this epoch of the peer, which clears its echo before it shows
+		// a new epoch: so this echo was not given under an earlier one.
+		l.released = true
+		return l.pollReleased(), nil
 	}
 	return l.pollStopping(check), nil
 }
@@ -431,7 +437,7 @@ func (l *Link) adopt(epoch uint32, check bool) (Event, error) {
 	}
 	l.err = nil
 	// A reset of the board may have taken our own block with it.
-	if e, o := l.w.load64(l.own + offEpoch); e != l.epoch || o != l.echo || l.w.load32(l.own+offMagic) != Magic {
+	if e, o := l.w.load64(l.own + offEpoch); e != l.epoch || o != l.echo || !l.image.stands(&l.w, l.side) {
 		atomic.AddUint64(&l.stats.Wiped, 1)
 		l.publish()
 	}
@@ -545,8 +551,8 @@ func (l *Link) Quiesced() error {
 
 // Stop begins to leave cleanly: the peer is told and asked to let go of this side's memory. The
 // caller's loops are stopped, as for Quiesced. Poll returns EventStopped when the
-// peer has let go or is known to be dead; the caller limits the time that it waits, and
-// may as well just go. It fails with ErrState where the link is not started or
+// peer has let go or is known to be dead; the caller limits the time that it waits (for an agent
+// there may be no host to answer), and may as well just go. It fails with ErrState where the link is not started or
 // stops already.
 func (l *Link) Stop() error {
 	switch l.phase {
@@ -609,6 +615,7 @@ func (l *Link) Fault() bool {
 	l.phase = phaseQuiescing
 	l.reason = ReasonGone
 	l.broken = ReasonNone
+	l.republish = true // with a new epoch, when the window is back
 	return true
 }
 
@@ -683,6 +690,10 @@ func (l *Link) Recv(s *Slot) (bool, error) {
 	ok, err := l.rx.Get(s)
 	if err != nil {
 		return false, l.fifoError(err)
+	}
+	if ok && l.window.Across && l.w.load32(l.peer+offEpoch) != l.peerEpoch {
+		// A reset of the board may have run into the slot while it was read.
+		return false, ErrDown
 	}
 	if ok {
 		atomic.AddUint64(&l.stats.Received, 1)

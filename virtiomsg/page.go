@@ -1,6 +1,7 @@
 package virtiomsg
 
 import (
+	"encoding/binary"
 	"fmt"
 
 	"github.com/boardlink/boardlink/board"
@@ -266,54 +267,81 @@ func checkPair(agent, host *Declaration) error {
 	return nil
 }
 
-// writeStatics writes everything of a block but the words that move. The caller keeps the epoch
-// word 0 meanwhile.
-func writeStatics(w *words, side board.Side, d *Declaration) {
-	b := blockOff(side)
-	wireSide := uint32(sideAgent)
-	if side == board.Host {
-		wireSide = sideHost
-	}
-	// Reserved words are zero: clear all but the moving ones first.
-	for o := uint64(0); o < blockLen; o += 4 {
-		if o < offEpoch || o > offState {
-			w.store32(b+o, 0)
-		}
-	}
-	w.store32(b+offVersion, Major|Minor<<16)
-	w.store32(b+offSide, wireSide)
-	w.store32(b+offLength, blockLen)
-	w.storeU64(b+offWindow, d.WindowSize)
-	w.store32(b+offFeatures, d.Features)
-	w.store32(b+offMethod, uint32(d.Ring.Method))
-	w.store32(b+offPeer, d.Ring.Peer)
-	w.store32(b+offVectors, d.Ring.Vectors)
-	w.store32(b+offValue, d.Ring.Value)
-	w.storeU64(b+offRingAddr, uint64(d.Ring.Addr))
-	w.store32(b+offEntry, entrySize)
+// block is a side's block as it is written, the words that move aside, which are zero here.
+type block [blockLen]byte
+
+// moves tells whether the word at off of a block is one that moves.
+func moves(off uint64) bool { return off >= offEpoch && off <= offState }
+
+func (b *block) put32(off int, v uint32) { binary.LittleEndian.PutUint32(b[off:], v) }
+func (b *block) put64(off int, v uint64) { binary.LittleEndian.PutUint64(b[off:], v) }
+
+// encodeBlock lays a checked declaration out.
+func encodeBlock(side board.Side, d *Declaration) block {
+	var b block
+	b.put32(offMagic, Magic)
+	b.put32(offVersion, Major|Minor<<16)
+	b.put32(offSide, wireSide(side))
+	b.put32(offLength, blockLen)
+	b.put64(offWindow, d.WindowSize)
+	b.put32(offFeatures, d.Features)
+	b.put32(offMethod, uint32(d.Ring.Method))
+	b.put32(offPeer, d.Ring.Peer)
+	b.put32(offVectors, d.Ring.Vectors)
+	b.put32(offValue, d.Ring.Value)
+	b.put64(offRingAddr, uint64(d.Ring.Addr))
+	b.put32(offEntry, entrySize)
 	if side == board.Agent {
-		w.storeU64(b+offFIFOA2H, d.FIFOAgentToHost)
-		w.storeU64(b+offFIFOH2A, d.FIFOHostToAgent)
-		w.store32(b+offSlotsA2H, d.SlotsAgentToHost)
-		w.store32(b+offSlotsH2A, d.SlotsHostToAgent)
-		w.store32(b+offRegions, uint32(len(d.Regions)))
+		b.put64(offFIFOA2H, d.FIFOAgentToHost)
+		b.put64(offFIFOH2A, d.FIFOHostToAgent)
+		b.put32(offSlotsA2H, d.SlotsAgentToHost)
+		b.put32(offSlotsH2A, d.SlotsHostToAgent)
+		b.put32(offRegions, uint32(len(d.Regions)))
 		for i, r := range d.Regions {
-			writeEntry(w, b+offTable+uint64(i)*entrySize, uint64(r.Addr), r.Size, r.Offset, r.Access)
+			b.putEntry(i, uint64(r.Addr), r.Size, r.Offset, r.Access)
 		}
 	} else {
-		w.store32(b+offRegions, uint32(len(d.Pool)))
+		b.put32(offRegions, uint32(len(d.Pool)))
 		for i, p := range d.Pool {
-			writeEntry(w, b+offTable+uint64(i)*entrySize, uint64(p.Link), p.Size, p.Bus, p.Access)
+			b.putEntry(i, uint64(p.Link), p.Size, p.Bus, p.Access)
 		}
 	}
-	w.store32(b+offMagic, Magic)
+	return b
 }
 
-func writeEntry(w *words, o, addr, size, where uint64, access dma.Access) {
-	w.storeU64(o, addr)
-	w.storeU64(o+8, size)
-	w.storeU64(o+16, where)
-	w.store32(o+24, uint32(access))
+func (b *block) putEntry(i int, addr, size, where uint64, access dma.Access) {
+	o := offTable + i*entrySize
+	b.put64(o, addr)
+	b.put64(o+8, size)
+	b.put64(o+16, where)
+	b.put32(o+24, uint32(access))
+}
+
+// write puts the block into the window, but for the words that move. The caller keeps the epoch
+// word 0 meanwhile.
+func (b *block) write(w *words, side board.Side) {
+	for o := uint64(0); o < blockLen; o += 4 {
+		if !moves(o) {
+			w.store32(blockOff(side)+o, binary.LittleEndian.Uint32(b[o:]))
+		}
+	}
+}
+
+// stands tells whether the block is still in the window as it was written.
+func (b *block) stands(w *words, side board.Side) bool {
+	for o := uint64(0); o < blockLen; o += 8 {
+		if !moves(o) && w.loadU64(blockOff(side)+o) != binary.LittleEndian.Uint64(b[o:]) {
+			return false
+		}
+	}
+	return true
+}
+
+func wireSide(side board.Side) uint32 {
+	if side == board.Host {
+		return sideHost
+	}
+	return sideAgent
 }
 
 // readStatics reads a block, each word once, and checks what can be checked without the rest
@@ -329,13 +357,9 @@ func readStatics(w *words, side board.Side) (Declaration, error) {
 	if d.Major != Major {
 		return d, pageErr(side, ErrVersion, "version", uint64(version), "%d.%d was found, %d.x is spoken here; update the older side", d.Major, d.Minor, Major)
 	}
-	wireSide, length := w.load64(b + offSide)
-	want := uint32(sideAgent)
-	if side == board.Host {
-		want = sideHost
-	}
-	if wireSide != want {
-		return d, pageErr(side, ErrSide, "side", uint64(wireSide), "%d is expected", want)
+	writer, length := w.load64(b + offSide)
+	if writer != wireSide(side) {
+		return d, pageErr(side, ErrSide, "side", uint64(writer), "%d is expected", wireSide(side))
 	}
 	if length < blockLen || length > blockSize {
 		return d, pageErr(side, ErrBlockLength, "block length", uint64(length), "%#x to %#x are possible", blockLen, blockSize)

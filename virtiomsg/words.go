@@ -69,11 +69,6 @@ func (w *words) store32(off uint64, v uint32) {
 	w.mem.Publish32(off, v)
 }
 
-func (w *words) storeU64(off uint64, v uint64) {
-	w.store32(off, uint32(v))
-	w.store32(off+4, uint32(v>>32))
-}
-
 // loadSlot copies a slot out of the window, each word once.
 func (w *words) loadSlot(off uint64, s *Slot) {
 	w.reads(SlotSize / 8)
