@@ -49,6 +49,8 @@ func (b *Board) do(m *move) *Proc {
 		return m.p
 	case timeout:
 		m.p.op.flag = 1
+		m.p.timedOut = b.steps
+		m.p.others = b.steps - m.p.took + patience
 		return m.p
 	case resume:
 		b.note(op{kind: evFault, text: "resume " + m.p.name})
@@ -92,21 +94,42 @@ func (b *Board) background(moves []move) []move {
 	return moves
 }
 
-// lastResort lists what happens where nothing else can: time-outs, or else stalled
-// processors that go on.
-func (b *Board) lastResort(moves []move) []move {
+// timeouts lists the time-outs that are possible, that of the processor whose last one is the
+// longest ago first.
+func (b *Board) timeouts(moves []move) []move {
+	from := len(moves)
 	for _, p := range b.procs {
 		if p.op.kind == opWaitTimeout && !p.done && !p.held {
 			moves = append(moves, move{what: timeout, p: p})
+			if i := len(moves) - 1; p.timedOut < moves[from].p.timedOut {
+				moves[from], moves[i] = moves[i], moves[from]
+			}
 		}
 	}
-	if len(moves) > 0 {
-		return moves
+	return moves
+}
+
+// stallTicks is after how many time-outs of others, in a row, a stalled processor goes on.
+const stallTicks = 16
+
+// lastResort lists what happens where nothing else can: time-outs; or, after
+// stallTicks of them or where there are none, stalled processors that go on.
+func (b *Board) lastResort(moves []move) []move {
+	b.idle++
+	if b.idle <= stallTicks {
+		moves = b.timeouts(moves)
+		if len(moves) > 0 {
+			return moves
+		}
 	}
 	for _, p := range b.procs {
-		if p.held && !p.dead && !p.done {
+		if p.stalled() {
 			moves = append(moves, move{what: resume, p: p})
 		}
+	}
+	b.idle = 0
+	if len(moves) == 0 {
+		moves = b.timeouts(moves)
 	}
 	return moves
 }
@@ -197,9 +220,9 @@ func (s *random) next(b *Board, p *Proc) *Proc {
 			if b.ready(q) {
 				runnable = true
 				add(move{what: run, p: q}, w)
-			} else if q.op.kind == opWaitTimeout && !q.done && !q.held {
+			} else if b.mayTimeOut(q) {
 				add(move{what: timeout, p: q}, s.timeouts)
-			} else if q.held && !q.dead && !q.done {
+			} else if q.stalled() {
 				add(move{what: resume, p: q}, s.timeouts)
 			}
 		}
@@ -252,12 +275,13 @@ type deviation struct{ at, choice int }
 // when all sleep (lazy), which the base tells for each direction; stores wait in the processor
 // until a barrier, or until all sleep.
 type systematic struct {
-	eager  [2]bool
-	devs   []deviation
-	used   int
-	points []uint16 // options of each choice so far
-	parked [2]bool
-	broken bool // a deviation does not fit: the test is not deterministic
+	eager      [2]bool
+	devs       []deviation
+	used       int
+	points     []uint16 // options of each choice so far
+	parked     [2]bool
+	faultsOnly bool
+	broken     bool // a deviation does not fit: the test is not deterministic
 }
 
 func (s *systematic) pick(n int) int {
@@ -274,7 +298,15 @@ func (s *systematic) pick(n int) int {
 	return 0
 }
 
-func (s *systematic) chance(b *Board) bool { return s.pick(2) == 1 }
+// any is pick among things of which none is a fault.
+func (s *systematic) any(n int) int {
+	if s.faultsOnly {
+		return 0
+	}
+	return s.pick(n)
+}
+
+func (s *systematic) chance(b *Board) bool { return !s.faultsOnly && s.pick(2) == 1 }
 
 func (s *systematic) next(b *Board, p *Proc) *Proc {
 	if b.steps%breath == 0 {
@@ -301,7 +333,7 @@ func (s *systematic) next(b *Board, p *Proc) *Proc {
 			moved = true
 			if moves = b.background(moves); len(moves) > 0 {
 				b.moves = moves
-				b.do(&moves[s.pick(len(moves))])
+				b.do(&moves[s.any(len(moves))])
 				continue
 			}
 		}
@@ -313,7 +345,7 @@ func (s *systematic) next(b *Board, p *Proc) *Proc {
 				}
 			}
 			b.moves = moves
-			if n := b.do(&moves[s.pick(len(moves))]); n != nil {
+			if n := b.do(&moves[s.any(len(moves))]); n != nil {
 				return n
 			}
 			continue
@@ -367,6 +399,9 @@ func (b *Board) ringFor(r *Proc) (move, bool) {
 // make a difference that a later choice cannot.
 func (s *systematic) options(b *Board, q *Proc, moves []move) []move {
 	o := &q.op
+	if s.faultsOnly {
+		return b.faultMoves(moves)
+	}
 	if o.kind == opLoad {
 		for _, r := range b.procs {
 			if r == q {
@@ -405,13 +440,23 @@ func (s *systematic) options(b *Board, q *Proc, moves []move) []move {
 		if m, ok := b.ringFor(r); ok {
 			moves = append(moves, m)
 		}
-		if r.op.kind == opWaitTimeout {
+		if b.mayTimeOut(r) {
 			moves = append(moves, move{what: timeout, p: r})
 		}
 	}
+	return b.faultMoves(moves)
+}
+
+// faultMoves lists the faults that can still happen, and the ends of stalls.
+func (b *Board) faultMoves(moves []move) []move {
 	for i, f := range b.faults {
 		if f.left > 0 {
 			moves = append(moves, move{what: takeFault, n: i})
+		}
+	}
+	for _, p := range b.procs {
+		if p.stalled() {
+			moves = append(moves, move{what: resume, p: p})
 		}
 	}
 	return moves

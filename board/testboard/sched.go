@@ -84,17 +84,19 @@ type op struct {
 // Proc is a processor of one side, running one goroutine. Its methods are called by
 // that goroutine alone, and so are the accesses through its memories.
 type Proc struct {
-	b      *Board
-	c      *cpu
-	name   string
-	wake   chan struct{}
-	op     op
-	mems   [2]mmio.Mem
-	daemon bool
-	done   bool
-	held   bool // killed or stalled
-	dead   bool
-	streak int
+	b        *Board
+	c        *cpu
+	name     string
+	wake     chan struct{}
+	op       op
+	mems     [2]mmio.Mem
+	daemon   bool
+	done     bool
+	held     bool // killed or stalled
+	dead     bool
+	took     int // steps
+	others   int // steps of the others before the next time-out
+	timedOut int // step of the last time-out
 }
 
 // stats counts what crosses the bus.
@@ -110,6 +112,7 @@ type Board struct {
 	policy policy
 	over   bool
 	steps  int
+	idle   int // last resorts since a stalled processor went on
 	max    int
 	bells  [2]map[uint32]uint64
 	count  [2]stats
@@ -226,12 +229,33 @@ func (b *Board) Name(of board.Side, off, size uint64, text string) {
 	b.names[of] = append(b.names[of], name{off, size, text})
 }
 
-// Kill stops a processor for good, as SIGKILL does: what it posted is still
-// delivered.
-func (b *Board) Kill(p *Proc) { p.held, p.dead = true, true }
+// Kill stops a processor for good, as SIGKILL does: its stores leave it, since the kernel
+// goes on with something else on it, and what is posted is still delivered.
+func (b *Board) Kill(p *Proc) {
+	b.Stall(p)
+	p.dead = true
+}
 
-// Stall stops a processor until Resume, as SIGSTOP does.
-func (b *Board) Stall(p *Proc) { p.held = true }
+// Stall stops a processor until Resume, as SIGSTOP does. A stalled processor also goes on
+// when the search wants it, at the latest when the others have done nothing but time out
+// for a while.
+func (b *Board) Stall(p *Proc) {
+	b.idle = 0
+	p.held = true
+	p.c.drainIf(func(*store) bool { return true })
+}
+
+func (p *Proc) stalled() bool { return p.held && !p.dead && !p.done }
+
+// UnderWay tells whether stores or rings of a side have not arrived yet.
+func (b *Board) UnderWay(side board.Side) bool {
+	for _, p := range b.procs {
+		if p.c.side == side && len(p.c.pending) > 0 {
+			return true
+		}
+	}
+	return b.m.post[side].len() > 0
+}
 
 // Resume lets a stalled processor go on.
 func (b *Board) Resume(p *Proc) { p.held = p.dead }
@@ -395,8 +419,18 @@ func (b *Board) next(p *Proc) *Proc {
 	}
 	if n != nil {
 		b.cur = n
+		n.took++
 	}
 	return n
+}
+
+// patience is how many steps the others take, if they can, between two time-outs of a
+// processor: a time-out means that time has passed, for all.
+const patience = 32
+
+// mayTimeOut tells whether a processor sleeps and could time out.
+func (b *Board) mayTimeOut(p *Proc) bool {
+	return p.op.kind == opWaitTimeout && !p.done && !p.held && b.steps-p.took >= p.others
 }
 
 func (b *Board) finished() bool {

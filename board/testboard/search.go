@@ -52,6 +52,9 @@ type Search struct {
 	Seed uint64
 	// Bound is in how many places a systematic schedule may deviate from a plain one.
 	Bound int
+	// FaultsOnly keeps the systematic search to deviations that are faults: one at every
+	// step, with a Bound of 1.
+	FaultsOnly bool
 	// MaxSystematic is how many schedules the systematic search may run; where those of
 	// a bound are more, as many are drawn from them at random. 0 means 5000.
 	MaxSystematic int
@@ -189,7 +192,7 @@ func (x *explorer) random(seed uint64, horizon int) {
 // plain runs the plain schedule of a base with deviations, and returns how many options
 // there were at each choice.
 func (x *explorer) plain(base int, devs []deviation) []uint16 {
-	s := &systematic{devs: devs}
+	s := &systematic{devs: devs, faultsOnly: x.FaultsOnly}
 	s.eager[0], s.eager[1] = base&1 != 0, base&2 != 0
 	f := x.run(s)
 	if f == nil && (s.broken || s.used < len(devs)) {
