@@ -94,6 +94,19 @@ func (p *path) configure(t testing.TB) {
 				t.Fatal(err)
 			}
 		}
+		// A first request for a neighbour that came before the carrier is repeated after this
+		// time, not after 1 s.
+		err = n.Do(func() error {
+			for _, f := range []string{"ipv4", "ipv6"} {
+				if err := os.WriteFile("/proc/sys/net/"+f+"/neigh/l0/retrans_time_ms", []byte("50"), 0); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
 		if err := h.LinkSetUp(l); err != nil {
 			t.Fatal(err)
 		}
@@ -241,6 +254,17 @@ func every(n int, proto byte, count *atomic.Int64, do func(frame, payload []byte
 	return &m
 }
 
+// atLeast waits until a mangler did something n times.
+func atLeast(t *testing.T, count *atomic.Int64, n int64) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); count.Load() < n; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Errorf("only %d faults", count.Load())
+			return
+		}
+	}
+}
+
 func drop(f, p []byte, emit func([]byte))  {}
 func twice(f, p []byte, emit func([]byte)) { emit(f); emit(f) }
 
@@ -364,7 +388,7 @@ func TestPingFaults(t *testing.T) {
 				t.Run(fmt.Sprintf("%s/%s/%d", name, tc.what, dir), func(t *testing.T) {
 					var n atomic.Int64
 					w.mangle[dir].Store(every(4, icmpProto(pair), &n, tc.do))
-					r, err := Ping(t.Context(), pair.Board.NS, pair.Host.Addr, PingConfig{Count: 22, Interval: time.Millisecond, Timeout: 250 * time.Millisecond, Peer: pair.Host.NS})
+					r, err := Ping(t.Context(), pair.Board.NS, pair.Host.Addr, PingConfig{Count: 22, Interval: time.Millisecond, Timeout: 400 * time.Millisecond, Peer: pair.Host.NS})
 					w.mangle[dir].Store(nil)
 					faults := int(n.Load())
 					got := PingResult{Lost: r.Lost, Duplicates: r.Duplicates, Corrupt: r.Corrupt, ChecksumErrors: r.ChecksumErrors}
@@ -404,14 +428,19 @@ func TestUDPFaults(t *testing.T) {
 			t.Run(name+"/"+tc.what, func(t *testing.T) {
 				var n atomic.Int64
 				w.mangle[0].Store(every(10, unix.IPPROTO_UDP, &n, tc.do))
-				r, err := UDP(t.Context(), pair.Board, pair.Host, UDPConfig{Duration: 100 * time.Millisecond, Rate: 2000})
+				u, err := StartUDP(t.Context(), pair.Board, pair.Host, UDPConfig{Rate: 2000})
+				if err != nil {
+					t.Fatal(err)
+				}
+				atLeast(t, &n, 10)
+				r, err := u.Stop()
 				w.mangle[0].Store(nil)
 				got := UDPResult{Lost: r.Lost, Corrupt: r.Corrupt, ChecksumErrors: r.ChecksumErrors, Reordered: r.Reordered, Duplicates: r.Duplicates, Foreign: r.Foreign}
 				want := tc.want(uint64(n.Load()))
 				if tc.what == "late" && got.Reordered > 0 && got.Reordered <= want.Reordered {
 					got.Reordered = want.Reordered // the last ones may have none behind them
 				}
-				if got != want || n.Load() < 5 || r.Received+r.Lost != r.Sent {
+				if got != want || n.Load() < 10 || r.Received+r.Lost != r.Sent {
 					t.Errorf("%d faults: %+v", n.Load(), r)
 				}
 				if errors.Is(err, ErrCorrupt) != (want.Corrupt > 0) || err != nil && want.Corrupt == 0 {
@@ -427,7 +456,12 @@ func TestUDPLosslessIsAnErrorOfItsOwn(t *testing.T) {
 	w := newTaps(t)
 	var n atomic.Int64
 	w.mangle[0].Store(every(50, unix.IPPROTO_UDP, &n, drop))
-	r, err := UDP(t.Context(), w.v4.Board, w.v4.Host, UDPConfig{Duration: 100 * time.Millisecond, Rate: 1000, Lossless: true})
+	u, err := StartUDP(t.Context(), w.v4.Board, w.v4.Host, UDPConfig{Rate: 1000, Lossless: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	atLeast(t, &n, 1)
+	r, err := u.Stop()
 	if err == nil || errors.Is(err, ErrCorrupt) || r.Lost != uint64(n.Load()) || r.Lost == 0 ||
 		!strings.Contains(err.Error(), fmt.Sprintf("%d packets of %d are lost", r.Lost, r.Sent)) {
 		t.Errorf("%+v: %v", r, err)
@@ -460,9 +494,14 @@ func TestTCPFaults(t *testing.T) {
 			t.Run(name+"/"+tc.what, func(t *testing.T) {
 				var n atomic.Int64
 				w.mangle[0].Store(every(100, unix.IPPROTO_TCP, &n, tc.do))
-				r, err := TCP(t.Context(), pair.Board, pair.Host, TCPConfig{Duration: 150 * time.Millisecond})
+				c, err := StartTCP(t.Context(), pair.Board, pair.Host, TCPConfig{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				atLeast(t, &n, 5)
+				r, err := c.Stop()
 				w.mangle[0].Store(nil)
-				if n.Load() == 0 || r.Bytes != r.Sent || r.Bytes == 0 || !tc.check(r, err, n.Load()) {
+				if r.Bytes != r.Sent || r.Bytes == 0 || !tc.check(r, err, n.Load()) {
 					t.Errorf("%d faults: %+v, %v", n.Load(), r, err)
 				}
 			})

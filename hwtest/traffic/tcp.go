@@ -173,6 +173,9 @@ func StartTCP(ctx context.Context, from, to Endpoint, cfg TCPConfig) (*TCPTraffi
 	t := &TCPTraffic{cfg: cfg, from: from, to: to, sums: sums, stopping: make(chan struct{})}
 	if err := t.connect(ctx); err != nil {
 		t.closeAll()
+		if why := context.Cause(ctx); why != nil && !errors.Is(err, why) {
+			err = fmt.Errorf("%w (%w)", err, why)
+		}
 		return nil, err
 	}
 	t.begin = time.Now()
