@@ -242,46 +242,54 @@ func TestPingWithoutRawSockets(t *testing.T) {
 	t.Parallel() // mostly waits
 	p := newVeth(t)
 	p.wait(t)
-	for name, pair := range p.pairs() {
-		t.Run(name, func(t *testing.T) {
-			for _, allowed := range []string{"0 0", "1 0"} {
-				var raw bool
-				var r PingResult
-				err := p.a.Do(func() error {
-					if err := os.WriteFile("/proc/sys/net/ipv4/ping_group_range", []byte(allowed), 0); err != nil {
-						return err
-					}
-					h := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-					var all, less [2]unix.CapUserData
-					if err := unix.Capget(&h, &all[0]); err != nil {
-						return err
-					}
-					less = all
-					less[0].Effective &^= 1 << unix.CAP_NET_RAW
-					if err := unix.Capset(&h, &less[0]); err != nil {
-						return err
-					}
-					defer unix.Capset(&h, &all[0])
-					pg, err := newPinger(nil, pair.Host.Addr)
-					if err != nil {
-						return err
-					}
-					raw = pg.raw
-					pg.f.Close()
-					r, err = Ping(t.Context(), nil, pair.Host.Addr, PingConfig{Count: 10, Interval: time.Millisecond, Sizes: []int{0, 56, 3000}})
-					return err
-				})
-				if allowed == "1 0" {
-					if !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.EPERM) {
-						t.Errorf("forbidden: %v", err)
-					}
-					continue
-				}
-				if err != nil || raw || r.Received != 10 || r.Duplicates != 0 || r.Corrupt != 0 {
-					t.Errorf("%+v, raw %v: %v", r, raw, err)
-				}
+	without := func(f func() error) error {
+		return p.a.Do(func() error {
+			h := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+			var all, less [2]unix.CapUserData
+			if err := unix.Capget(&h, &all[0]); err != nil {
+				return err
 			}
+			less = all
+			less[0].Effective &^= 1 << unix.CAP_NET_RAW
+			if err := unix.Capset(&h, &less[0]); err != nil {
+				return err
+			}
+			defer unix.Capset(&h, &all[0])
+			return f()
 		})
+	}
+	for name, pair := range p.pairs() { // a new namespace allows no group
+		err := without(func() error {
+			_, err := Ping(t.Context(), nil, pair.Host.Addr, PingConfig{Count: 1})
+			return err
+		})
+		if !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.EPERM) {
+			t.Errorf("%s, forbidden: %v", name, err)
+		}
+	}
+	group := fmt.Sprintf("%d %d", os.Getegid(), os.Getegid())
+	err := p.a.Do(func() error {
+		return os.WriteFile("/proc/sys/net/ipv4/ping_group_range", []byte(group), 0)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, pair := range p.pairs() {
+		raw := true
+		var r PingResult
+		err := without(func() error {
+			pg, err := newPinger(nil, pair.Host.Addr)
+			if err != nil {
+				return err
+			}
+			raw = pg.raw
+			pg.f.Close()
+			r, err = Ping(t.Context(), nil, pair.Host.Addr, PingConfig{Count: 10, Interval: time.Millisecond, Sizes: []int{0, 56, 3000}})
+			return err
+		})
+		if err != nil || raw || r.Received != 10 || r.Duplicates != 0 || r.Corrupt != 0 {
+			t.Errorf("%s: %+v, raw %v: %v", name, r, raw, err)
+		}
 	}
 }
 
