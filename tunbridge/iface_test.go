@@ -435,7 +435,7 @@ func TestIfaceTCP(t *testing.T) {
 				const size = 4 << 20
 				data := make([]byte, size)
 				for i := range data {
-					data[i] = byte(i * 2654435761 >> 13)
+					data[i] = byte(uint32(i) * 2654435761 >> 13)
 				}
 				var wg sync.WaitGroup
 				var gso int64
