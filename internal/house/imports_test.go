@@ -17,8 +17,9 @@ var floors = map[string]int{
 	"vring": 2, "doorbell": 2, "pci": 2,
 	"board":     3,
 	"virtiomsg": 4, "tunbridge": 4,
-	"host": 5, "agent": 5,
-	"cmd": 6,
+	"session": 5,
+	"host":    6, "agent": 6,
+	"cmd": 7,
 }
 
 // top returns the first element of a package's path inside the module.

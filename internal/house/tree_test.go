@@ -74,7 +74,7 @@ func goCommand(t testing.TB, dir string, env []string, args ...string) ([]byte, 
 	var out, errOut bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut
 	if err := cmd.Run(); err != nil {
-		return out.Bytes(), fmt.Errorf("go %s: %w\n%s%s", strings.Join(args, " "), err, errOut.Bytes(), "")
+		return out.Bytes(), fmt.Errorf("go %s: %w\n%s", args[0], err, bytes.TrimSpace(errOut.Bytes()))
 	}
 	return out.Bytes(), nil
 }

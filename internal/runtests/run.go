@@ -348,6 +348,7 @@ func (p *report) reason(key [2]string) string {
 func (p *report) failures() []string {
 	var out []string
 	seen := map[string]bool{}
+	same := map[string]int{} // text -> index in out
 	for _, key := range p.bad {
 		name := strings.TrimPrefix(key[0], modulePath+"/")
 		if key[1] != "" {
@@ -375,6 +376,11 @@ func (p *report) failures() []string {
 		if text == "" && key[1] != "" && p.hasBadSubtest(key) {
 			continue // the subtest says it
 		}
+		if i, ok := same[text]; ok && text != "" {
+			out[i] = name + "\n" + out[i] // one cause, said once
+			continue
+		}
+		same[text] = len(out)
 		out = append(out, strings.TrimRight(name+"\n"+text, "\n"))
 	}
 	return out
