@@ -1,0 +1,346 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/boardlink/boardlink/agent"
+	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/cmd/boardlink/internal/ifaddr"
+	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/host"
+	"github.com/boardlink/boardlink/mmio"
+	"github.com/boardlink/boardlink/session"
+	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/tunbridge"
+	"github.com/boardlink/boardlink/virtio"
+)
+
+// endFlags are common to both ends.
+type endFlags struct {
+	Board string `required:"" placeholder:"KIND:ARG" help:"The board, e.g. loopback:/run/a.sock. It may come later."`
+	Name  string `default:"board0" help:"Name of the link, for log, status and stable MAC addresses."`
+
+	Interface string         `short:"i" placeholder:"NAME" help:"Interface to make, or to attach to where it persists (default: the kernel picks)."`
+	Link      string         `enum:"tap,tun" default:"tap" help:"tap: Ethernet frames. tun: raw IP packets; both ends have to say so."`
+	Addr      []netip.Prefix `placeholder:"PREFIX" help:"Address of the interface, e.g. 10.0.0.1/24 or fd00::1/64; may be repeated."`
+	MTU       int            `placeholder:"BYTES" help:"MTU (default: 1500 at the host; what the host says at the agent)."`
+	MAC       tunbridge.MAC  `placeholder:"MAC" help:"MAC address of the interface (default: one that stays the same for --name)."`
+	Offload   bool           `default:"true" negatable:"" help:"Leave checksums and segmentation to the other side where the kernel can."`
+	Persist   bool           `help:"Keep the interface, with its addresses, when this program ends."`
+	Deny      []string       `placeholder:"FEATURE" help:"Virtio features not to negotiate, e.g. event_idx,host_uso."`
+	Net       []string       `placeholder:"SPEC" sep:"none" help:"Several devices: one SPEC each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000. Keys: name link addr mtu mac board-mac offload persist; the flags above give the defaults."`
+
+	Memory string        `enum:"auto,cached,write-combining,uncached" default:"auto" help:"How the window is accessed (${enum}); for trials of the device-memory paths on RAM."`
+	Beat   time.Duration `default:"100ms" help:"Heartbeat interval."`
+	Lost   int           `default:"10" placeholder:"BEATS" help:"Heartbeats without the other side's until the link is down."`
+	Status string        `placeholder:"PATH" help:"Status socket (default ${status_dir}/SIDE-NAME.sock; none for no socket)."`
+
+	Verbose bool `short:"v" help:"Log more."`
+}
+
+// netSpec is one device as flags describe it.
+type netSpec struct {
+	name     string
+	link     tunbridge.LinkType
+	addrs    []netip.Prefix
+	mtu      int
+	mac      tunbridge.MAC
+	boardMAC tunbridge.MAC
+	offload  bool
+	persist  bool
+}
+
+// specs returns the devices: those of --net, else the one that the other flags describe.
+func (f *endFlags) specs(side board.Side, boardMAC tunbridge.MAC) ([]netSpec, error) {
+	def := netSpec{name: f.Interface, addrs: f.Addr, mtu: f.MTU, mac: f.MAC, boardMAC: boardMAC, offload: f.Offload, persist: f.Persist}
+	if f.Link == "tun" {
+		def.link = tunbridge.TUN
+	}
+	if len(f.Net) == 0 {
+		return []netSpec{def}, nil
+	}
+	var out []netSpec
+	seen := map[string]bool{}
+	for _, text := range f.Net {
+		s := def
+		s.addrs = nil
+		for _, kv := range strings.Split(text, ",") {
+			k, v, ok := strings.Cut(kv, "=")
+			if !ok {
+				return nil, usagef("--net %s: %q is not KEY=VALUE", text, kv)
+			}
+			if err := s.set(k, v); err != nil {
+				return nil, usagef("--net %s: %s: %v", text, k, err)
+			}
+		}
+		if s.name != "" && seen[s.name] {
+			return nil, usagef("--net %s: two devices with the interface %s", text, s.name)
+		}
+		seen[s.name] = true
+		out = append(out, s)
+	}
+	return out, nil
+}
+
+func (s *netSpec) set(k, v string) (err error) {
+	switch k {
+	case "name":
+		s.name = v
+	case "link":
+		switch v {
+		case "tap":
+			s.link = tunbridge.TAP
+		case "tun":
+			s.link = tunbridge.TUN
+		default:
+			return fmt.Errorf("%q is neither tap nor tun", v)
+		}
+	case "addr":
+		var p netip.Prefix
+		if p, err = netip.ParsePrefix(v); err == nil {
+			s.addrs = append(s.addrs, p)
+		}
+	case "mtu":
+		s.mtu, err = strconv.Atoi(v)
+	case "mac":
+		err = s.mac.UnmarshalText([]byte(v))
+	case "board-mac":
+		err = s.boardMAC.UnmarshalText([]byte(v))
+	case "offload":
+		s.offload, err = strconv.ParseBool(v)
+	case "persist":
+		s.persist, err = strconv.ParseBool(v)
+	default:
+		err = errors.New("no such key; there are name link addr mtu mac board-mac offload persist")
+	}
+	return err
+}
+
+// iface returns the interface of device n. Without a MAC it gets one that stays the same
+// from start to start, so that the other side's neighbour tables stay true.
+func (s netSpec) iface(f *endFlags, side board.Side, n int) tunbridge.Config {
+	c := tunbridge.Config{Name: s.name, Type: s.link, Offload: s.offload, Persist: s.persist, MAC: s.mac, MTU: s.mtu}
+	if side == board.Host && s.link == tunbridge.TAP && c.MAC == (tunbridge.MAC{}) {
+		c.MAC = stableMAC(f.Name, side, n)
+	}
+	return c
+}
+
+func stableMAC(name string, side board.Side, n int) tunbridge.MAC {
+	return tunbridge.StableMAC(fmt.Sprintf("boardlink %s %s %d", name, side, n))
+}
+
+func (f *endFlags) deny() (virtio.Features, error) {
+	var s virtio.Features
+	for _, name := range f.Deny {
+		b, err := virtio.ParseFeature(strings.TrimSpace(name))
+		if err != nil {
+			return s, usagef("--deny: %v", err)
+		}
+		s.Set(b)
+	}
+	return s, nil
+}
+
+func (f *endFlags) options(log *slog.Logger, account *dma.Account) board.Options {
+	o := board.Options{Account: account, Logf: func(format string, args ...interface{}) {
+		log.Debug(fmt.Sprintf(format, args...), "link", f.Name)
+	}}
+	kinds := map[string]mmio.Kind{"cached": mmio.Cached, "write-combining": mmio.WriteCombining, "uncached": mmio.Uncached}
+	if k, ok := kinds[f.Memory]; ok {
+		o.Kind = &k
+	}
+	return o
+}
+
+func (f *endFlags) check() error {
+	if f.Name == "" {
+		return usagef("--name: must not be empty")
+	}
+	if f.Beat < time.Millisecond || f.Beat > time.Minute {
+		return usagef("--beat %v: 1ms to 1m are possible", f.Beat)
+	}
+	if f.Lost < 2 {
+		return usagef("--lost %d: at least 2", f.Lost)
+	}
+	if !strings.Contains(f.Board, ":") {
+		var kinds []string
+		for _, k := range board.Kinds() {
+			kinds = append(kinds, k.Name+":...")
+		}
+		return usagef("--board %s: KIND:ARG is needed; kinds: %s", f.Board, strings.Join(kinds, " "))
+	}
+	return nil
+}
+
+// end is what both programs have.
+type end interface {
+	Run(context.Context) error
+	Status() status.Link
+}
+
+// address sets up the interface of a device that is open.
+func address(i *tunbridge.Iface, s netSpec, log *slog.Logger) error {
+	for _, w := range i.Warnings() {
+		log.Warn(w, "interface", i.Name())
+	}
+	if err := ifaddr.Apply(i.Name(), s.addrs); err != nil {
+		return usageError{err}
+	}
+	if err := ifaddr.Up(i.Name()); err != nil {
+		return err
+	}
+	log.Info("interface ready", "interface", i.Name(), "addresses", s.addrs)
+	return nil
+}
+
+// serveEnd runs an end until a signal, with its status socket.
+func (f *endFlags) serveEnd(side board.Side, e end) error {
+	path := f.Status
+	switch path {
+	case "":
+		path = statusd.DefaultPath(side.String(), f.Name)
+	case "none":
+		path = ""
+	}
+	started := time.Now().Format(time.RFC3339)
+	srv, err := statusd.Serve(path, func() status.Program {
+		return status.Program{Version: version(), Side: side.String(), PID: os.Getpid(), Started: started, Links: []status.Link{e.Status()}}
+	})
+	if err != nil {
+		return usageError{err}
+	}
+	defer srv.Close()
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	return e.Run(ctx)
+}
+
+type hostCmd struct {
+	endFlags
+	BoardMAC tunbridge.MAC `placeholder:"MAC" help:"MAC address that the board's interface is given (default: one that stays the same for --name)."`
+	QueueMax uint16        `default:"1024" help:"Largest queue size, a power of two."`
+	Account  bool          `default:"true" negatable:"" help:"Count the accesses across the bus."`
+}
+
+func (c *hostCmd) Run(s *streams) error {
+	if err := c.check(); err != nil {
+		return err
+	}
+	if c.QueueMax < 2 || c.QueueMax > 32768 || c.QueueMax&(c.QueueMax-1) != 0 {
+		return usagef("--queue-max %d: a power of two from 2 to 32768", c.QueueMax)
+	}
+	specs, err := c.specs(board.Host, c.BoardMAC)
+	if err != nil {
+		return err
+	}
+	deny, err := c.deny()
+	if err != nil {
+		return err
+	}
+	log := s.logger(c.Verbose)
+	devices := map[uint16]host.Backend{}
+	closeAll := func() {
+		for _, d := range devices {
+			d.Close()
+		}
+	}
+	for i, sp := range specs {
+		ic := sp.iface(&c.endFlags, board.Host, i)
+		if ic.MTU == 0 {
+			ic.MTU = 1500
+		}
+		bm := sp.boardMAC
+		if bm == (tunbridge.MAC{}) {
+			bm = stableMAC(c.Name, board.Agent, i)
+		}
+		n, err := host.NewNet(host.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: ic, BoardMAC: bm,
+			Deny: deny, QueueMax: c.QueueMax})
+		if err != nil {
+			closeAll()
+			return err
+		}
+		devices[uint16(i)] = n
+		if err := address(n.Interface(), sp, log); err != nil {
+			closeAll()
+			return err
+		}
+	}
+	var acc *dma.Account
+	if c.Account {
+		acc = new(dma.Account)
+	}
+	l := host.NewLink(host.Config{Name: c.Name, Board: c.Board, Options: c.options(log, acc), Devices: devices,
+		Log: log, Beat: c.Beat, LostBeats: c.Lost})
+	if err := c.serveEnd(board.Host, l); err != nil {
+		closeAll()
+		return err
+	}
+	return nil
+}
+
+type agentCmd struct {
+	endFlags
+	QueueSize uint16 `default:"256" help:"Queue size, a power of two; the host may ask for less."`
+	RXBuffer  uint32 `name:"rx-buffer" placeholder:"BYTES" help:"Size of a receive buffer (default: by the window, 16384 at most)."`
+}
+
+func (c *agentCmd) Run(s *streams) error {
+	if err := c.check(); err != nil {
+		return err
+	}
+	if c.QueueSize < 2 || c.QueueSize > 32768 || c.QueueSize&(c.QueueSize-1) != 0 {
+		return usagef("--queue-size %d: a power of two from 2 to 32768", c.QueueSize)
+	}
+	if c.RXBuffer != 0 && (c.RXBuffer < 256 || c.RXBuffer > 1<<20) {
+		return usagef("--rx-buffer %d: 256 to 1048576", c.RXBuffer)
+	}
+	specs, err := c.specs(board.Agent, tunbridge.MAC{})
+	if err != nil {
+		return err
+	}
+	deny, err := c.deny()
+	if err != nil {
+		return err
+	}
+	log := s.logger(c.Verbose)
+	var devices []*agent.Net
+	closeAll := func() {
+		for _, d := range devices {
+			d.Close()
+		}
+	}
+	for i, sp := range specs {
+		n, err := agent.NewNet(agent.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: sp.iface(&c.endFlags, board.Agent, i),
+			Deny: deny, QueueSize: c.QueueSize, RXBuffer: c.RXBuffer})
+		if err != nil {
+			closeAll()
+			return err
+		}
+		devices = append(devices, n)
+		if err := address(n.Interface(), sp, log); err != nil {
+			closeAll()
+			return err
+		}
+	}
+	l := agent.NewLink(agent.Config{Name: c.Name, Board: c.Board, Options: c.options(log, nil), Devices: devices,
+		Log: log, Beat: c.Beat, LostBeats: c.Lost})
+	if err := c.serveEnd(board.Agent, l); err != nil {
+		closeAll()
+		return err
+	}
+	return nil
+}
+
+var _ session.Logger = (*slog.Logger)(nil)

@@ -1,0 +1,123 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/boardlink/boardlink/hwtest/netns"
+	"github.com/boardlink/boardlink/hwtest/traffic"
+	"github.com/boardlink/boardlink/hwtest/trial"
+)
+
+type loopbackCmd struct {
+	Duration  time.Duration `default:"3s" help:"Of each measurement: TCP and UDP, each way."`
+	Link      string        `enum:"tap,tun" default:"tap" help:"tap: Ethernet frames. tun: raw IP packets."`
+	Offload   bool          `default:"true" negatable:"" help:"Leave checksums and segmentation to the other side where the kernel can."`
+	MTU       int           `default:"1500" help:"MTU in bytes."`
+	Placement string        `enum:"window" default:"window" help:"Where rings and buffers lie: window (all in the board's memory)."`
+	Memory    string        `enum:"cached,write-combining,uncached" default:"cached" help:"How the host accesses the window (${enum}): the last two take the paths for device memory."`
+	Window    string        `default:"16M" help:"Size of the board's window: a power of two, with K, M or G."`
+	Devices   int           `default:"1" help:"Network devices on the link."`
+	JSON      bool          `name:"json" help:"Print the result as JSON."`
+	Verbose   bool          `short:"v" help:"Show the log of both ends."`
+}
+
+func (c *loopbackCmd) Run(s *streams) error {
+	window, err := parseSize(c.Window)
+	if err != nil {
+		return err
+	}
+	limit := 65535
+	if c.Link == "tap" {
+		limit -= 14
+	}
+	if c.MTU < 1280 || c.MTU > limit {
+		return usagef("--mtu %d: 1280 (IPv6 needs it) to %d", c.MTU, limit)
+	}
+	if c.Duration < 100*time.Millisecond || c.Duration > time.Hour {
+		return usagef("--duration %v: 100ms to 1h", c.Duration)
+	}
+	if c.Devices < 1 || c.Devices > 16 {
+		return usagef("--devices %d: 1 to 16", c.Devices)
+	}
+	if err := netns.CheckTun(); err != nil {
+		return usageError{err}
+	}
+	if netns.NeedsUser() {
+		return usageError{netns.EnterUser()} // does not return where it can be
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+
+	p := newProgress(s.err, !c.JSON && !c.Verbose)
+	cfg := trial.Config{Exe: exe, Link: c.Link, Offload: c.Offload, MTU: c.MTU, Window: window, Memory: c.Memory, Nets: c.Devices}
+	if c.Verbose {
+		cfg.Log = s.err
+	}
+	res, err := trial.Run(ctx, cfg, traffic.RunConfig{Duration: c.Duration, Step: p.step})
+	p.done()
+	var end *trial.EndError
+	switch {
+	case errors.As(err, &end) && end.ExitCode() == exitUsage:
+		return usageError{err}
+	case ctx.Err() != nil:
+		return errors.New("interrupted")
+	case err != nil && res.Ping.Sent == 0:
+		return err
+	}
+	if c.JSON {
+		e := json.NewEncoder(s.out)
+		e.SetIndent("", "  ")
+		if jerr := e.Encode(res); jerr != nil {
+			return jerr
+		}
+	} else {
+		printTrial(s, &res)
+	}
+	if err != nil {
+		return err
+	}
+	if !res.OK() {
+		fmt.Fprintf(s.err, "boardlink loopback: %d of %d pings lost, %d corrupt\n", res.Ping.Lost, res.Ping.Sent, res.Corrupt)
+		return statusError(exitFail)
+	}
+	return nil
+}
+
+func printTrial(s *streams, r *trial.Result) {
+	w := tabwriter.NewWriter(s.out, 0, 8, 2, ' ', 0)
+	row := func(name, format string, args ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
+	row("link", "%s, MTU %d, window %s (%s memory), placement %s", r.Setup.Link, r.Setup.MTU, sizeString(r.Setup.Window), r.Setup.Memory, r.Setup.Placement)
+	row("features", "%s", strings.Join(r.Setup.Negotiated, " "))
+	row("ping", "%d sent, %d lost, round trip %.0f us median, %.0f us p99", r.Ping.Sent, r.Ping.Lost, r.RTT.P50, r.RTT.P99)
+	row("tcp", "%.2f Gbit/s board to host, %.2f host to board, every byte checked", r.TCPGbps.BoardToHost, r.TCPGbps.HostToBoard)
+	row("udp, 64 bytes", "%.0f kpps board to host, %.0f host to board", r.UDP64Kpps.BoardToHost, r.UDP64Kpps.HostToBoard)
+	row("corrupt", "%d", r.Corrupt)
+	row("bus, a frame", "%.2f reads, %.2f writes, %.0f bytes read, %.0f written, by the host", r.Bus.ReadsPerFrame, r.Bus.WritesPerFrame, r.Bus.ReadBytesPerFrame, r.Bus.WriteBytesPerFrame)
+	row("doorbells", "%.3f a frame", r.DoorbellsPerFrame)
+	w.Flush()
+}
+
+func sizeString(n uint64) string {
+	for _, u := range []struct {
+		name  string
+		shift uint
+	}{{"GiB", 30}, {"MiB", 20}, {"KiB", 10}} {
+		if n >= 1<<u.shift && n%(1<<u.shift) == 0 {
+			return fmt.Sprintf("%d %s", n>>u.shift, u.name)
+		}
+	}
+	return fmt.Sprintf("%d bytes", n)
+}

@@ -1,0 +1,136 @@
+// Command boardlink gives PCI(e) boards an ordinary network interface to their carrier, by virtio
+// across the bus in user space. See README.md, and `boardlink --help`.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"runtime/debug"
+	"strings"
+
+	"github.com/alecthomas/kong"
+	"github.com/boardlink/boardlink/board"
+	_ "github.com/boardlink/boardlink/board/loopback" // registers itself
+	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
+	"github.com/boardlink/boardlink/tunbridge"
+)
+
+// Exit statuses: 2 is the user's, what was typed or how the machine is set up for it; 1 is ours, or
+// what was measured is not good.
+const (
+	exitOK    = 0
+	exitFail  = 1
+	exitUsage = 2
+)
+
+type cli struct {
+	Loopback loopbackCmd `cmd:"" help:"Try it here: both ends on this machine, with real traffic between two namespaces."`
+	Host     hostCmd     `cmd:"" help:"The carrier's end: offers network devices to a board."`
+	Agent    agentCmd    `cmd:"" help:"The board's end: drives the devices that the host offers."`
+	Serve    serveCmd    `cmd:"" help:"The rendezvous of a loopback board (an ivshmem server: QEMU can be either end)."`
+	Status   statusCmd   `cmd:"" help:"State, features, queues and counters of running ends."`
+	Version  versionCmd  `cmd:"" help:"Print the version."`
+}
+
+// usageError is the user's fault, in one line.
+type usageError struct{ err error }
+
+func (e usageError) Error() string { return e.err.Error() }
+func (e usageError) Unwrap() error { return e.err }
+
+func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+// statusError has been reported already; only the exit status is left.
+type statusError int
+
+func (e statusError) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
+func exitStatus(err error) int {
+	var st statusError
+	var us usageError
+	var tu tunbridge.UserError
+	switch {
+	case err == nil:
+		return exitOK
+	case errors.As(err, &st):
+		return int(st)
+	case errors.As(err, &us), errors.As(err, &tu), errors.Is(err, board.ErrInput), errors.Is(err, board.ErrSideTaken):
+		return exitUsage
+	}
+	return exitFail
+}
+
+func main() {
+	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
+}
+
+func run(args []string, stdout, stderr io.Writer) int {
+	var c cli
+	exited := -1
+	p, err := kong.New(&c, kong.Name("boardlink"),
+		kong.Description("An ordinary network interface between PCI(e) boards and their carrier: virtio across the bus, in user space."),
+		kong.UsageOnError(), kong.ConfigureHelp(kong.HelpOptions{Compact: true}),
+		kong.Vars{"status_dir": statusd.Dir()}, kong.Writers(stdout, stderr), kong.Exit(func(code int) { exited = code }))
+	if err != nil {
+		fmt.Fprintln(stderr, "boardlink:", err)
+		return exitFail
+	}
+	if len(args) == 0 {
+		args = []string{"--help"}
+	}
+	ctx, err := p.Parse(args)
+	if exited >= 0 {
+		return exited
+	}
+	if err != nil {
+		fmt.Fprintf(stderr, "boardlink: %s (see boardlink --help)\n", oneLine(err))
+		return exitUsage
+	}
+	err = ctx.Run(&streams{stdout, stderr})
+	var st statusError
+	if err != nil && !errors.As(err, &st) {
+		fmt.Fprintf(stderr, "boardlink %s: %s\n", ctx.Command(), oneLine(err))
+	}
+	return exitStatus(err)
+}
+
+func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
+
+type streams struct{ out, err io.Writer }
+
+// logger writes to standard error: what an operator has to know, with verbose everything.
+func (s *streams) logger(verbose bool) *slog.Logger {
+	level := slog.LevelInfo
+	if verbose {
+		level = slog.LevelDebug
+	}
+	return slog.New(slog.NewTextHandler(s.err, &slog.HandlerOptions{Level: level}))
+}
+
+type versionCmd struct{}
+
+func (versionCmd) Run(s *streams) error {
+	fmt.Fprintln(s.out, "boardlink", version())
+	return nil
+}
+
+// version returns what the build knows of itself.
+func version() string {
+	bi, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	v := bi.Main.Version
+	for _, kv := range bi.Settings {
+		if kv.Key == "vcs.revision" && (v == "" || v == "(devel)") && len(kv.Value) >= 12 {
+			v = kv.Value[:12]
+		}
+	}
+	if v == "" {
+		v = "(devel)"
+	}
+	return v + " " + bi.GoVersion
+}

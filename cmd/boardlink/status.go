@@ -1,0 +1,136 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"sort"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
+	"github.com/boardlink/boardlink/status"
+)
+
+type statusCmd struct {
+	Path    []string `arg:"" optional:"" help:"Status sockets (default: all in ${status_dir})."`
+	JSON    bool     `name:"json" help:"Print JSON: an array with one object for each program."`
+	Verbose bool     `short:"v" help:"Show every counter, also those that are 0."`
+}
+
+func (c *statusCmd) Run(s *streams) error {
+	paths := c.Path
+	if len(paths) == 0 {
+		var err error
+		if paths, err = statusd.Find(); err != nil {
+			return err
+		}
+		if len(paths) == 0 {
+			return usagef("no status socket in %s: is a host or an agent running? One started with --status PATH is asked by: boardlink status PATH", statusd.Dir())
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	programs := []status.Program{}
+	failed := false
+	for _, path := range paths {
+		p, err := statusd.Get(ctx, path)
+		if err != nil {
+			fmt.Fprintf(s.err, "boardlink status: %v\n", err)
+			failed = true
+			continue
+		}
+		programs = append(programs, p)
+	}
+	if c.JSON {
+		e := json.NewEncoder(s.out)
+		e.SetIndent("", "  ")
+		if err := e.Encode(programs); err != nil {
+			return err
+		}
+	} else {
+		for i := range programs {
+			if i > 0 {
+				fmt.Fprintln(s.out)
+			}
+			c.print(s, &programs[i])
+		}
+	}
+	if failed {
+		return statusError(exitFail)
+	}
+	return nil
+}
+
+func (c *statusCmd) print(s *streams, p *status.Program) {
+	w := tabwriter.NewWriter(s.out, 0, 8, 2, ' ', 0)
+	defer w.Flush()
+	fmt.Fprintf(w, "%s\tpid %d, since %s, boardlink %s\n", p.Side, p.PID, p.Started, p.Version)
+	for _, l := range p.Links {
+		fmt.Fprintf(w, "link %s\t%s: %s (since %s)\n", l.Name, l.Board, l.State, l.Since)
+		if l.LastError != "" {
+			fmt.Fprintf(w, "  error\t%s\n", l.LastError)
+		}
+		fmt.Fprintf(w, "  epoch\t%#010x, peer %#010x\n", l.Epoch, l.PeerEpoch)
+		fmt.Fprintf(w, "  window\t%s, %s memory, placement %s\n", sizeString(l.Window.Size), l.Window.Kind, l.Placement)
+		for _, r := range l.Regions {
+			fmt.Fprintf(w, "  region %s\t%#x, %#x bytes, device may %s\n", r.Name, r.Addr, r.Size, r.Access)
+		}
+		c.counters(w, "  counters", l.Counters)
+		c.counters(w, "  bus", l.Bus)
+		for _, d := range l.Devices {
+			carrier := "carrier off"
+			if d.Carrier {
+				carrier = "carrier on"
+			}
+			mac := ""
+			if d.MAC != "" {
+				mac = ", " + d.MAC
+			}
+			fmt.Fprintf(w, "  device %d %s\t%s on %s%s, MTU %d, %s\n", d.Number, d.Name, d.LinkType, d.Interface, mac, d.MTU, carrier)
+			if d.LastError != "" {
+				fmt.Fprintf(w, "    error\t%s\n", d.LastError)
+			}
+			fmt.Fprintf(w, "    status\t%s\n", d.Status)
+			fmt.Fprintf(w, "    offered\t%s\n", strings.Join(d.Offered, " "))
+			fmt.Fprintf(w, "    allowed\t%s\n", strings.Join(d.Allowed, " "))
+			fmt.Fprintf(w, "    negotiated\t%s\n", strings.Join(d.Negotiated, " "))
+			c.counters(w, "    counters", d.Counters)
+			for _, q := range d.Queues {
+				ready := "not set up"
+				if q.Ready {
+					ready = fmt.Sprintf("%d descriptors, available %d, used %d", q.Size, q.Avail, q.Used)
+				}
+				fmt.Fprintf(w, "    queue %d %s\t%s\n", q.Index, q.Name, ready)
+				c.counters(w, "      frames", q.Pump)
+				c.counters(w, "      ring", q.Ring)
+				c.counters(w, "      doorbell", q.Doorbell)
+			}
+		}
+	}
+}
+
+// counters prints those that are not 0, in the order of their names.
+func (c *statusCmd) counters(w *tabwriter.Writer, title string, m map[string]uint64) {
+	var names []string
+	for k, v := range m {
+		if v != 0 || c.Verbose {
+			names = append(names, k)
+		}
+	}
+	sort.Strings(names)
+	const perLine = 6
+	for len(names) > 0 {
+		n := min(perLine, len(names))
+		var b strings.Builder
+		for i, k := range names[:n] {
+			if i > 0 {
+				b.WriteString("  ")
+			}
+			fmt.Fprintf(&b, "%s %d", k, m[k])
+		}
+		fmt.Fprintf(w, "%s\t%s\n", title, b.String())
+		title, names = "", names[n:]
+	}
+}

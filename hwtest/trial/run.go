@@ -1,0 +1,156 @@
+//go:build linux
+
+package trial
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/hwtest/traffic"
+	"github.com/boardlink/boardlink/status"
+)
+
+// Result is what a trial measured.
+type Result struct {
+	traffic.Result
+	Bus               Bus     `json:"bus"`
+	DoorbellsPerFrame float64 `json:"doorbells_per_packet"` // rung by both sides
+	SyscallsPerFrame  float64 `json:"syscalls_per_packet"`  // reads and writes on both interfaces, for each frame
+	Frames            uint64  `json:"frames"`               // that crossed the link, both ways
+	GSOFrames         uint64  `json:"gso_frames"`           // of them, super-packets
+	Dropped           uint64  `json:"dropped"`              // frames that an interface refused
+	Setup             Setup   `json:"setup"`
+}
+
+// Bus is what the host's accesses across the bus come to, each frame.
+type Bus struct {
+	ReadsPerFrame      float64 `json:"reads_per_packet"`
+	WritesPerFrame     float64 `json:"writes_per_packet"`
+	ReadBytesPerFrame  float64 `json:"read_bytes_per_packet"`
+	WriteBytesPerFrame float64 `json:"write_bytes_per_packet"`
+	FlushReadsPerFrame float64 `json:"flush_reads_per_packet"`
+	ControlReads       uint64  `json:"control_reads"`
+}
+
+// Setup is how the link was set up.
+type Setup struct {
+	Link       string   `json:"link"`
+	MTU        int      `json:"mtu"`
+	Offload    string   `json:"offload"` // what the board's interface leaves to the host
+	Placement  string   `json:"placement"`
+	Window     uint64   `json:"window"`
+	Memory     string   `json:"memory"`
+	Negotiated []string `json:"negotiated"`
+}
+
+// totals are a program's counters, summed over its links.
+type totals struct {
+	frames, gso, rings, syscalls, dropped, idle uint64
+	bus                                         map[string]uint64
+}
+
+func sum(p status.Program) totals {
+	t := totals{bus: map[string]uint64{}}
+	for _, l := range p.Links {
+		for k, v := range l.Bus {
+			t.bus[k] += v
+		}
+		for _, d := range l.Devices {
+			for _, q := range d.Queues {
+				t.frames += q.Pump["frames"]
+				t.gso += q.Pump["gso_frames"]
+				t.rings += q.Pump["rings"]
+				t.syscalls += q.Pump["syscalls"]
+				t.dropped += q.Pump["dropped"]
+			}
+		}
+	}
+	return t
+}
+
+func (r *Rig) totals(ctx context.Context) (t [2]totals, err error) {
+	for _, s := range []board.Side{board.Host, board.Agent} {
+		p, err := r.Status(ctx, s)
+		if err != nil {
+			return t, err
+		}
+		t[s] = sum(p)
+	}
+	return t, nil
+}
+
+// Run starts both ends, runs the traffic, and ends them. Its result is good for what was
+// measured even where there is an error.
+func Run(ctx context.Context, cfg Config, tc traffic.RunConfig) (res Result, err error) {
+	if tc.Step == nil {
+		tc.Step = func(string) {}
+	}
+	tc.Step("bring-up")
+	r, err := Start(cfg)
+	if err != nil {
+		return res, err
+	}
+	defer func() {
+		if cerr := r.Close(); err == nil {
+			err = cerr
+		}
+	}()
+	wctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	err = r.WaitUp(wctx)
+	cancel()
+	if err != nil {
+		return res, err
+	}
+	before, err := r.totals(ctx)
+	if err != nil {
+		return res, err
+	}
+	var pairs []traffic.Pair
+	for n := 0; n < r.cfg.Nets; n++ {
+		pairs = append(pairs, r.Pairs(n)...)
+	}
+	res.Result, err = traffic.Run(ctx, pairs, tc)
+	if ctx.Err() != nil {
+		return res, err
+	}
+	after, serr := r.totals(ctx)
+	if serr != nil {
+		return res, fmt.Errorf("an end is gone: %w", serr)
+	}
+	host, _ := r.Status(ctx, board.Host)
+	res.figures(before, after)
+	res.Setup = r.setup(host)
+	return res, err
+}
+
+func (res *Result) figures(before, after [2]totals) {
+	h, a := after[board.Host], after[board.Agent]
+	h0, a0 := before[board.Host], before[board.Agent]
+	res.Frames = h.frames - h0.frames
+	res.GSOFrames = h.gso - h0.gso
+	res.Dropped = h.dropped - h0.dropped + a.dropped - a0.dropped
+	if res.Frames == 0 {
+		return
+	}
+	per := func(n uint64) float64 { return float64(n) / float64(res.Frames) }
+	bus := func(k string) uint64 { return h.bus[k] - h0.bus[k] }
+	res.Bus = Bus{ReadsPerFrame: per(bus("reads")), WritesPerFrame: per(bus("writes")),
+		ReadBytesPerFrame: per(bus("read_bytes")), WriteBytesPerFrame: per(bus("write_bytes")),
+		FlushReadsPerFrame: per(bus("flush_reads")), ControlReads: bus("control_reads")}
+	res.DoorbellsPerFrame = per(h.rings - h0.rings + a.rings - a0.rings)
+	res.SyscallsPerFrame = per(h.syscalls - h0.syscalls + a.syscalls - a0.syscalls)
+}
+
+func (r *Rig) setup(host status.Program) Setup {
+	s := Setup{Link: r.cfg.Link, MTU: r.cfg.MTU, Memory: r.cfg.Memory}
+	if len(host.Links) > 0 {
+		l := host.Links[0]
+		s.Placement, s.Window, s.Memory = l.Placement, l.Window.Size, l.Window.Kind
+		if len(l.Devices) > 0 {
+			s.Offload, s.Negotiated = l.Devices[0].Offload, l.Devices[0].Negotiated
+		}
+	}
+	return s
+}
