@@ -56,10 +56,10 @@ const (
 	HdrGSOECN   = 0x80 // ored to a TCP type; never negotiated here
 )
 
-// MaxFrameLen is the longest frame an interface hands over or takes without its
-// header, in bytes: 64 KiB and an Ethernet header (virtio 1.2, 5.1.6.3.1 asks for
-// receive buffers of 65562 bytes, which is this and the header of 12).
-const MaxFrameLen = 65550
+// MaxFrameLen is the longest frame an interface hands over or takes, its header apart, in
+// bytes: 64 KiB of IP packet, an Ethernet header and a VLAN tag. (The receive buffers of 65562
+// bytes in virtio 1.2, 5.1.6.3.1, lack 3 bytes for the tag.)
+const MaxFrameLen = 65535 + 14 + 4
 
 // Offload is a set of jobs that the sender of a frame may leave to its receiver.
 type Offload uint8
