@@ -95,7 +95,7 @@ func qemuUser(arch string) string {
 }
 
 // provide installs what is missing and returns, for each tool that is still
-// missing, a line that says so and what to do.
+// missing, what to say on the lines of the stages that need it.
 func provide(r *run, want []tool, install bool) map[string]string {
 	var lack []tool
 	for _, t := range want {
@@ -132,7 +132,7 @@ func provide(r *run, want []tool, install bool) map[string]string {
 			continue
 		}
 		line := fmt.Sprintf("%s is missing (%s): %s; by hand: apt-get install %s", t.binaries[0], t.why, why, t.packages[0])
-		missing[t.name] = line
+		missing[t.name] = t.binaries[0] + " is missing, see setup"
 		if isCI() {
 			r.failf("%s", line)
 		} else {
