@@ -63,22 +63,22 @@ type failer interface {
 }
 
 type modelSide struct {
-	w       *world
-	side    board.Side
-	link    *Link
-	knows   bool // PeerDead works
-	alive   bool
-	held    bool // SIGSTOP
-	inside  bool // paused within an access
-	killIn  int  // accesses until it dies; 0: it does not
-	loops   bool // loops may touch shared memory
-	asked   bool // EventQuiesce has come
-	own     uint32
-	peer    uint32 // of the session that the loops run in
-	sent    uint32
-	recvd   uint32
-	place   place
-	ready   bool // agent: area and pool are initialised; host: told so
+	w      *world
+	side   board.Side
+	link   *Link
+	knows  bool // PeerDead works
+	alive  bool
+	held   bool // SIGSTOP
+	inside bool // paused within an access
+	killIn int  // accesses until it dies; 0: it does not
+	loops  bool // loops may touch shared memory
+	asked  bool // EventQuiesce has come
+	own    uint32
+	peer   uint32 // of the session that the loops run in
+	sent   uint32
+	recvd  uint32
+	place  place
+	ready  bool // agent: area and pool are initialised; host: told so
 }
 
 func put(b []byte, width uint, v uint64) {
@@ -432,7 +432,7 @@ func (w *world) act(s *modelSide) {
 	}
 	w.check()
 	if n := len(w.toMem); n > 0 && w.rng.Intn(3) == 0 {
-		w.landMem(1+w.rng.Intn(n))
+		w.landMem(1 + w.rng.Intn(n))
 	}
 	if n := len(w.toPool); n > 0 && w.rng.Intn(3) == 0 {
 		land(&w.toPool, w.pool[:], 1+w.rng.Intn(n))

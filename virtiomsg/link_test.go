@@ -1,0 +1,750 @@
+package virtiomsg
+
+import (
+	"errors"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/mmio"
+)
+
+// newWindow returns a window of n bytes as the agent and as the host see it.
+func newWindow(n int) (agent, host dma.Region) {
+	b := make([]uint64, n/8)
+	m := mmio.FromBytes(bytesOf(b))
+	agent = dma.Region{Name: "window", Addr: 0x80000000, Mem: m, Access: dma.DeviceRead | dma.DeviceWrite}
+	host = agent
+	host.Across, host.Account = true, new(dma.Account)
+	return agent, host
+}
+
+func agentDeclaration() Declaration {
+	return Declaration{FIFOAgentToHost: 0x1000, FIFOHostToAgent: 0x2000, SlotsAgentToHost: MaxSlots, SlotsHostToAgent: MaxSlots,
+		Ring:    board.RingInfo{Method: board.RingIvshmem, Peer: 3, Vectors: 5},
+		Regions: []Region{{Addr: 0x80003000, Size: 0x1000, Offset: 0x3000, Access: 3}}}
+}
+
+func hostDeclaration() Declaration {
+	return Declaration{Ring: board.RingInfo{Method: board.RingRegister, Vectors: 2, Value: 7, Addr: 0xfee00000}}
+}
+
+func mustLink(t testing.TB, c LinkConfig) *Link {
+	t.Helper()
+	l, err := NewLink(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// pair returns two links over one memory, not started.
+func pair(t testing.TB) (agent, host *Link, window dma.Region) {
+	t.Helper()
+	a, h := newWindow(0x4000)
+	return mustLink(t, LinkConfig{Window: a, Side: board.Agent, Self: agentDeclaration(), LostTicks: 3}),
+		mustLink(t, LinkConfig{Window: h, Side: board.Host, Self: hostDeclaration(), LostTicks: 3}), h
+}
+
+func expectEvent(t testing.TB, l *Link, want Event) {
+	t.Helper()
+	got, err := l.Poll(false)
+	if err != nil || got != want {
+		t.Fatalf("%s: Poll returned %s, %v; want %s", l.Side(), got, err, want)
+	}
+}
+
+// rung polls like an owner that is only ever woken by the peer's ring.
+func rung(t testing.TB, links ...*Link) {
+	t.Helper()
+	for n := 0; ; n++ {
+		if n > 20 {
+			t.Fatal("the links ring each other without end")
+		}
+		again := false
+		for i, l := range links {
+			ring := n == 0 || links[1-i].NeedRing()
+			for ring {
+				again = true
+				ev, err := l.Poll(false)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if ev == EventQuiesce {
+					if err := l.Quiesced(); err != nil {
+						t.Fatal(err)
+					}
+				}
+				ring = ev != EventNone
+			}
+		}
+		if !again {
+			return
+		}
+	}
+}
+
+func up(t testing.TB) (agent, host *Link, window dma.Region) {
+	t.Helper()
+	agent, host, window = pair(t)
+	for _, l := range []*Link{agent, host} {
+		if err := l.Start(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rung(t, agent, host)
+	if !agent.Up() || !host.Up() {
+		t.Fatal("not up")
+	}
+	return agent, host, window
+}
+
+// TestRings: no tick is needed to come up, in any order of start, or to come up again: every step
+// that the peer waits for asks for a ring.
+func TestRings(t *testing.T) {
+	for name, first := range map[string]int{"agent first": 0, "host first": 1} {
+		t.Run(name, func(t *testing.T) {
+			a, h, _ := pair(t)
+			l := []*Link{a, h}
+			if err := l[first].Start(); err != nil {
+				t.Fatal(err)
+			}
+			rung(t, a, h)
+			if a.Up() || h.Up() {
+				t.Fatal("up with nobody")
+			}
+			if err := l[1-first].Start(); err != nil {
+				t.Fatal(err)
+			}
+			rung(t, a, h)
+			if !a.Up() || !h.Up() || a.PeerEpoch() != h.Epoch() || h.PeerEpoch() != a.Epoch() {
+				t.Fatalf("agent up %v, host up %v", a.Up(), h.Up())
+			}
+			for i := range l {
+				old := l[i].Epoch()
+				if !l[i].Reset() || l[i].Epoch() == old {
+					t.Fatal("Reset has no effect")
+				}
+				if err := l[i].Quiesced(); err != nil {
+					t.Fatal(err)
+				}
+				rung(t, a, h)
+				if !a.Up() || !h.Up() {
+					t.Fatalf("not up again after the %s's reset", l[i].Side())
+				}
+				if r := l[1-i].Reason(); r != ReasonRestarted {
+					t.Errorf("the other side says: %s", r)
+				}
+			}
+		})
+	}
+}
+
+func TestLostHeartbeat(t *testing.T) {
+	a, h, _ := up(t)
+	for i := 0; i < 20; i++ { // both tick: nobody is lost
+		for _, l := range []*Link{a, h} {
+			if ev, err := l.Poll(true); ev != EventNone || err != nil {
+				t.Fatal(ev, err)
+			}
+		}
+	}
+	// The agent's process stands still.
+	for i := 1; ; i++ {
+		ev, err := h.Poll(true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ev == EventQuiesce {
+			if i != 3 || h.Reason() != ReasonLost {
+				t.Fatalf("lost after %d ticks: %s", i, h.Reason())
+			}
+			break
+		}
+		if i > 10 {
+			t.Fatal("not lost")
+		}
+	}
+	if h.Released() {
+		t.Error("the agent may still run its loops")
+	}
+	if err := h.Quiesced(); err != nil {
+		t.Fatal(err)
+	}
+	// It wakes. Nothing tells it that its clock stood still: it must not think the host lost.
+	if ev, err := a.Poll(true); ev != EventQuiesce || err != nil || a.Reason() != ReasonRestarted {
+		t.Fatal(ev, err, a.Reason())
+	}
+	if err := a.Quiesced(); err != nil {
+		t.Fatal(err)
+	}
+	rung(t, a, h)
+	if !a.Up() || !h.Up() {
+		t.Fatal("not up again")
+	}
+	if s := h.Stats(); s.Ups != 2 || s.Downs[ReasonLost] != 1 {
+		t.Errorf("%+v", s)
+	}
+}
+
+func TestPeerDead(t *testing.T) {
+	wa, wh := newWindow(0x4000)
+	dead := false
+	a := mustLink(t, LinkConfig{Window: wa, Side: board.Agent, Self: agentDeclaration(), PeerDead: func() bool { return dead }})
+	h := mustLink(t, LinkConfig{Window: wh, Side: board.Host, Self: hostDeclaration()})
+	a.Start()
+	h.Start()
+	rung(t, a, h)
+	dead = true
+	expectEvent(t, a, EventNone) // it is not asked every time
+	a.Look()
+	expectEvent(t, a, EventQuiesce)
+	if a.Reason() != ReasonDead {
+		t.Error(a.Reason())
+	}
+	if err := a.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; i < 3; i++ {
+		if ev, _ := a.Poll(false); ev == EventStopped {
+			return
+		}
+	}
+	t.Error("a dead host keeps the agent from stopping")
+}
+
+func TestStop(t *testing.T) {
+	for name, who := range map[string]int{"agent": 0, "host": 1} {
+		t.Run(name, func(t *testing.T) {
+			a, h, win := up(t)
+			l, o := a, h
+			if who == 1 {
+				l, o = h, a
+			}
+			if err := l.Stop(); err != nil {
+				t.Fatal(err)
+			}
+			if err := l.Stop(); err != ErrState {
+				t.Errorf("second Stop: %v", err)
+			}
+			for i := 0; i < 3; i++ {
+				if ev, err := l.Poll(true); ev == EventStopped || err != nil {
+					t.Fatalf("%s before the peer has let go, %v", ev, err)
+				}
+			}
+			expectEvent(t, o, EventQuiesce)
+			if o.Reason() != ReasonLeft {
+				t.Errorf("the peer says: %s", o.Reason())
+			}
+			if ev, _ := l.Poll(false); ev == EventStopped {
+				t.Fatal("stopped while the peer's loops run")
+			}
+			if err := o.Quiesced(); err != nil {
+				t.Fatal(err)
+			}
+			rung(t, a, h)
+			b, err := ReadBlock(win, l.Side())
+			if err != nil || b.Epoch != 0 || b.Echo != 0 || b.State != StateStopped {
+				t.Fatalf("after the stop the block shows %+v, %v", b, err)
+			}
+			if o.Up() || l.Up() {
+				t.Error("still up")
+			}
+			// And again.
+			if err := l.Start(); err != nil {
+				t.Fatal(err)
+			}
+			rung(t, a, h)
+			if !a.Up() || !h.Up() {
+				t.Error("not up again")
+			}
+		})
+	}
+}
+
+// allOnesBus is a device that can vanish.
+type allOnesBus struct {
+	m    mmio.Mem
+	gone *bool
+}
+
+func (b allOnesBus) Load(off uint64, width uint) uint64 {
+	if *b.gone {
+		return ^uint64(0) >> (64 - 8*width)
+	}
+	if width == 8 {
+		return b.m.Load64(off)
+	}
+	return uint64(b.m.Load32(off))
+}
+
+func (b allOnesBus) Store(off uint64, width uint, v uint64) {
+	if *b.gone {
+		return
+	}
+	if width == 8 {
+		b.m.Store64(off, v)
+	} else {
+		b.m.Store32(off, uint32(v))
+	}
+}
+
+func (b allOnesBus) Barrier(mmio.Barrier) {}
+
+func TestGone(t *testing.T) {
+	for _, fault := range []bool{false, true} {
+		wa, wh := newWindow(0x4000)
+		gone := false
+		wh.Mem = mmio.NewBusMem(allOnesBus{wh.Mem, &gone}, 0x4000, mmio.Uncached)
+		a := mustLink(t, LinkConfig{Window: wa, Side: board.Agent, Self: agentDeclaration()})
+		h := mustLink(t, LinkConfig{Window: wh, Side: board.Host, Self: hostDeclaration()})
+		a.Start()
+		h.Start()
+		rung(t, a, h)
+		gone = true
+		if fault {
+			if !h.Fault() {
+				t.Fatal("Fault: was not up")
+			}
+		} else if ev, err := h.Poll(true); ev != EventQuiesce || !errors.Is(err, ErrLinkGone) {
+			t.Fatal(ev, err)
+		}
+		if h.Reason() != ReasonGone || !errors.Is(h.Err(), ErrLinkGone) {
+			t.Error(h.Reason(), h.Err())
+		}
+		if err := h.Quiesced(); err != nil {
+			t.Fatal(err)
+		}
+		for i := 0; i < 3; i++ { // it is said once
+			if ev, err := h.Poll(true); ev != EventNone || err != nil {
+				t.Fatal(ev, err)
+			}
+		}
+		gone = false
+		// The host's writes were lost meanwhile: it must notice.
+		for i := 0; i < 6 && !(a.Up() && h.Up() && a.PeerEpoch() == h.Epoch()); i++ {
+			rung(t, a, h)
+		}
+		if !a.Up() || !h.Up() || a.PeerEpoch() != h.Epoch() || h.PeerEpoch() != a.Epoch() {
+			t.Fatalf("fault %v: not up again: %v %v", fault, a.Up(), h.Up())
+		}
+		if h.Err() != nil {
+			t.Error(h.Err())
+		}
+	}
+}
+
+func TestRedeclare(t *testing.T) {
+	a, h, _ := up(t)
+	d := a.Self()
+	d.Ring.Peer = 99
+	d.FIFOAgentToHost, d.FIFOHostToAgent = d.FIFOHostToAgent, d.FIFOAgentToHost
+	bad := d
+	bad.FIFOAgentToHost = 12
+	if _, err := a.Redeclare(bad); !errors.Is(err, ErrAlign) {
+		t.Fatal(err)
+	}
+	if !a.Up() {
+		t.Fatal("a bad declaration took the link down")
+	}
+	was, err := a.Redeclare(d)
+	if err != nil || !was {
+		t.Fatal(was, err)
+	}
+	if err := a.Quiesced(); err != nil {
+		t.Fatal(err)
+	}
+	rung(t, a, h)
+	rung(t, a, h)
+	if p, ok := h.Peer(); !a.Up() || !h.Up() || !ok || p.Ring.Peer != 99 || p.FIFOAgentToHost != 0x2000 {
+		t.Fatalf("%v %v %+v", a.Up(), h.Up(), p)
+	}
+	exchange(t, a, h, 200)
+}
+
+func exchange(t testing.TB, a, h *Link, n uint32) {
+	t.Helper()
+	for _, d := range [][2]*Link{{a, h}, {h, a}} {
+		var m, got Slot
+		for i := uint32(0); i < n; i++ {
+			EncodePing(&m, uint16(i)+1, i)
+			if err := d[0].Send(&m); err != nil {
+				t.Fatal(err)
+			}
+			if ok, err := d[1].Recv(&got); err != nil || !ok || got != m {
+				t.Fatal(ok, err, got)
+			}
+		}
+		if ok, err := d[1].Recv(&got); ok || err != nil {
+			t.Fatal(ok, err)
+		}
+	}
+}
+
+func TestBadPeer(t *testing.T) {
+	a, h, win := pair(t)
+	a.Start()
+	h.Start()
+	win.Mem.Store32(offVersion, 2)
+	ev, err := h.Poll(false)
+	var pe *PageError
+	if ev != EventNone || !errors.As(err, &pe) || !errors.Is(err, ErrVersion) || pe.Side != board.Agent {
+		t.Fatal(ev, err)
+	}
+	for i := 0; i < 3; i++ {
+		if ev, err := h.Poll(true); ev != EventNone || err != nil {
+			t.Fatal("said again:", ev, err)
+		}
+	}
+	if h.Err() == nil || h.Stats().PageErrors != 1 {
+		t.Error(h.Err(), h.Stats())
+	}
+	// Once it is replaced by a good one, all is well.
+	a2 := mustLink(t, LinkConfig{Window: mustWindow(a), Side: board.Agent, Self: agentDeclaration()})
+	a2.Start()
+	rung(t, a2, h)
+	if !a2.Up() || !h.Up() || h.Err() != nil {
+		t.Error("not up", h.Err())
+	}
+}
+
+func mustWindow(l *Link) dma.Region { return l.window }
+
+func TestPoolOverlap(t *testing.T) {
+	wa, wh := newWindow(0x4000)
+	d := hostDeclaration()
+	d.Pool = []PoolRegion{{Link: 0x80003fc0, Size: 0x80, Bus: 0x1000, Access: 3}}
+	a := mustLink(t, LinkConfig{Window: wa, Side: board.Agent, Self: agentDeclaration()})
+	h := mustLink(t, LinkConfig{Window: wh, Side: board.Host, Self: d})
+	a.Start()
+	h.Start()
+	for _, l := range []*Link{a, h} {
+		if _, err := l.Poll(false); !errors.Is(err, ErrOverlap) {
+			t.Errorf("%s: %v", l.Side(), err)
+		}
+	}
+}
+
+// TestBrokenFIFO: a peer that moves an index out of bounds costs the session, nothing else.
+func TestBrokenFIFO(t *testing.T) {
+	a, h, win := up(t)
+	win.Mem.Store32(0x1000+fifoHead, MaxSlots+1)
+	var m Slot
+	_, err := h.Recv(&m)
+	var fe *FIFOError
+	if !errors.As(err, &fe) || !errors.Is(err, ErrFIFO) || fe.Value != MaxSlots+1 {
+		t.Fatal(err)
+	}
+	if _, err := h.Recv(&m); err != ErrDown {
+		t.Fatal(err)
+	}
+	if err := h.Send(&m); err != ErrDown {
+		t.Fatal(err)
+	}
+	expectEvent(t, h, EventQuiesce)
+	if h.Reason() != ReasonBroken || h.Stats().FIFOErrors != 1 {
+		t.Error(h.Reason(), h.Stats())
+	}
+	h.Quiesced()
+	rung(t, a, h)
+	exchange(t, a, h, 100)
+}
+
+// TestIndicesUsedUp: an index does not wrap; the link begins anew instead.
+func TestIndicesUsedUp(t *testing.T) {
+	a, h, win := up(t)
+	const last = ^uint32(0) - 2
+	a.tx.f.own, a.tx.f.seen, h.rx.f.own, h.rx.f.seen = last, last, last, last
+	win.Mem.Store32(0x1000+fifoHead, last)
+	win.Mem.Store32(0x1000+fifoTail, last)
+	var m, got Slot
+	EncodePing(&m, 1, 1)
+	for i := 0; i < 2; i++ {
+		if err := a.Send(&m); err != nil {
+			t.Fatal(err)
+		}
+		if ok, err := h.Recv(&got); !ok || err != nil {
+			t.Fatal(ok, err)
+		}
+	}
+	if err := a.Send(&m); err != ErrDown {
+		t.Fatal(err)
+	}
+	expectEvent(t, a, EventQuiesce)
+	if a.Reason() != ReasonReset {
+		t.Error(a.Reason())
+	}
+	a.Quiesced()
+	rung(t, a, h)
+	exchange(t, a, h, 10)
+}
+
+func TestFull(t *testing.T) {
+	a, h, _ := up(t)
+	var m, got Slot
+	EncodePing(&m, 1, 1)
+	for i := 0; i < MaxSlots; i++ {
+		if err := a.Send(&m); err != nil {
+			t.Fatal(i, err)
+		}
+	}
+	if err := a.Send(&m); err != ErrFIFOFull {
+		t.Fatal(err)
+	}
+	h.NeedRing()
+	if ok, err := h.Recv(&got); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	if !h.NeedRing() {
+		t.Error("the agent may wait for room: it must be rung")
+	}
+	if h.NeedRing() {
+		t.Error("one ring is enough")
+	}
+	if err := a.Send(&m); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestStates(t *testing.T) {
+	a, _, _ := pair(t)
+	var m Slot
+	if _, err := a.Recv(&m); err != ErrDown {
+		t.Error(err)
+	}
+	if err := a.Send(&m); err != ErrDown {
+		t.Error(err)
+	}
+	if err := a.Quiesced(); err != ErrState {
+		t.Error(err)
+	}
+	if err := a.Stop(); err != ErrState {
+		t.Error(err)
+	}
+	if ev, err := a.Poll(true); ev != EventNone || err != nil {
+		t.Error(ev, err)
+	}
+	if err := a.Start(); err != nil {
+		t.Error(err)
+	}
+	if err := a.Start(); err != ErrState {
+		t.Error(err)
+	}
+	if a.Epoch() == 0 || a.Epoch() == allOnes {
+		t.Error(a.Epoch())
+	}
+	w, _ := newWindow(0x1000)
+	w.Mem, _ = w.Mem.Slice(0, 0x800)
+	if _, err := NewLink(LinkConfig{Window: w, Side: board.Host}); err == nil {
+		t.Error("half a page is no window")
+	}
+}
+
+// TestBusAccesses counts what the host's polling costs across the bus: these are promises of
+// docs/wire.md.
+func TestBusAccesses(t *testing.T) {
+	wa, wh := newWindow(0x4000)
+	gone := false
+	wh.Mem = mmio.NewBusMem(allOnesBus{wh.Mem, &gone}, 0x4000, mmio.Uncached)
+	a := mustLink(t, LinkConfig{Window: wa, Side: board.Agent, Self: agentDeclaration()})
+	h := mustLink(t, LinkConfig{Window: wh, Side: board.Host, Self: hostDeclaration()})
+	a.Start()
+	h.Start()
+	rung(t, a, h)
+	acct := wh.Account
+	t.Logf("until up: %d reads, %d writes", acct.ControlReads, acct.ControlWrites)
+	var m Slot
+	EncodePing(&m, 1, 1)
+	for _, c := range []struct {
+		name          string
+		f             func()
+		reads, writes uint64
+	}{
+		{"Poll while up", func() { h.Poll(false) }, 1, 0},
+		{"Poll with a tick", func() { h.Poll(true) }, 2, 1},
+		{"Recv of nothing", func() { h.Recv(&m) }, 1, 0},
+		{"Send", func() { h.Send(&m) }, 0, 9},
+		{"Recv of a message", func() { a.Send(&m); acct.ControlReads = 0; h.Recv(&m) }, 10, 1},
+	} {
+		acct.ControlReads, acct.ControlWrites = 0, 0
+		c.f()
+		if acct.ControlReads != c.reads || acct.ControlWrites != c.writes {
+			t.Errorf("%s: %d reads and %d writes, want %d and %d", c.name, acct.ControlReads, acct.ControlWrites, c.reads, c.writes)
+		}
+	}
+	if acct.Reads+acct.Writes+acct.FlushReads != 0 {
+		t.Errorf("%+v", *acct)
+	}
+}
+
+// TestTwoGoroutines runs both sides over cached memory for the race detector, with resets.
+func TestTwoGoroutines(t *testing.T) {
+	a, h, _ := pair(t)
+	const messages = 3000
+	done := make(chan error, 2)
+	run := func(l *Link, resets int) {
+		var m Slot
+		var sent, got uint32
+		deadline := time.Now().Add(30 * time.Second)
+		if err := l.Start(); err != nil {
+			done <- err
+			return
+		}
+		for polls := 0; ; polls++ {
+			ev, err := l.Poll(false)
+			if err != nil {
+				done <- err
+				return
+			}
+			switch ev {
+			case EventQuiesce:
+				l.Quiesced()
+				continue
+			case EventUp:
+				sent, got = 0, 0
+			}
+			if time.Now().After(deadline) {
+				done <- errors.New(l.Side().String() + ": no end")
+				return
+			}
+			if !l.Up() {
+				runtime.Gosched()
+				continue
+			}
+			if resets > 0 && got > messages/2 {
+				resets--
+				l.Reset()
+				l.Quiesced()
+				continue
+			}
+			if sent < messages {
+				EncodePing(&m, 1, sent)
+				if l.Send(&m) == nil {
+					sent++
+				}
+			}
+			ok, err := l.Recv(&m)
+			if err != nil && err != ErrDown {
+				done <- err
+				return
+			}
+			if ok {
+				if data, err := DecodePing(&m); err != nil || data != got {
+					done <- errors.New("message out of order")
+					return
+				}
+				got++
+			}
+			if got == messages && sent == messages && resets == 0 {
+				done <- nil
+				return
+			}
+			if !ok {
+				runtime.Gosched()
+			}
+		}
+	}
+	go run(a, 3)
+	go run(h, 2)
+	for i := 0; i < 2; i++ {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestNoAllocations(t *testing.T) {
+	a, h, _ := up(t)
+	var m Slot
+	var r Requests
+	if n := testing.AllocsPerRun(1000, func() {
+		token, err := r.Begin(true, BusPing, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		EncodePing(&m, token, 1)
+		if a.Send(&m) != nil {
+			t.Fatal("Send")
+		}
+		h.Poll(true)
+		h.NeedRing()
+		if ok, _ := h.Recv(&m); !ok {
+			t.Fatal("Recv")
+		}
+		data, _ := DecodePing(&m)
+		EncodePong(&m, token, data)
+		if h.Send(&m) != nil {
+			t.Fatal("Send")
+		}
+		a.Poll(true)
+		a.NeedRing()
+		if ok, _ := a.Recv(&m); !ok {
+			t.Fatal("Recv")
+		}
+		hd, err := m.Header()
+		if err != nil || !r.Match(hd) {
+			t.Fatal(err)
+		}
+		var f FeatureBlocks
+		var q VQueue
+		var c ConfigData
+		f.EncodeRequest(&m, 0, 1)
+		f.DecodeRequest(&m)
+		q.EncodeRequest(&m, 0, 1)
+		q.DecodeRequest(&m)
+		c.EncodeRequest(&m, 0, 1)
+		c.DecodeRequest(&m)
+	}); n != 0 {
+		t.Errorf("%v allocations for a PING there and back", n)
+	}
+}
+
+func BenchmarkPollUp(b *testing.B) {
+	_, h, _ := up(b)
+	b.ReportAllocs()
+	for b.Loop() {
+		h.Poll(false)
+	}
+}
+
+func BenchmarkSendRecv(b *testing.B) {
+	a, h, _ := up(b)
+	var m Slot
+	EncodePing(&m, 1, 1)
+	b.ReportAllocs()
+	for b.Loop() {
+		if a.Send(&m) != nil {
+			b.Fatal("Send")
+		}
+		if ok, _ := h.Recv(&m); !ok {
+			b.Fatal("Recv")
+		}
+	}
+}
+
+func BenchmarkHandshake(b *testing.B) {
+	a, h, _ := up(b)
+	b.ReportAllocs()
+	for b.Loop() {
+		a.Reset()
+		a.Quiesced()
+		rung(b, a, h)
+		if !a.Up() || !h.Up() {
+			b.Fatal("not up")
+		}
+	}
+}
+
+func BenchmarkVQueueCodec(b *testing.B) {
+	var m Slot
+	q := VQueue{Index: 1, Size: 256, Desc: 0x1000, Driver: 0x2000, Device: 0x3000}
+	b.ReportAllocs()
+	for b.Loop() {
+		q.EncodeRequest(&m, 1, 2)
+		if q.DecodeRequest(&m) != nil {
+			b.Fatal("decode")
+		}
+	}
+}
