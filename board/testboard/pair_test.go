@@ -1,10 +1,14 @@
 package testboard_test
 
 import (
+	"fmt"
+	"runtime"
+	"sync"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"github.com/boardlink/boardlink/board"
 	. "github.com/boardlink/boardlink/board/testboard"
@@ -166,5 +170,80 @@ func TestPairLeavesNothing(t *testing.T) {
 	}
 	if err := p.Close(); err != nil {
 		t.Fatalf("closed twice: %v", err)
+	}
+}
+
+// freeProc is an end with its doorbells, for ringTest.
+type freeProc struct {
+	t   *testing.T
+	end *End
+	out [2]doorbell.Ringer
+}
+
+func (f *freeProc) Fail(err error) { f.t.Error(f.end, err); runtime.Goexit() }
+func (f *freeProc) Failf(format string, args ...interface{}) {
+	f.Fail(fmt.Errorf(format, args...))
+}
+
+func (f *freeProc) Ring(v uint32) {
+	if err := f.out[v].Ring(); err != nil {
+		f.Fail(err)
+	}
+}
+
+// WaitDoorbell has no poll fallback: a lost wake-up fails the test.
+func (f *freeProc) WaitDoorbell(v uint32) uint64 {
+	w := f.end.Waiter(v)
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); {
+		fds := []unix.PollFd{{Fd: int32(w.FD()), Events: unix.POLLIN}}
+		if _, err := unix.Poll(fds, 1000); err != nil && err != unix.EINTR {
+			f.Fail(err)
+		}
+		n, err := w.Ack()
+		if err != nil {
+			f.Fail(err)
+		}
+		if n > 0 {
+			return n
+		}
+	}
+	f.Failf("never rung")
+	return 0
+}
+
+// TestPairRings runs the split rings on the free-running board, with real eventfds.
+func TestPairRings(t *testing.T) {
+	for _, c := range []ringTest{{}, {eventIdx: true}, {push: true}, {push: true, eventIdx: true}} {
+		c := c
+		c.size, c.transfers, c.batch = 64, runs(10000), 16
+		t.Run(c.name(), func(t *testing.T) {
+			p, host, agent := openPair(t, PairOptions{Options: harshInOrder, MaxDelay: 30 * time.Microsecond})
+			var wg sync.WaitGroup
+			for _, x := range []struct {
+				end, peer *End
+				fn        func(processor, *ends)
+			}{{host, agent, c.device}, {agent, host, c.driver}} {
+				f := &freeProc{t: t, end: x.end}
+				for v := range f.out {
+					r, err := x.end.Ringer(x.peer.Self(), uint32(v))
+					if err != nil {
+						t.Fatal(err)
+					}
+					f.out[v] = r
+				}
+				fn := x.fn
+				wg.Add(1)
+				go func() {
+					defer wg.Done()
+					fn(f, &ends{f.end.Window(), f.end.Pool()})
+				}()
+			}
+			wg.Wait()
+			if n := p.Reads(board.Host); c.push && n > uint64(c.transfers) {
+				t.Errorf("with push the host read across %d times for %d transfers", n, c.transfers)
+			}
+			t.Logf("%d transfers: host %d reads, %d writes, %d rings; agent %d reads, %d writes, %d rings", c.transfers,
+				p.Reads(board.Host), p.Writes(board.Host), p.Rings(board.Host), p.Reads(board.Agent), p.Writes(board.Agent), p.Rings(board.Agent))
+		})
 	}
 }

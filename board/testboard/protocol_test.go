@@ -84,16 +84,17 @@ func sleepProtocol(items uint32, m mistakes) func(b *Board) {
 // harshest is every reordering at once.
 var harshest = Options{HostWindow: mmio.WriteCombining, AgentWindow: mmio.WriteCombining, Ordering: Weak, StaleLoads: true}
 
+// runs scales the extent of a search.
 func runs(n int) int {
 	if testing.Short() {
-		return n / 10
+		n /= 10
 	}
-	return n
+	return n / raceFactor
 }
 
 func TestSleepProtocolIsRight(t *testing.T) {
 	for _, o := range []Options{{}, {Ordering: TSO}, {Ordering: TSO, StaleLoads: true, AgentWindow: mmio.WriteCombining}, harshest} {
-		res := Explore(t, Search{Options: o, Runs: runs(10000), Bound: 2, MaxSystematic: runs(30000)}, sleepProtocol(3, mistakes{}))
+		res := Explore(t, Search{Options: o, Runs: runs(10000), Bound: 2, MaxSystematic: 5000}, sleepProtocol(3, mistakes{}))
 		if res.Complete < 1 {
 			t.Errorf("%+v: the systematic search is complete to %d deviations only", o, res.Complete)
 		}

@@ -1,0 +1,5 @@
+//go:build !race
+
+package testboard_test
+
+const raceFactor = 1
