@@ -324,7 +324,7 @@ func TestLinkNeedsNoTicks(t *testing.T) {
 		t.Run(m.name, func(t *testing.T) {
 			// FIFOs that never fill up: a producer that waits for room depends on ticks.
 			c := linkTest{noTicks: true, slots: messages}
-			Explore(t, Search{Options: m.o, Runs: runs(1000), Bound: 2, MaxSystematic: runs(1000)}, c.setup)
+			Explore(t, Search{Options: m.o, Runs: runs(500), Bound: 2, MaxSystematic: runs(300)}, c.setup)
 		})
 	}
 }
@@ -339,7 +339,7 @@ func TestLinkRestartAnywhere(t *testing.T) {
 		t.Run(f, func(t *testing.T) {
 			c := linkTest{faults: []string{f}}
 			if f[:4] == "kill" {
-				Explore(t, Search{Options: harshest, FaultsOnly: true, Bound: 1, MaxSystematic: runs(1000)}, (&linkTest{faults: c.faults, later: true}).setup)
+				Explore(t, Search{Options: harshest, FaultsOnly: true, Bound: 1, MaxSystematic: runs(400)}, (&linkTest{faults: c.faults, later: true}).setup)
 			}
 			res := Explore(t, Search{Options: harshest, FaultsOnly: true, Bound: 1, MaxSystematic: runs(20000)}, c.setup)
 			if res.Complete < 1 && runs(10) == 10 {
@@ -357,7 +357,7 @@ func TestLinkRestartsTogether(t *testing.T) {
 		t.Run(m.name, func(t *testing.T) {
 			for _, later := range []bool{false, true} {
 				c := linkTest{faults: linkFaults, later: later}
-				Explore(t, Search{Options: m.o, Runs: runs(600), FaultsOnly: true, Bound: 3, MaxSystematic: runs(400)}, c.setup)
+				Explore(t, Search{Options: m.o, Runs: runs(400), FaultsOnly: true, Bound: 3, MaxSystematic: runs(200)}, c.setup)
 			}
 		})
 	}

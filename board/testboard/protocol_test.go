@@ -94,7 +94,7 @@ func runs(n int) int {
 
 func TestSleepProtocolIsRight(t *testing.T) {
 	for _, o := range []Options{{}, {Ordering: TSO}, {Ordering: TSO, StaleLoads: true, AgentWindow: mmio.WriteCombining}, harshest} {
-		res := Explore(t, Search{Options: o, Runs: runs(10000), Bound: 2, MaxSystematic: 5000}, sleepProtocol(3, mistakes{}))
+		res := Explore(t, Search{Options: o, Runs: runs(4000), Bound: 2, MaxSystematic: 5000}, sleepProtocol(3, mistakes{}))
 		if res.Complete < 1 {
 			t.Errorf("%+v: the systematic search is complete to %d deviations only", o, res.Complete)
 		}

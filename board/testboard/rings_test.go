@@ -366,7 +366,7 @@ func TestSplitRings(t *testing.T) {
 		for _, m := range machines {
 			m := m
 			t.Run(c.name()+","+m.name, func(t *testing.T) {
-				Explore(t, Search{Options: m.o, Runs: runs(1000), Bound: 2, MaxSystematic: runs(1500)}, c.setup)
+				Explore(t, Search{Options: m.o, Runs: runs(600), Bound: 2, MaxSystematic: runs(900)}, c.setup)
 			})
 		}
 	}
