@@ -3,6 +3,7 @@ package vring_test
 import (
 	"bytes"
 	"errors"
+	"flag"
 	"fmt"
 	"testing"
 
@@ -147,6 +148,8 @@ type model struct {
 	used     []*message // completed, not reaped
 	kickWant tri        // what NeedKick must say after the next Add
 	callWant tri
+	kickAny  bool // the next NeedKick says yes after a restart, whatever the other side asked for
+	callAny  bool
 	added    int // since the last NeedKick
 	done     int // since the last NeedCall
 }
@@ -221,8 +224,13 @@ func (m *model) NeedKick(t *rapid.T) {
 	if want == yes && !got || want == no && got {
 		m.fatalf("NeedKick after %d added = %v", m.added, got)
 	}
-	if m.added > 0 && m.r.EventIdx {
+	if m.r.EventIdx && got && m.kickAny {
+		m.kickWant = either // it may have been the one armed for, or not
+	} else if m.r.EventIdx && got {
 		m.kickWant = no // until armed again
+	}
+	if m.added > 0 {
+		m.kickAny = false
 	}
 	m.added = 0
 }
@@ -317,8 +325,13 @@ func (m *model) NeedCall(t *rapid.T) {
 	if want == yes && !got || want == no && got {
 		m.fatalf("NeedCall after %d completed = %v", m.done, got)
 	}
-	if m.done > 0 && m.r.EventIdx {
+	if m.r.EventIdx && got && m.callAny {
+		m.callWant = either // it may have been the one armed for, or not
+	} else if m.r.EventIdx && got {
 		m.callWant = no
+	}
+	if m.done > 0 {
+		m.callAny = false
 	}
 	m.done = 0
 }
@@ -396,7 +409,7 @@ func (m *model) Restart(t *rapid.T) {
 		m.fatalf("restart: %v", err)
 	}
 	m.dev = dev
-	m.kickWant, m.callWant, m.done = either, either, 0
+	m.kickWant, m.callWant, m.callAny, m.done = either, either, true, 0
 }
 
 // Check holds after each step.
@@ -422,11 +435,23 @@ func (m *model) Check(t *rapid.T) {
 	}
 }
 
+// thorough makes rapid search further than it does by default, where nobody said how far.
+func thorough(t *testing.T) {
+	for name, value := range map[string][2]string{"rapid.checks": {"100", "1000"}, "rapid.steps": {"30", "80"}} {
+		if f := flag.Lookup(name); f.Value.String() == value[0] && !testing.Short() {
+			if err := f.Value.Set(value[1]); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
 // TestModel drives both sides at random against the model.
 func TestModel(t *testing.T) {
 	for _, ring := range rings {
 		for _, mem := range vringtest.Memories {
 			t.Run(ring.Name+"/"+mem.Name, func(t *testing.T) {
+				thorough(t)
 				rapid.Check(t, func(rt *rapid.T) {
 					p := vringtest.Params{Ring: ring, Memory: mem,
 						EventIdx: rapid.Bool().Draw(rt, "event"), Indirect: rapid.Bool().Draw(rt, "indirect")}
@@ -435,7 +460,8 @@ func TestModel(t *testing.T) {
 					start := rapid.SampledFrom([]uint16{0, 0, 1, 65535, 65530, 32767}).Draw(rt, "start")
 					r.DrvCfg.State = vring.State{Avail: start, Used: start}
 					r.DevCfg.State = r.DrvCfg.State
-					m := &model{t: rt, tb: t, r: r, busy: map[uint32]bool{}, needs: map[uint32]int{}, free: int(size)}
+					m := &model{t: rt, tb: t, r: r, busy: map[uint32]bool{}, needs: map[uint32]int{}, free: int(size),
+						kickAny: start != 0, callAny: start != 0}
 					m.drv, m.dev = r.Pair(t)
 					rt.Repeat(map[string]func(*rapid.T){
 						"add": m.Add, "needkick": m.NeedKick, "pop": m.Pop, "unpop": m.Unpop, "complete": m.Complete,
