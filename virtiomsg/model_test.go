@@ -550,7 +550,7 @@ func (w *world) settle() {
 // is lost, repeated or of another session, and both come up as soon as they are let.
 func TestHandshakeModel(t *testing.T) {
 	ups := 0
-	for i := 0; i < 20; i++ { // 2000 worlds unless -rapid.checks says otherwise
+	for i := 0; i < modelRounds; i++ {
 		rapid.Check(t, func(t *rapid.T) {
 			w := newWorld(t, rapid.Int64().Draw(t, "seed"), [2]bool{rapid.Bool().Draw(t, "host knows"), rapid.Bool().Draw(t, "agent knows")})
 			steps := rapid.IntRange(1, 3000).Draw(t, "steps")
@@ -563,7 +563,7 @@ func TestHandshakeModel(t *testing.T) {
 		})
 	}
 	t.Logf("%d times up", ups)
-	if ups < 5000 {
+	if ups < 250*modelRounds {
 		t.Errorf("only %d sessions: the model does not get anywhere", ups)
 	}
 }
