@@ -207,6 +207,7 @@ func (s stage) do(ctx context.Context, out *printer, missing map[string]string) 
 			return res
 		}
 	}
+	user := ctx // ends by an interrupt only
 	ctx, cancel := context.WithTimeout(ctx, s.limit)
 	defer cancel()
 	logName := filepath.Join(logDir, s.name+".log")
@@ -230,6 +231,10 @@ func (s stage) do(ctx context.Context, out *printer, missing map[string]string) 
 	}
 	res.counts = r.counts
 	switch {
+	case user.Err() != nil:
+		out.line(s.name, "stop", took, "interrupted")
+		res.err = user.Err()
+		return res
 	case len(r.failures) > 0 || r.failed > 0:
 		res.err = errors.New("failed")
 		out.line(s.name, "FAIL", took, r.detail())
@@ -275,6 +280,10 @@ var arches = []string{"amd64", "arm64", "ppc64", "ppc64le", "riscv64", "386", "a
 // purePackages touch no device of the running system: their tests run under an
 // emulated processor.
 var purePackages = []string{"mmio", "virtio", "dma", "vring", "virtiomsg"}
+
+// execEnv tells a test that starts its own binary again with which emulator to start it:
+// without binfmt_misc the kernel cannot run a foreign one.
+const execEnv = "BOARDLINK_TEST_EXEC"
 
 func gofmtStage(r *run) {
 	files, err := goFiles(r)
@@ -383,10 +392,13 @@ func foreignStage(r *run) {
 		if t.qemu == "" && runtime.GOARCH != "amd64" {
 			continue
 		}
+		env := []string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=" + t.arch}
 		if t.qemu != "" && t.arch != runtime.GOARCH {
-			args = append(args, "-exec="+qemuUser(t.qemu))
+			emu := qemuUser(t.qemu)
+			args = append(args, "-exec="+emu)
+			env = append(env, execEnv+"="+emu)
 		}
 		r.out.doing(t.arch)
-		r.goTestSome([]string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=" + t.arch}, t.pkgs, args...)
+		r.goTestSome(env, t.pkgs, args...)
 	}
 }
