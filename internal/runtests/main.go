@@ -335,7 +335,7 @@ func testStage(r *run) {
 		}
 	}
 	r.live, r.tellSkips = true, true
-	r.goTest(nil, append(append([]string{"-timeout=5m"}, asRoot...), pkgs...)...)
+	r.goTest(nil, append(append([]string{"-count=1", "-timeout=5m"}, asRoot...), pkgs...)...)
 	if len(r.notes) > 0 && os.Geteuid() != 0 && asRoot == nil {
 		r.note("what needs root runs with: make test SUDO=1")
 	}
