@@ -220,6 +220,7 @@ func (n *Net) setUp(t transport, m memory, set uint32, notify func(error)) error
 	if err := n.ifc.SetOffload(tunbridge.DriverOffload(acked.Mask())); err != nil {
 		return err
 	}
+	n.ifc.Drain() // frames queued before may need what is not negotiated any more
 	stop, err := tunbridge.NewStop()
 	if err != nil {
 		return err

@@ -210,6 +210,7 @@ func (n *Net) Start() error {
 	if err := n.ifc.SetOffload(tunbridge.DeviceOffload(n.acked.Mask())); err != nil {
 		return err
 	}
+	n.ifc.Drain() // frames queued before may need what is not negotiated any more
 	stop, err := tunbridge.NewStop()
 	if err != nil {
 		return err

@@ -33,7 +33,7 @@ const (
 
 // maxIPFrame is the largest frame behind the virtio-net header: 64 KiB of IP packet, an
 // Ethernet header and a VLAN tag.
-const maxIPFrame = 65535 + 14 + 4
+const maxIPFrame = MaxFrameLen
 
 // MaxFrame returns the room in bytes that one frame with its virtio-net header may
 // need: super-packets where offloads are on, otherwise what the MTU allows.
@@ -256,8 +256,13 @@ func (c *common) read() (n int, err error) {
 	if err == nil {
 		return n, nil
 	}
-	if err == ErrAgain || err == ErrDown {
+	if err == ErrAgain {
 		c.d[cAgain]++
+		return 0, nil
+	}
+	if IsDrop(err) {
+		// One frame is lost, or the interface is down: poll tells when there is another.
+		c.d[cDropped]++
 		return 0, nil
 	}
 	return 0, fmt.Errorf("%s: read a frame from %s: %w", c.name, c.ifc.Name(), err)

@@ -167,7 +167,6 @@ type DeviceRX struct {
 	room  int         // writable bytes in b.Chains[next:]
 	merge bool
 	used  []vring.Used
-	hoff  int // staged frames: where in staging they start
 }
 
 // NewDeviceRX returns the pump of a receive queue; merge tells that

@@ -112,19 +112,10 @@ func (p *DriverTX) Run() error {
 		if err != nil {
 			return err
 		}
-		if n := len(p.reqs); n > 0 {
-			k, err := p.q.Add(p.reqs)
-			if err != nil {
+		if len(p.reqs) > 0 {
+			if err := p.publish(); err != nil {
 				return err
 			}
-			if k != n {
-				return fmt.Errorf("%s: %d of %d frames fit into the queue although it had room", p.name, k, n)
-			}
-			p.d[cBatches]++
-			if p.q.NeedKick() {
-				p.ring()
-			}
-			p.stats.flush(&p.d)
 			continue
 		}
 		if !full {
@@ -151,6 +142,22 @@ func (p *DriverTX) Run() error {
 		p.sleeper.Found(n > 0)
 		p.q.DisarmCall()
 	}
+	return nil
+}
+
+func (p *DriverTX) publish() error {
+	n, err := p.q.Add(p.reqs)
+	if err != nil {
+		return err
+	}
+	if n != len(p.reqs) {
+		return fmt.Errorf("%s: %d of %d frames fit into the queue although it had room", p.name, n, len(p.reqs))
+	}
+	p.d[cBatches]++
+	if p.q.NeedKick() {
+		p.ring()
+	}
+	p.stats.flush(&p.d)
 	return nil
 }
 

@@ -47,8 +47,8 @@ type Setup struct {
 
 // totals are a program's counters, summed over its links.
 type totals struct {
-	frames, gso, rings, syscalls, dropped, idle uint64
-	bus                                         map[string]uint64
+	frames, gso, rings, syscalls, dropped uint64
+	bus                                   map[string]uint64
 }
 
 func sum(p status.Program) totals {

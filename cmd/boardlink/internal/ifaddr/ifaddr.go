@@ -153,6 +153,11 @@ func settle(link netlink.Link) {
 	if len(link.Attrs().HardwareAddr) != 0 {
 		_ = writeSysctl(filepath.Join(dir, "addr_gen_mode"), "0") // EUI-64
 	}
+	// Carrier off and on flushes the neighbours, and a question asked while the other side is away is
+	// repeated after this time: the default second would be most of what a restart costs.
+	for _, family := range []string{"ipv4", "ipv6"} {
+		_ = writeSysctl(filepath.Join("/proc/sys/net", family, "neigh", link.Attrs().Name, "retrans_time_ms"), "100")
+	}
 }
 
 // writeSysctl writes value unless it is there already.

@@ -1,0 +1,215 @@
+package tunbridge
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/mmio"
+	"github.com/boardlink/boardlink/vring"
+	"golang.org/x/sys/unix"
+)
+
+// path is one direction of a link, driven by hand on one goroutine: a socket sends frames out
+// of one tap, two pumps carry them to the other.
+type path struct {
+	socket int
+	frame  []byte
+	in     func() error // takes what is queued at the first tap into the ring
+	out    func() error // takes what is in the ring to the second tap
+	moved  *Stats
+	bells  *int
+}
+
+type countingRinger struct{ n int }
+
+func (c *countingRinger) Ring() error { c.n++; return nil }
+
+// newPath makes the direction towards the host (toHost) or towards the board. It must run in a
+// namespace of its own.
+func newPath(t testing.TB, toHost, offload bool, size int, kind mmio.Kind) *path {
+	t.Helper()
+	var ifc [2]*Iface // first: frames come from there
+	for i := range ifc {
+		ifc[i] = mustOpen(t, Config{Name: fmt.Sprintf("p%d", i), Type: TAP, Offload: offload, MTU: 9000})
+		ready(t, ifc[i], fmt.Sprintf("10.9.%d.1/24", i))
+		ifc[i].Drain()
+	}
+	const memSize = 8 << 20
+	mem, err := unix.Mmap(-1, 0, memSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_ANONYMOUS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Munmap(mem) })
+	ram := mmio.FromBytes(mem)
+	local := &dma.Region{Name: "board", Addr: 1 << 32, Mem: ram, Access: dma.DeviceRead | dma.DeviceWrite}
+	view, _ := ram.RAM()
+	across := dma.Region{Name: "board", Addr: 1 << 32, Mem: mmio.NewMem(view.Pointer(0), memSize, kind), Access: dma.DeviceRead | dma.DeviceWrite, Across: true}
+	table, err := dma.NewTable(across)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref := new(dma.TableRef)
+	ref.Store(table)
+	off := uint64(0)
+	take := func(n uint64) dma.Span {
+		s := dma.Span{Region: local, Off: off, Len: uint32(n)}
+		off += (n + 63) &^ 63
+		return s
+	}
+	far := func(s dma.Span) dma.Span { return dma.Span{Region: &table.Regions()[0], Off: s.Off, Len: s.Len} }
+	dn, vn, un := vring.SplitSizes(256)
+	c := vring.Config{Name: "q", Size: 256, Desc: take(dn), Driver: take(vn), Device: take(un), EventIdx: true}
+	drv, err := vring.NewSplitDriver(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Desc, c.Driver, c.Device, c.Table = far(c.Desc), far(c.Driver), far(c.Device), ref
+	dev, err := vring.NewSplitDevice(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop, err := NewStop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stop.Close() })
+	bell := new(countingRinger)
+	pc := PumpConfig{Name: "test", Stop: stop, Wait: doorbell.None, Ring: bell, MaxFrame: MaxFrame(9000, offload), Stats: new(Stats)}
+	from, to := pc, pc
+	from.Iface, to.Iface = ifc[0], ifc[1]
+	to.Stats = new(Stats)
+	p := &path{frame: make([]byte, size), moved: to.Stats, bells: &bell.n}
+	copy(p.frame, []byte{2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xb5}) // a local experimental EtherType
+	if toHost {
+		tx, err := NewDriverTX(from, drv, take(1<<20))
+		if err != nil {
+			t.Fatal(err)
+		}
+		rx := NewDeviceTX(to, dev)
+		p.in = func() error {
+			if err := tx.reap(); err != nil {
+				return err
+			}
+			if _, err := tx.fill(); err != nil {
+				return err
+			}
+			return tx.publish()
+		}
+		p.out = func() error { _, err := rx.drain(); return err }
+	} else {
+		tx := NewDeviceRX(from, dev, true)
+		rx, err := NewDriverRX(to, drv, take(4<<20), 16<<10, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range rx.bufs {
+			rx.give(uint32(i))
+		}
+		if err := rx.publish(); err != nil {
+			t.Fatal(err)
+		}
+		p.in = func() error {
+			if _, err := tx.fill(); err != nil {
+				return err
+			}
+			return tx.publish()
+		}
+		p.out = func() error { _, err := rx.drain(); return err }
+	}
+	p.socket, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(p.socket) })
+	if err := unix.Bind(p.socket, &unix.SockaddrLinklayer{Ifindex: ifc[0].Index()}); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// move sends n frames and carries them over.
+func (p *path) move(n int) error {
+	for i := 0; i < n; i++ {
+		if _, err := unix.Write(p.socket, p.frame); err != nil {
+			return err
+		}
+	}
+	if err := p.in(); err != nil {
+		return err
+	}
+	return p.out()
+}
+
+func forPaths(f func(name string, toHost, offload bool, size int, kind mmio.Kind)) {
+	for _, toHost := range []bool{true, false} {
+		for _, offload := range []bool{true, false} {
+			for _, size := range []int{64, 1514, 9014} {
+				for _, kind := range []mmio.Kind{mmio.Cached, mmio.Uncached} {
+					dir := "to board"
+					if toHost {
+						dir = "to host"
+					}
+					f(fmt.Sprintf("%s/offload=%v/%d/%v", dir, offload, size, kind), toHost, offload, size, kind)
+				}
+			}
+		}
+	}
+}
+
+// In the steady state neither side allocates for a frame, and each frame costs one system call at
+// each interface and one read that finds nothing, for a batch.
+func TestPumpCosts(t *testing.T) {
+	forPaths(func(name string, toHost, offload bool, size int, kind mmio.Kind) {
+		t.Run(name, func(t *testing.T) {
+			ifaceNS(t)
+			p := newPath(t, toHost, offload, size, kind)
+			if err := p.move(16); err != nil { // slices grow to their size
+				t.Fatal(err)
+			}
+			const batch, runs = 16, 20
+			frames, bells := p.moved.Frames(), *p.bells
+			if frames != 16 {
+				t.Fatalf("16 frames were sent, %d came over", frames)
+			}
+			// AllocsPerRun runs once more, to warm up.
+			if n := testing.AllocsPerRun(runs, func() {
+				if err := p.move(batch); err != nil {
+					t.Fatal(err)
+				}
+			}); n != 0 {
+				t.Errorf("%v allocations for %d frames", n, batch)
+			}
+			if got := p.moved.Frames() - frames; got != batch*(runs+1) {
+				t.Errorf("%d of %d frames came over", got, batch*(runs+1))
+			}
+			if got := *p.bells - bells; got > 2*(runs+1) {
+				t.Errorf("%d doorbells for %d batches", got, runs+1)
+			}
+		})
+	})
+}
+
+// BenchmarkPath is a frame's whole way over a link without a wake-up: sent by a socket, read
+// from the first tap, through the ring, written to the second.
+func BenchmarkPath(b *testing.B) {
+	forPaths(func(name string, toHost, offload bool, size int, kind mmio.Kind) {
+		b.Run(name, func(b *testing.B) {
+			ifaceNS(b)
+			p := newPath(b, toHost, offload, size, kind)
+			const batch = 32
+			b.ReportAllocs()
+			b.SetBytes(int64(size))
+			n := 0
+			for b.Loop() {
+				// One iteration is one frame: they go in batches.
+				if n++; n%batch == 0 {
+					if err := p.move(batch); err != nil {
+						b.Fatal(err)
+					}
+				}
+			}
+		})
+	})
+}
