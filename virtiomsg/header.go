@@ -5,16 +5,8 @@ import (
 	"fmt"
 )
 
-// Identifiers and limits of our use of virtio.
-const (
-	// VendorID is the vendor id that our devices tell in GET_DEVICE_INFO: "BLNK".
-	VendorID = 0x4b4e4c42
-	// FeatureRawIP is the private feature bit of our virtio-net: frames are raw IP packets behind
-	// the virtio-net header (a tun device at both ends). Only a host in tun mode offers it.
-	FeatureRawIP = 127
-	// FeatureBits is how many feature bits a device can have.
-	FeatureBits = 128
-)
+// FeatureBits is how many feature bits a device can have.
+const FeatureBits = 128
 
 // Vector returns the doorbell vector, of vectors that the side to be rung has, that stands for a
 // queue of a device. Vector 0 is the control plane's: link page and FIFOs; with a single

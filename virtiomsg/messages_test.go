@@ -20,7 +20,7 @@ var goldens = []struct {
 		func(s *Slot) (any, error) { return nil, DecodeEmptyRequest(s, GetDeviceInfo) }, nil,
 		"00 02 0100 3412 0800"},
 	{"GET_DEVICE_INFO response", func(s *Slot) {
-		(&DeviceInfo{DeviceID: 1, VendorID: VendorID, FeatureBits: 128, ConfigSize: 24, MaxQueues: 3, AdminStart: 4, AdminCount: 5}).Encode(s, 1, 0x1234)
+		(&DeviceInfo{DeviceID: 1, VendorID: 0x4b4e4c42, FeatureBits: 128, ConfigSize: 24, MaxQueues: 3, AdminStart: 4, AdminCount: 5}).Encode(s, 1, 0x1234)
 	}, func(s *Slot) (any, error) { var m DeviceInfo; err := m.Decode(s); return m, err },
 		DeviceInfo{DeviceID: 1, VendorID: 0x4b4e4c42, FeatureBits: 128, ConfigSize: 24, MaxQueues: 3, AdminStart: 4, AdminCount: 5},
 		"01 02 0100 3412 2000  01000000 424c4e4b 80000000 18000000 03000000 0400 0500"},
