@@ -302,43 +302,44 @@ func (p *DeviceRX) fill() (idle bool, err error) {
 
 // readFrame reads one frame into the buffers from p.next on and queues them as used; it
 // returns the frame's length, 0 where there is none.
+//
+// The header goes through local memory: num_buffers is ours to write (virtio 1.2, 5.1.6.4.2), and the buffers
+// lie across the bus, where writing is cheap and reading is not.
 func (p *DeviceRX) readFrame() (int, error) {
-	// The iovecs over just as many buffers as the largest frame may take.
 	p.iov = p.iov[:0]
+	if p.vnet {
+		p.addIov(&p.hdr[0], HeaderLen)
+	} else {
+		*p.hdr = header{}
+	}
+	// The iovecs over just as many buffers as the largest frame may take.
 	direct := true
 	room := 0
 	for i := p.next; i < len(p.b.Chains) && room < p.max; i++ {
 		spans := p.writable(&p.b.Chains[i])
 		for j := range spans {
-			if !isRAM(&spans[j]) {
-				direct = false
+			s := &spans[j]
+			if !isRAM(s) || i == p.next && j == 0 && s.Len < HeaderLen {
+				direct = false // device memory, or a header cut in pieces: legal, and slow
 				break
 			}
-			p.addSpan(&spans[j], 0)
+			skip := uint32(0)
+			if i == p.next && j == 0 {
+				skip = HeaderLen
+			}
+			if s.Len > skip {
+				p.addSpan(s, skip)
+			}
 		}
 		room += int(p.b.Chains[i].WriteLen)
 		if !p.merge {
 			break
 		}
 	}
-	if room > p.max {
-		room = p.max
-	}
-	spans := p.writable(&p.b.Chains[p.next])
-	if direct && (len(spans) == 0 || spans[0].Len < HeaderLen) {
-		direct = false // a header cut in pieces: legal, and slow
-	}
 	// A frame that the buffers cannot hold is cut by the kernel without a word, so
 	// short buffers are read through the staging memory and the frame dropped.
-	if room < p.max {
-		direct = false
-	}
-	if !direct {
+	if !direct || room < p.max {
 		return p.readStaged(room)
-	}
-	if !p.vnet {
-		// The kernel writes no header: take it out of the first buffer.
-		p.skipHeader(&spans[0])
 	}
 	n, err := p.read()
 	if err != nil || n == 0 {
@@ -346,38 +347,19 @@ func (p *DeviceRX) readFrame() (int, error) {
 	}
 	if !p.vnet {
 		n += HeaderLen
-		spans[0].CopyIn(0, zeroHeader[:])
-	} else {
-		spans[0].CopyOut(p.hdr[:], 0)
-		if p.hdr.gso() {
-			p.d[cGSO]++
-		}
 	}
 	if n <= HeaderLen {
 		return 0, fmt.Errorf("%s: %s gave a frame of %d bytes with its header", p.name, p.ifc.Name(), n)
 	}
+	if p.hdr.gso() {
+		p.d[cGSO]++
+	}
+	first := p.writable(&p.b.Chains[p.next])[0]
 	k := p.use(n)
-	p.setBuffers(&spans[0], k)
+	p.hdr[10], p.hdr[11] = byte(k), byte(k>>8)
+	first.CopyIn(0, p.hdr[:])
 	p.countFrame(n - HeaderLen)
 	return n, nil
-}
-
-var zeroHeader header
-
-func (p *DeviceRX) skipHeader(s *dma.Span) {
-	if s.Len == HeaderLen {
-		p.iov = append(p.iov[:0], p.iov[1:]...)
-		return
-	}
-	r, _ := s.RAM()
-	p.iov[0].Base = (*byte)(r.Pointer(HeaderLen))
-	p.iov[0].SetLen(int(s.Len - HeaderLen))
-}
-
-// setBuffers writes num_buffers, which the kernel leaves to us (virtio 1.2, 5.1.6.4.2).
-func (p *DeviceRX) setBuffers(s *dma.Span, k int) {
-	b := [2]byte{byte(k), byte(k >> 8)}
-	s.CopyIn(10, b[:])
 }
 
 // use marks the buffers that n bytes fill as used, and returns their number.
@@ -395,7 +377,11 @@ func (p *DeviceRX) use(n int) int {
 			if m > left {
 				m = left
 			}
-			spans[0].AccountIovecWrite(uint64(m))
+			if k == 0 && l == left {
+				spans[0].AccountIovecWrite(uint64(m - HeaderLen)) // the header is written apart
+			} else {
+				spans[0].AccountIovecWrite(uint64(m))
+			}
 			left -= m
 		}
 		p.used = append(p.used, vring.Used{ID: c.ID, Count: c.Count, Len: uint32(l)})
@@ -412,7 +398,7 @@ func (p *DeviceRX) readStaged(room int) (int, error) {
 	skip := 0
 	if !p.vnet {
 		skip = HeaderLen
-		copy(p.staging, zeroHeader[:])
+		copy(p.staging, p.hdr[:]) // zero
 	}
 	p.iov = p.iov[:0]
 	p.addIov(&p.staging[skip], p.max-skip)

@@ -203,47 +203,48 @@ func (p *DriverTX) fill() (full bool, err error) {
 
 // readFrame reads one frame with its header into the arena at off and returns the
 // length of both; 0 where there is none.
+//
+// The header goes through local memory: it has to be changed, and the arena may lie across the bus,
+// where writing is cheap and reading is not (placement push).
 func (p *DriverTX) readFrame(off uint64) (int, error) {
 	s := dma.Span{Region: p.mem.Region, Off: p.mem.Off + off, Len: uint32(p.max)}
 	ram, direct := s.RAM()
 	p.iov = p.iov[:0]
-	var b []byte
-	if direct {
-		b = ram.Bytes()
+	if p.vnet {
+		p.addIov(&p.hdr[0], HeaderLen)
 	} else {
-		b = p.staging
+		*p.hdr = header{}
 	}
-	skip := 0
-	if !p.vnet {
-		skip = HeaderLen
+	if direct {
+		p.addIov((*byte)(ram.Pointer(HeaderLen)), p.max-HeaderLen)
+	} else {
+		p.addIov(&p.staging[HeaderLen], p.max-HeaderLen)
 	}
-	p.addIov(&b[skip], p.max-skip)
 	n, err := p.read()
 	if err != nil || n == 0 {
 		return 0, err
 	}
-	n += skip
-	if n < HeaderLen {
-		return 0, fmt.Errorf("%s: %s gave a frame of %d bytes, less than its virtio-net header", p.name, p.ifc.Name(), n)
+	if !p.vnet {
+		n += HeaderLen
 	}
-	h := b[:HeaderLen]
-	if p.vnet {
-		// The header is the kernel's; the device side gets what the specification lets a
-		// driver say (virtio 1.2, 5.1.6.2.1).
-		h[0] &= HdrFlagNeedsCsum
-		h[10], h[11] = 0, 0
-		if h[1] != HdrGSONone {
-			p.d[cGSO]++
-		}
-	} else {
-		for i := range h {
-			h[i] = 0
-		}
+	if n <= HeaderLen {
+		return 0, fmt.Errorf("%s: %s gave a frame of %d bytes with its header", p.name, p.ifc.Name(), n)
 	}
-	if !direct {
-		s.CopyIn(0, b[:n])
-		p.d[cStaged]++
+	// The header is the kernel's; the device side gets what the specification lets a
+	// driver say (virtio 1.2, 5.1.6.2.1).
+	p.hdr[0] &= HdrFlagNeedsCsum
+	p.hdr[10], p.hdr[11] = 0, 0
+	if p.hdr.gso() {
+		p.d[cGSO]++
 	}
+	if direct {
+		s.CopyIn(0, p.hdr[:])
+		s.AccountIovecWrite(uint64(n - HeaderLen))
+		return n, nil
+	}
+	copy(p.staging, p.hdr[:])
+	s.CopyIn(0, p.staging[:n])
+	p.d[cStaged]++
 	return n, nil
 }
 
