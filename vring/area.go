@@ -17,13 +17,11 @@ type area struct {
 	// the bus. All else is read and written in pieces as large as they come: a
 	// read across stalls, whatever its width.
 	direct  bool
+	words   uint64 // accesses that one of 64 bits takes
 	account *dma.Account
 	// What was transferred since the last flush, in bus transactions and bytes.
 	reads, readBytes, writes, writeBytes uint64
 }
-
-// accesses64 is the number of accesses that one of 64 bits takes.
-const accesses64 = 2 - uint64(^uintptr(0)>>63)
 
 // newArea checks that n bytes of s can serve as the named area: align is what the link
 // address must be a multiple of, native what this side's own accesses need.
@@ -49,7 +47,10 @@ func newArea(name string, s dma.Span, n, align, native uint64, access dma.Access
 	if err != nil {
 		return area{}, fmt.Errorf("%s in region %q: %v", name, r.Name, err)
 	}
-	a := area{region: r, mem: m, account: r.Account}
+	a := area{region: r, mem: m, account: r.Account, words: 1}
+	if !wide && !m.Modelled() {
+		a.words = 2
+	}
 	a.ram, a.isRAM = m.RAM()
 	if a.isRAM && uint64(uintptr(a.ram.Pointer(0)))%native != 0 {
 		return area{}, fmt.Errorf("%s in region %q lies in local memory that is not aligned to %d", name, r.Name, native)
@@ -88,7 +89,7 @@ func (a *area) store64(off uint64, v uint64) {
 		a.ram.Store64(off, v)
 		return
 	}
-	a.writes += accesses64
+	a.writes += a.words
 	a.writeBytes += 8
 	a.mem.Store64(off, v)
 }
