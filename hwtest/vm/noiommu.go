@@ -1,0 +1,7 @@
+package vm
+
+import "context"
+
+func (k *Kernel) buildNoIOMMU(ctx context.Context, cache string) error {
+	return &MissingError{What: "not built"}
+}
