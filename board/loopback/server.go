@@ -392,15 +392,7 @@ func (s *Server) flushAll() {
 			if c.flushing || len(c.queue) == 0 {
 				continue
 			}
-			var err error
-			// Never blocks: no other write is under way on this connection, and the callback
-			// always returns true.
-			if e := c.raw.Write(func(fd uintptr) bool {
-				_, err = s.send(c, int(fd))
-				return true
-			}); e != nil && err == nil {
-				err = e
-			}
+			_, err := s.sendRaw(c)
 			if err == nil && len(c.queue) > maxQueue {
 				err = fmt.Errorf("%d messages unread", len(c.queue))
 			}
@@ -417,6 +409,20 @@ func (s *Server) flushAll() {
 			}
 		}
 	}
+}
+
+// sendRaw is send on the client's connection; s.mu is held. It never blocks: no other write is under way
+// on the connection, and the callback always returns true. Nor is the write left waiting in there: a
+// full socket is one cause of three, and the other two have no event.
+func (s *Server) sendRaw(c *client) (progress bool, err error) {
+	e := c.raw.Write(func(fd uintptr) bool {
+		progress, err = s.send(c, int(fd))
+		return true
+	})
+	if err == nil {
+		err = e
+	}
+	return progress, err
 }
 
 // send writes messages until the queue is empty or the socket is full; s.mu is held. It tells
@@ -459,16 +465,7 @@ func (s *Server) flushLater(c *client) {
 			s.mu.Unlock()
 			return
 		}
-		var progress bool
-		var err error
-		// The write is not left waiting inside raw.Write: a full socket is one cause of
-		// three, and the other two have no event.
-		if e := c.raw.Write(func(fd uintptr) bool {
-			progress, err = s.send(c, int(fd))
-			return true
-		}); e != nil && err == nil {
-			err = e
-		}
+		progress, err := s.sendRaw(c)
 		if progress {
 			end = time.Now().Add(s.cfg.Stuck)
 		}
