@@ -15,8 +15,8 @@ import (
 
 	"github.com/boardlink/boardlink/agent"
 	"github.com/boardlink/boardlink/board"
-	"github.com/boardlink/boardlink/cmd/boardlink/internal/ifaddr"
 	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
+	"github.com/boardlink/boardlink/cmd/internal/ifaddr"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/mmio"
