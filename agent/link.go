@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sort"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -39,6 +40,9 @@ type Config struct {
 	Board string // spec: "loopback:/run/a.sock"
 	// Options are how the board is opened; Side is filled in.
 	Options board.Options
+	// Placement is where rings and buffers are to lie: "window" (all in the board's memory), "push" (each
+	// where its reader is), "auto" or "" (push where the host declares a pool).
+	Placement string
 	// Devices are what this side drives, where the host offers it.
 	Devices []*Net
 	Log     session.Logger
@@ -53,8 +57,11 @@ type Link struct {
 
 	cfg    Config
 	s      *session.Session
-	region *dma.Region // the heap
+	region *dma.Region // the heap, in the board's memory
 	devs   []*device
+
+	mu   sync.Mutex
+	pool *dma.Region // the host's memory, across the bus; nil in placement window
 }
 
 type linkCounters struct {
@@ -111,6 +118,13 @@ func (l *Link) Status() status.Link {
 		HostReset: atomic.LoadUint64(&l.n.HostReset), Broken: atomic.LoadUint64(&l.n.Broken)}) {
 		s.Counters[k] = v
 	}
+	s.Placement = "window"
+	l.mu.Lock()
+	if l.pool != nil {
+		s.Placement = "push"
+		s.Regions = session.RegionStatus([]dma.Region{*l.pool})
+	}
+	l.mu.Unlock()
 	s.Devices = []status.Device{}
 	for _, d := range l.devs {
 		s.Devices = append(s.Devices, d.n.Status())
@@ -153,15 +167,58 @@ func (l *handler) Declare(b board.Board) (virtiomsg.Declaration, error) {
 
 // Up implements session.Handler: all devices are to come up, at once.
 func (l *handler) Up() {
+	r, err := l.reach()
+	if err != nil {
+		l.cfg.Log.Warn("no placement push", "link", l.cfg.Name, "error", err)
+	}
+	l.mu.Lock()
+	l.pool = r
+	l.mu.Unlock()
 	for _, d := range l.devs {
 		d.next, d.backoff, d.absent = time.Time{}, 0, false
 	}
+}
+
+// reach returns the host's pool as this side reaches it; nil in placement window.
+func (l *handler) reach() (*dma.Region, error) {
+	if l.cfg.Placement == "window" {
+		return nil, nil
+	}
+	pools := l.s.Peer().Pool
+	b, ok := l.s.Board().(board.Pooled)
+	var there dma.Region
+	if ok {
+		there, ok = b.Pool()
+	}
+	if len(pools) == 0 || !ok {
+		if l.cfg.Placement == "push" {
+			return nil, errors.New("the host declares no memory that this board reaches: everything goes into the window")
+		}
+		return nil, nil
+	}
+	p := pools[0]
+	m, err := there.Mem.Slice(p.Bus-uint64(there.Addr), p.Size)
+	if err != nil || p.Bus < uint64(there.Addr) {
+		return nil, fmt.Errorf("the host's pool of %#x bytes at bus address %#x is not what this board reaches (%#x bytes at %#x)",
+			p.Size, p.Bus, there.Mem.Size(), uint64(there.Addr))
+	}
+	if p.Access != dma.DeviceRead|dma.DeviceWrite {
+		return nil, fmt.Errorf("the host's pool is for access %s only", p.Access)
+	}
+	there.Name, there.Addr, there.Mem = "pool", p.Link, m
+	return &there, nil
 }
 
 // Down implements session.Handler.
 func (l *handler) Down() {
 	for _, d := range l.devs {
 		d.down()
+	}
+	if l.pool != nil {
+		// The promise of Quiesced: what was written across the bus has landed, which a read from
+		// there makes sure of.
+		l.pool.Mem.Load32(0)
+		l.pool.Account.AddFlushReads(1)
 	}
 }
 
@@ -239,17 +296,25 @@ func (d *device) bringUp() error {
 	if err := t.check(virtio.IDNet); err != nil {
 		return err
 	}
-	heap := d.l.region
-	share := heap.Mem.Size() / uint64(len(d.l.devs)) &^ 4095
-	base := heap.Addr + dma.Addr(uint64(d.index)*share)
 	// The device is reset before anything is allocated: it knows none of this memory.
-	m := memory{region: heap, alloc: dma.NewAllocator(base, share), share: share}
+	near := d.share(d.l.region)
+	m := layout{near: near, far: near}
+	if d.l.pool != nil {
+		m.far = d.share(d.l.pool)
+	}
 	if err := d.n.up(t, m, d.broken); err != nil {
 		return err
 	}
 	d.up, d.logged = true, ""
 	d.l.cfg.Log.Info("device up", "link", d.l.cfg.Name, "device", d.n.cfg.Name, "interface", d.n.ifc.Name())
 	return nil
+}
+
+// share returns the device's part of a region.
+func (d *device) share(r *dma.Region) *memory {
+	n := r.Mem.Size() / uint64(len(d.l.devs)) &^ 4095
+	base := r.Addr + dma.Addr(uint64(d.index)*n)
+	return &memory{region: r, alloc: dma.NewAllocator(base, n)}
 }
 
 // broken is told by the loops.

@@ -146,25 +146,31 @@ func (n *Net) choose(offered virtio.Features) (virtio.Features, error) {
 	return f, nil
 }
 
-// memory is a device's part of the board's memory.
+// memory is a device's part of a region.
 type memory struct {
 	region *dma.Region
 	alloc  *dma.Allocator
-	share  uint64 // bytes that the device may take
+}
+
+// layout is where a device's rings and buffers go: each near its reader ("read locally, write
+// remotely"). In placement window both are the same memory of the board.
+type layout struct {
+	near *memory // of the board: what the host writes (device areas, receive buffers)
+	far  *memory // what the host reads (descriptor and driver areas, transmit buffers)
 }
 
 // take allocates n bytes and returns them as a span.
 func (m *memory) take(name string, n, align uint64) (dma.Span, error) {
 	a, err := m.alloc.Alloc(n, align)
 	if err != nil {
-		return dma.Span{}, fmt.Errorf("%s: %w", name, err)
+		return dma.Span{}, fmt.Errorf("%s: %s memory: %w: use a larger window, fewer devices or smaller queues", name, m.region.Name, err)
 	}
 	return dma.Span{Region: m.region, Off: uint64(a - m.region.Addr), Len: uint32(n)}, nil
 }
 
 // up brings the device up (virtio 1.2, 3.1.1). The memory is not shown to the device
 // by anybody else. notify hears when a loop ends by an error.
-func (n *Net) up(t transport, m memory, notify func(error)) error {
+func (n *Net) up(t transport, m layout, notify func(error)) error {
 	s, err := t.SetStatus(0)
 	if err == nil && s != 0 {
 		err = fmt.Errorf("%s: the device does not reset: its status is %s", n.cfg.Name, virtio.StatusString(s))
@@ -187,7 +193,7 @@ func (n *Net) up(t transport, m memory, notify func(error)) error {
 	return err
 }
 
-func (n *Net) setUp(t transport, m memory, set uint32, notify func(error)) error {
+func (n *Net) setUp(t transport, m layout, set uint32, notify func(error)) error {
 	offered, err := t.Features()
 	if err != nil {
 		return err
@@ -300,11 +306,10 @@ func (n *Net) reconfigure(t transport) error {
 }
 
 // layOut places rings and buffers in the device's memory, tells the device, and makes the loops.
-func (n *Net) layOut(t transport, m memory, acked virtio.Features, stop *tunbridge.Stop) ([2]netQueue, error) {
+func (n *Net) layOut(t transport, m layout, acked virtio.Features, stop *tunbridge.Stop) ([2]netQueue, error) {
 	queues := n.queues
 	offload := acked.Mask()&tunbridge.NetFOffload != 0
 	max := tunbridge.MaxFrame(n.ifc.MTU(), offload)
-	used := uint64(0)
 	for i := range queues {
 		name := n.cfg.Name + " " + netQueueNames[i]
 		limit, err := t.QueueMax(i)
@@ -323,14 +328,14 @@ func (n *Net) layOut(t transport, m memory, acked virtio.Features, stop *tunbrid
 		// Each area on cache lines of its own: both sides write near each other otherwise.
 		for _, a := range [...]struct {
 			span *dma.Span
+			m    *memory
 			n    uint64
-		}{{&c.Desc, desc}, {&c.Driver, driver}, {&c.Device, device}} {
-			if *a.span, err = m.take(name, a.n, 64); err != nil {
+		}{{&c.Desc, m.far, desc}, {&c.Driver, m.far, driver}, {&c.Device, m.near, device}} {
+			if *a.span, err = a.m.take(name, a.n, 64); err != nil {
 				return queues, err
 			}
 			mem := a.span.Mem()
 			mem.Zero(0, a.n)
-			used += (a.n + 63) &^ 63
 		}
 		if queues[i].q, err = vring.NewSplitDriver(c); err != nil {
 			return queues, err
@@ -340,11 +345,6 @@ func (n *Net) layOut(t transport, m memory, acked virtio.Features, stop *tunbrid
 		}
 		queues[i].size = size
 	}
-	if used+4*uint64(max) > m.share {
-		return queues, fmt.Errorf("%s: %d bytes of the window are too few for two queues of %d and frames of %d: use a larger window, fewer devices, smaller queues or a smaller MTU without offload",
-			n.cfg.Name, m.share, n.cfg.QueueSize, max)
-	}
-	rest := m.share - used
 	for i := range queues {
 		q := &queues[i]
 		name := n.cfg.Name + " " + netQueueNames[i]
@@ -356,22 +356,25 @@ func (n *Net) layOut(t transport, m memory, acked virtio.Features, stop *tunbrid
 			MaxFrame: max, Fallback: n.cfg.Fallback, Stats: q.stats, Bells: q.bells}
 		if i == queueRX {
 			merge := acked.Has(virtio.NetMrgRxbuf)
-			size, count := rxBuffers(rest/2, q.size, n.cfg.RXBuffer, uint32(max), merge)
-			mem, err := m.take(name, uint64(size)*uint64(count), 64)
+			room := m.near.alloc.Largest()
+			if m.near == m.far {
+				room /= 2 // the other half is for transmission
+			}
+			size, count := rxBuffers(room, q.size, n.cfg.RXBuffer, uint32(max), merge)
+			mem, err := m.near.take(name, uint64(size)*uint64(count), 64)
 			if err != nil {
 				return queues, err
 			}
-			rest -= uint64(mem.Len)
 			if q.pump, err = tunbridge.NewDriverRX(pc, q.q, mem, size, merge); err != nil {
 				return queues, err
 			}
 			continue
 		}
-		size := rest &^ 63
+		size := m.far.alloc.Largest() &^ 63
 		if size > maxTXMemory {
 			size = maxTXMemory
 		}
-		mem, err := m.take(name, size, 64)
+		mem, err := m.far.take(name, size, 64)
 		if err != nil {
 			return queues, err
 		}

@@ -36,8 +36,8 @@ func (s Side) Other() Side { return Host + Agent - s }
 // Options are the operator's wishes when a board is opened.
 type Options struct {
 	Side Side
-	// Kind overrides how the window is seen (tests force the device-memory path on RAM);
-	// nil leaves it to the board.
+	// Kind overrides how memory across the bus is seen, the window at the host, the pool at
+	// the agent (tests force the device-memory path on RAM); nil leaves it to the board.
 	Kind *mmio.Kind
 	// Account turns on accounting of accesses across the bus.
 	Account *dma.Account
@@ -93,6 +93,16 @@ type Board interface {
 	// Close gives everything back: the window, the waiters and the ringers must not be in
 	// use any more. A second Close does nothing.
 	Close() error
+}
+
+// Pooled is a Board whose board can also reach memory of the host, by mastering the bus
+// (placement push).
+type Pooled interface {
+	Board
+	// Pool returns the host's memory for this board, and false where there is none. Region.Addr is its bus
+	// address. On the host's end it is local memory; on the agent's end it lies across the
+	// bus, and may be more than what the host declares in the link page.
+	Pool() (dma.Region, bool)
 }
 
 // Served is a Board that depends on a connection beside the window itself.

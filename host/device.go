@@ -28,6 +28,7 @@ type device struct {
 	gen     uint32          // configuration generation
 	told    bool            // a ConfigEvent has to be sent
 	stateMu sync.Mutex      // guards what describe reads
+	push    bool            // the driver put a queue's descriptor area into the pool
 	status  uint32
 	lastErr string
 
@@ -265,8 +266,18 @@ func (d *device) setQueue(q *virtiomsg.VQueue) error {
 	if err != nil {
 		return err
 	}
+	d.stateMu.Lock()
+	d.push = dma.Addr(q.Desc) >= poolLink
+	d.stateMu.Unlock()
 	return d.be.SetQueue(int(q.Index), QueueConfig{Size: uint16(q.Size), Desc: dma.Addr(q.Desc), Driver: dma.Addr(q.Driver), Device: dma.Addr(q.Device),
 		Kick: d.l.s.Waiter(id), Call: call})
+}
+
+// pushes tells that the driver uses the pool.
+func (d *device) pushes() bool {
+	d.stateMu.Lock()
+	defer d.stateMu.Unlock()
+	return d.push && d.status&virtio.StatusDriverOK != 0
 }
 
 func (d *device) describe() status.Device {

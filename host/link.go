@@ -21,7 +21,9 @@ type Config struct {
 	Options board.Options
 	// Devices are what is offered, by device number. They belong to the Link from NewLink on.
 	Devices map[uint16]Backend
-	Log     session.Logger
+	// NoPool keeps the board out of the host's memory: no placement but window.
+	NoPool bool
+	Log    session.Logger
 	// Beat and LostBeats: see session.Config.
 	Beat      time.Duration
 	LostBeats int
@@ -84,9 +86,13 @@ func (l *Link) Status() status.Link {
 	if t := l.table.Load(); t != nil {
 		s.Regions = session.RegionStatus(t.Regions())
 	}
+	s.Placement = "window"
 	s.Devices = []status.Device{}
 	for _, d := range l.devs {
 		s.Devices = append(s.Devices, d.describe())
+		if d.pushes() {
+			s.Placement = "push"
+		}
 	}
 	return s
 }
@@ -104,12 +110,29 @@ func (l *handler) Queues() []session.QueueID {
 	return qs
 }
 
-// Declare implements session.Handler: the host declares no pool (placement window).
-func (l *handler) Declare(b board.Board) (virtiomsg.Declaration, error) {
-	return virtiomsg.Declaration{}, nil
+// poolLink is the link address of the pool. It is unlike bus addresses, so that the agent's regions hardly
+// ever overlap it (one that does is refused by the link page's checks).
+const poolLink dma.Addr = 0x7f00_0000_0000_0000
+
+// pool returns the host's memory that the board may reach.
+func (l *handler) pool(b board.Board) (dma.Region, bool) {
+	p, ok := b.(board.Pooled)
+	if !ok || l.cfg.NoPool {
+		return dma.Region{}, false
+	}
+	return p.Pool()
 }
 
-// Up builds the region table of what the agent declares.
+// Declare implements session.Handler: the pool, where the board can reach one.
+func (l *handler) Declare(b board.Board) (virtiomsg.Declaration, error) {
+	var d virtiomsg.Declaration
+	if r, ok := l.pool(b); ok {
+		d.Pool = []virtiomsg.PoolRegion{{Link: poolLink, Size: r.Mem.Size(), Bus: uint64(r.Addr), Access: r.Access}}
+	}
+	return d, nil
+}
+
+// Up builds the region table of what the agent declares, and the pool.
 func (l *handler) Up() {
 	w := l.s.Board().Window()
 	var rs []dma.Region
@@ -123,6 +146,10 @@ func (l *handler) Up() {
 		}
 		rs = append(rs, dma.Region{Name: fmt.Sprintf("board%d", i), Addr: r.Addr, Mem: m, Access: r.Access,
 			Across: w.Across, Account: w.Account})
+	}
+	if r, ok := l.pool(l.s.Board()); ok {
+		r.Addr = poolLink
+		rs = append(rs, r)
 	}
 	t, err := dma.NewTable(rs...)
 	if err != nil {

@@ -574,7 +574,7 @@ func (s *Session) Status() status.Link {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	l := status.Link{Name: s.cfg.Name, Board: s.cfg.Spec, State: s.state, Since: s.since.Format(time.RFC3339Nano),
-		Epoch: s.epochs[0], PeerEpoch: s.epochs[1], LastError: s.last, Placement: "window", Regions: []status.Region{}}
+		Epoch: s.epochs[0], PeerEpoch: s.epochs[1], LastError: s.last, Regions: []status.Region{}}
 	l.Counters = status.Counters(Counters{Opened: atomic.LoadUint64(&s.n.Opened), RingErrors: atomic.LoadUint64(&s.n.RingErrors),
 		Malformed: atomic.LoadUint64(&s.n.Malformed), Unexpected: atomic.LoadUint64(&s.n.Unexpected), CallTimeout: atomic.LoadUint64(&s.n.CallTimeout)})
 	for k, v := range status.Counters(s.bells.Snapshot()) {

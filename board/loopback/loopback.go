@@ -31,6 +31,11 @@ const (
 	// BusAddr is what the agent's end declares as bus address of the window's first byte. No bus is
 	// there; a number above 32 bits that is not 0 makes a missing translation show.
 	BusAddr dma.Addr = 0x12_0000_0000
+	// PoolAddr is the bus address of the pool.
+	PoolAddr dma.Addr = 0x34_0000_0000
+	// PoolMinSize is the least shared memory, in bytes, of which the upper half is the pool: memory
+	// that stands for the host's. Of less, all is the window.
+	PoolMinSize = 1 << 20
 )
 
 const (
@@ -73,6 +78,7 @@ type Board struct {
 	lock   sideLock
 	mem    []byte
 	region dma.Region
+	pool   dma.Region // Mem is zero where there is none
 	own    []*doorbell.Eventfd
 	events chan struct{}
 	once   sync.Once
@@ -85,7 +91,10 @@ type Board struct {
 	peers map[int64][]*doorbell.Eventfd // nil entries: vectors that could not be taken
 }
 
-var _ board.Served = (*Board)(nil)
+var (
+	_ board.Served = (*Board)(nil)
+	_ board.Pooled = (*Board)(nil)
+)
 
 // Open opens an end of the board at the server's socket, or over the inherited connection "fd=N". It
 // returns within 5 seconds. Errors match board.ErrAbsent where nobody serves the path (yet),
@@ -328,24 +337,37 @@ func (b *Board) takeMemory(fd int, o board.Options) (vectors int, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("mapping %d bytes of shared memory: %w", st.Size, err)
 	}
-	kind := mmio.Cached
-	if o.Kind != nil {
-		kind = *o.Kind
-	}
-	b.region = dma.Region{
-		Name:   "board",
-		Mem:    mmio.NewMem(unsafe.Pointer(&b.mem[0]), uint64(len(b.mem)), kind),
-		Access: dma.DeviceRead | dma.DeviceWrite,
-	}
-	if o.Side == board.Agent {
-		b.region.Addr = BusAddr
-	} else {
-		// The window is the board's memory: the host's accesses are those that would
-		// cross a bus.
-		b.region.Across = true
-		b.region.Account = o.Account
-	}
+	b.share(o)
 	return vectors, nil
+}
+
+// share divides the shared memory: the lower half stands for the board's, the upper half for the
+// host's. What is the other side's lies across the bus, and is accounted.
+func (b *Board) share(o board.Options) {
+	base, size := unsafe.Pointer(&b.mem[0]), uint64(len(b.mem))
+	across := mmio.Cached
+	if o.Kind != nil {
+		across = *o.Kind
+	}
+	part := func(name string, off, n uint64, addr dma.Addr, local bool) dma.Region {
+		r := dma.Region{Name: name, Addr: addr, Access: dma.DeviceRead | dma.DeviceWrite, Across: !local}
+		kind := mmio.Cached
+		if !local {
+			kind, r.Account = across, o.Account
+		}
+		r.Mem = mmio.NewMem(unsafe.Add(base, off), n, kind)
+		return r
+	}
+	agent := o.Side == board.Agent
+	if size >= PoolMinSize {
+		size /= 2
+		b.pool = part("pool", size, size, PoolAddr, !agent)
+	}
+	addr := dma.Addr(0)
+	if agent {
+		addr = BusAddr
+	}
+	b.region = part("board", 0, size, addr, agent)
 }
 
 // peer handles a connect or disconnect notification; it owns m.fd.
@@ -439,8 +461,11 @@ func (b *Board) read() {
 // String returns the board's spec.
 func (b *Board) String() string { return b.spec }
 
-// Window returns the whole shared memory.
+// Window implements board.Board: the lower half of the shared memory, or all of one that is small.
 func (b *Board) Window() dma.Region { return b.region }
+
+// Pool implements board.Pooled: the upper half of the shared memory.
+func (b *Board) Pool() (dma.Region, bool) { return b.pool, b.pool.Mem.Size() != 0 }
 
 // Self returns this end's peer number and vectors.
 func (b *Board) Self() board.RingInfo {

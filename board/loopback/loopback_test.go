@@ -440,12 +440,31 @@ func TestOneProcess(t *testing.T) {
 		}
 	}
 	w := h.Window()
-	if w.Addr != 0 || !w.Across || w.Account != &acc || w.Mem.Kind() != mmio.WriteCombining || w.Mem.Size() != 1<<20 || w.Access != dma.DeviceRead|dma.DeviceWrite {
+	if w.Addr != 0 || !w.Across || w.Account != &acc || w.Mem.Kind() != mmio.WriteCombining || w.Mem.Size() != 512<<10 || w.Access != dma.DeviceRead|dma.DeviceWrite {
 		t.Errorf("host's window: %+v", w)
 	}
 	w = a.Window()
 	if w.Addr != loopback.BusAddr || w.Across || w.Account != nil || w.Mem.Kind() != mmio.Cached {
 		t.Errorf("agent's window: %+v", w)
+	}
+	// The pool is the other way round: the host's memory, across the bus for the agent.
+	w, ok := h.Pool()
+	if !ok || w.Addr != loopback.PoolAddr || w.Across || w.Account != nil || w.Mem.Kind() != mmio.Cached || w.Mem.Size() != 512<<10 {
+		t.Errorf("host's pool: %v, %+v", ok, w)
+	}
+	ap, ok := a.Pool()
+	if !ok || ap.Addr != loopback.PoolAddr || !ap.Across || ap.Account != &acc || ap.Mem.Size() != 512<<10 {
+		t.Errorf("agent's pool: %v, %+v", ok, ap)
+	}
+	const mark = 0x1122334455667788
+	ap.Mem.Store64(8, mark)
+	aw, hw := a.Window(), h.Window()
+	aw.Mem.Store64(8, mark+1)
+	if got := w.Mem.Load64(8); got != mark {
+		t.Errorf("the agent wrote %#x to the pool, the host reads %#x", uint64(mark), got)
+	}
+	if got := hw.Mem.Load64(8); got != mark+1 {
+		t.Errorf("the agent wrote %#x to the window, the host reads %#x", uint64(mark+1), got)
 	}
 	eventually(t, "both know each other", func() bool { return len(h.Peers()) == 1 && len(a.Peers()) == 1 })
 	r, err := h.Ringer(a.Self(), 3)

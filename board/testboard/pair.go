@@ -290,8 +290,10 @@ func (e *End) region(name string, of board.Side, base dma.Addr) dma.Region {
 // Window implements board.Board: the board's memory.
 func (e *End) Window() dma.Region { return e.region("window", board.Agent, e.p.opt.Base) }
 
-// Pool is the host's memory that the board can reach (placement push).
-func (e *End) Pool() dma.Region { return e.region("pool", board.Host, e.p.opt.PoolBase) }
+// Pool implements board.Pooled.
+func (e *End) Pool() (dma.Region, bool) {
+	return e.region("pool", board.Host, e.p.opt.PoolBase), true
+}
 
 // Self implements board.Board: each opened end has a number of its own.
 func (e *End) Self() board.RingInfo {

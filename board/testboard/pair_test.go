@@ -56,7 +56,8 @@ func TestPairPostsAndFlushes(t *testing.T) {
 		t.Fatalf("a load across did not push the write before it: %d", v)
 	}
 	// The completion pushes what the other side posted.
-	ap, hp := agent.Pool(), host.Pool()
+	ap, _ := agent.Pool()
+	hp, _ := host.Pool()
 	ap.Mem.Store32(0, 9)
 	if v := hp.Mem.Load32(0); v != 0 {
 		t.Fatalf("a held write arrived: %d", v)
@@ -235,7 +236,8 @@ func TestPairRings(t *testing.T) {
 				wg.Add(1)
 				go func() {
 					defer wg.Done()
-					fn(f, &ends{f.end.Window(), f.end.Pool()})
+					pool, _ := f.end.Pool()
+					fn(f, &ends{f.end.Window(), pool})
 				}()
 			}
 			wg.Wait()

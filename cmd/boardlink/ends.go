@@ -41,7 +41,9 @@ type endFlags struct {
 	Deny      []string       `placeholder:"FEATURE" help:"Virtio features not to negotiate, e.g. event_idx,host_uso."`
 	Net       []string       `placeholder:"SPEC" sep:"none" help:"Several devices: one SPEC each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000. Keys: name link addr mtu mac board-mac offload persist; the flags above give the defaults."`
 
-	Memory string        `enum:"auto,cached,write-combining,uncached" default:"auto" help:"How the window is accessed (${enum}); for trials of the device-memory paths on RAM."`
+	Account bool `default:"true" negatable:"" help:"Count the accesses across the bus."`
+
+	Memory string        `enum:"auto,cached,write-combining,uncached" default:"auto" help:"How memory across the bus is accessed (${enum}); for trials of the device-memory paths on RAM."`
 	Beat   time.Duration `default:"100ms" help:"Heartbeat interval."`
 	Lost   int           `default:"10" placeholder:"BEATS" help:"Heartbeats without the other side's until the link is down."`
 	Status string        `placeholder:"PATH" help:"Status socket (default ${status_dir}/SIDE-NAME.sock; none for no socket)."`
@@ -153,10 +155,13 @@ func (f *endFlags) deny() (virtio.Features, error) {
 	return s, nil
 }
 
-func (f *endFlags) options(log *slog.Logger, account *dma.Account) board.Options {
-	o := board.Options{Account: account, Logf: func(format string, args ...interface{}) {
+func (f *endFlags) options(log *slog.Logger) board.Options {
+	o := board.Options{Logf: func(format string, args ...interface{}) {
 		log.Debug(fmt.Sprintf(format, args...), "link", f.Name)
 	}}
+	if f.Account {
+		o.Account = new(dma.Account)
+	}
 	kinds := map[string]mmio.Kind{"cached": mmio.Cached, "write-combining": mmio.WriteCombining, "uncached": mmio.Uncached}
 	if k, ok := kinds[f.Memory]; ok {
 		o.Kind = &k
@@ -231,7 +236,7 @@ type hostCmd struct {
 	endFlags
 	BoardMAC tunbridge.MAC `placeholder:"MAC" help:"MAC address that the board's interface is given (default: one that stays the same for --name)."`
 	QueueMax uint16        `default:"1024" help:"Largest queue size, a power of two."`
-	Account  bool          `default:"true" negatable:"" help:"Count the accesses across the bus."`
+	Pool     bool          `default:"true" negatable:"" help:"Let the board reach host memory where it can (placement push)."`
 }
 
 func (c *hostCmd) Run(s *streams) error {
@@ -277,11 +282,7 @@ func (c *hostCmd) Run(s *streams) error {
 			return err
 		}
 	}
-	var acc *dma.Account
-	if c.Account {
-		acc = new(dma.Account)
-	}
-	l := host.NewLink(host.Config{Name: c.Name, Board: c.Board, Options: c.options(log, acc), Devices: devices,
+	l := host.NewLink(host.Config{Name: c.Name, Board: c.Board, Options: c.options(log), Devices: devices, NoPool: !c.Pool,
 		Log: log, Beat: c.Beat, LostBeats: c.Lost})
 	if err := c.serveEnd(board.Host, l); err != nil {
 		closeAll()
@@ -293,6 +294,7 @@ func (c *hostCmd) Run(s *streams) error {
 type agentCmd struct {
 	endFlags
 	QueueSize uint16 `default:"256" help:"Queue size, a power of two; the host may ask for less."`
+	Placement string `enum:"auto,window,push" default:"auto" help:"Where rings and buffers lie (${enum}): window, all in the board's memory; push, each where its reader is; auto, push where the host offers memory for it."`
 	RXBuffer  uint32 `name:"rx-buffer" placeholder:"BYTES" help:"Size of a receive buffer (default: by the window, 16384 at most)."`
 }
 
@@ -334,7 +336,7 @@ func (c *agentCmd) Run(s *streams) error {
 			return err
 		}
 	}
-	l := agent.NewLink(agent.Config{Name: c.Name, Board: c.Board, Options: c.options(log, nil), Devices: devices,
+	l := agent.NewLink(agent.Config{Name: c.Name, Board: c.Board, Placement: c.Placement, Options: c.options(log), Devices: devices,
 		Log: log, Beat: c.Beat, LostBeats: c.Lost})
 	if err := c.serveEnd(board.Agent, l); err != nil {
 		closeAll()

@@ -22,9 +22,9 @@ type loopbackCmd struct {
 	Link      string        `enum:"tap,tun" default:"tap" help:"tap: Ethernet frames. tun: raw IP packets."`
 	Offload   bool          `default:"true" negatable:"" help:"Leave checksums and segmentation to the other side where the kernel can."`
 	MTU       int           `default:"1500" help:"MTU in bytes."`
-	Placement string        `enum:"window" default:"window" help:"Where rings and buffers lie: window (all in the board's memory)."`
-	Memory    string        `enum:"cached,write-combining,uncached" default:"cached" help:"How the host accesses the window (${enum}): the last two take the paths for device memory."`
-	Window    string        `default:"16M" help:"Size of the board's window: a power of two, with K, M or G."`
+	Placement string        `enum:"auto,window,push" default:"auto" help:"Where rings and buffers lie (${enum}): window, all in the board's memory; push (as auto), each where its reader is."`
+	Memory    string        `enum:"cached,write-combining,uncached" default:"cached" help:"How memory across the bus is accessed (${enum}): the last two take the paths for device memory."`
+	Window    string        `default:"16M" help:"Size of the shared memory (half the board's, half the host's): a power of two, with K, M or G."`
 	Devices   int           `default:"1" help:"Network devices on the link."`
 	JSON      bool          `name:"json" help:"Print the result as JSON."`
 	Verbose   bool          `short:"v" help:"Show the log of both ends."`
@@ -62,7 +62,8 @@ func (c *loopbackCmd) Run(s *streams) error {
 	defer stop()
 
 	p := newProgress(s.err, !c.JSON && !c.Verbose)
-	cfg := trial.Config{Exe: exe, Link: c.Link, Offload: c.Offload, MTU: c.MTU, Window: window, Memory: c.Memory, Nets: c.Devices}
+	cfg := trial.Config{Exe: exe, Link: c.Link, Offload: c.Offload, MTU: c.MTU, Window: window, Memory: c.Memory, Nets: c.Devices,
+		Placement: c.Placement}
 	if c.Verbose {
 		cfg.Log = s.err
 	}
@@ -105,7 +106,7 @@ func printTrial(s *streams, r *trial.Result) {
 	row("tcp", "%.2f Gbit/s board to host, %.2f host to board, every byte checked", r.TCPGbps.BoardToHost, r.TCPGbps.HostToBoard)
 	row("udp, 64 bytes", "%.0f kpps board to host, %.0f host to board", r.UDP64Kpps.BoardToHost, r.UDP64Kpps.HostToBoard)
 	row("corrupt", "%d", r.Corrupt)
-	row("bus, a frame", "%.2f reads, %.2f writes, %.0f bytes read, %.0f written, by the host", r.Bus.ReadsPerFrame, r.Bus.WritesPerFrame, r.Bus.ReadBytesPerFrame, r.Bus.WriteBytesPerFrame)
+	row("bus, a frame", "%.2f reads, %.2f writes, %.0f bytes read, %.0f written, both sides", r.Bus.ReadsPerFrame, r.Bus.WritesPerFrame, r.Bus.ReadBytesPerFrame, r.Bus.WriteBytesPerFrame)
 	row("doorbells", "%.3f a frame", r.DoorbellsPerFrame)
 	w.Flush()
 }

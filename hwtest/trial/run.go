@@ -24,7 +24,7 @@ type Result struct {
 	Setup             Setup   `json:"setup"`
 }
 
-// Bus is what the host's accesses across the bus come to, each frame.
+// Bus is what the accesses of both sides across the bus come to, each frame.
 type Bus struct {
 	ReadsPerFrame      float64 `json:"reads_per_packet"`
 	WritesPerFrame     float64 `json:"writes_per_packet"`
@@ -135,7 +135,7 @@ func (res *Result) figures(before, after [2]totals) {
 		return
 	}
 	per := func(n uint64) float64 { return float64(n) / float64(res.Frames) }
-	bus := func(k string) uint64 { return h.bus[k] - h0.bus[k] }
+	bus := func(k string) uint64 { return h.bus[k] - h0.bus[k] + a.bus[k] - a0.bus[k] }
 	res.Bus = Bus{ReadsPerFrame: per(bus("reads")), WritesPerFrame: per(bus("writes")),
 		ReadBytesPerFrame: per(bus("read_bytes")), WriteBytesPerFrame: per(bus("write_bytes")),
 		FlushReadsPerFrame: per(bus("flush_reads")), ControlReads: bus("control_reads")}

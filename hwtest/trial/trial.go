@@ -42,11 +42,13 @@ type Config struct {
 	Link    string   // "tap" (default) or "tun"
 	Offload bool
 	MTU     int    // bytes; default 1500
-	Window  int64  // of the board, bytes; default 16 MiB
+	Window  int64  // shared memory, bytes; default 16 MiB
 	Vectors int    // doorbells of each end; default 8
-	Memory  string // how the host is to see the window: "cached" (default), "write-combining", "uncached"
-	Persist bool   // interfaces outlive the processes
-	Nets    int    // devices; default 1. Addresses are given to all
+	Memory  string // how memory across the bus is to be seen: "cached" (default), "write-combining", "uncached"
+	// Placement is "auto" (default), "window" or "push".
+	Placement string
+	Persist   bool // interfaces outlive the processes
+	Nets      int  // devices; default 1. Addresses are given to all
 	// HostArgs and AgentArgs are added to the command lines.
 	HostArgs, AgentArgs []string
 	Log                 io.Writer // of both processes; nil keeps it for errors
@@ -73,6 +75,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.Memory == "" {
 		c.Memory = "cached"
+	}
+	if c.Placement == "" {
+		c.Placement = "auto"
 	}
 	if c.Nets == 0 {
 		c.Nets = 1
@@ -182,8 +187,11 @@ func (r *Rig) args(s board.Side) []string {
 		}
 		a = append(a, "--net", spec)
 	}
-	if s == board.Host && r.cfg.Memory != "cached" {
+	if r.cfg.Memory != "cached" {
 		a = append(a, "--memory", r.cfg.Memory)
+	}
+	if s == board.Agent {
+		a = append(a, "--placement", r.cfg.Placement)
 	}
 	return append(a, extra...)
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -111,13 +112,17 @@ func TestModes(t *testing.T) {
 		{Link: "tap", Offload: false, MTU: 65000},
 		{Link: "tun", Offload: true, MTU: 1500},
 		{Link: "tun", Offload: false, MTU: 65000},
+		{Link: "tap", Offload: true, MTU: 1500, Placement: "window"},
+		{Link: "tun", Offload: false, MTU: 1500, Placement: "window"},
 		{Link: "tap", Offload: true, MTU: 1500, Memory: "uncached"},
-		{Link: "tap", Offload: true, MTU: 1500, Memory: "write-combining", Window: 1 << 20, Vectors: 1},
-		{Link: "tap", Offload: true, MTU: 1500, Window: 512 << 10},
+		{Link: "tap", Offload: true, MTU: 1500, Memory: "uncached", Placement: "window"},
+		{Link: "tap", Offload: true, MTU: 1500, Memory: "write-combining", Window: 2 << 20, Vectors: 1},
+		{Link: "tap", Offload: true, MTU: 1500, Window: 512 << 10}, // too small for a pool
+		{Link: "tap", Offload: true, MTU: 1500, HostArgs: []string{"--no-pool"}},
 		{Link: "tap", Offload: true, MTU: 1500, HostArgs: []string{"--deny", "event_idx,mrg_rxbuf,indirect_desc"}},
 		{Link: "tap", Offload: true, MTU: 1500, Nets: 3, Vectors: 2},
 	} {
-		name := fmt.Sprintf("%s offload=%v mtu=%d %s %d vectors=%d nets=%d %s", c.Link, c.Offload, c.MTU, c.Memory, c.Window>>10, c.Vectors, c.Nets, strings.Join(c.HostArgs, " "))
+		name := fmt.Sprintf("%s offload=%v mtu=%d %s %s %d vectors=%d nets=%d %s", c.Link, c.Offload, c.MTU, c.Placement, c.Memory, c.Window>>10, c.Vectors, c.Nets, strings.Join(c.HostArgs, " "))
 		t.Run(name, func(t *testing.T) {
 			c.Exe = exe
 			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
@@ -133,8 +138,19 @@ func TestModes(t *testing.T) {
 			if (res.GSOFrames != 0) != c.Offload {
 				t.Errorf("%d super-packets with offload=%v", res.GSOFrames, c.Offload)
 			}
-			if res.Bus.ReadsPerFrame == 0 || res.Bus.WritesPerFrame == 0 || res.DoorbellsPerFrame == 0 {
+			if res.Bus.WritesPerFrame == 0 || res.DoorbellsPerFrame == 0 {
 				t.Errorf("nothing was counted: %+v, %f doorbells", res.Bus, res.DoorbellsPerFrame)
+			}
+			want := "push"
+			if c.Placement == "window" || c.Window == 512<<10 || slices.Contains(c.HostArgs, "--no-pool") {
+				want = "window"
+			}
+			if res.Setup.Placement != want {
+				t.Errorf("placement %s, want %s", res.Setup.Placement, want)
+			}
+			// What placement push is for: nothing is read across the bus but the flush before a sleep.
+			if (res.Bus.ReadsPerFrame == 0) != (want == "push") {
+				t.Errorf("placement %s: %f reads across the bus a frame", want, res.Bus.ReadsPerFrame)
 			}
 			t.Logf("ping %.0f us, tcp %.1f/%.1f Gbit/s, udp %.0f/%.0f kpps, %.1f reads, %.1f writes, %.3f doorbells a frame", res.RTT.P50,
 				res.TCPGbps.BoardToHost, res.TCPGbps.HostToBoard, res.UDP64Kpps.BoardToHost, res.UDP64Kpps.HostToBoard,
