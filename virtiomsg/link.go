@@ -361,11 +361,10 @@ func (l *Link) Poll(tick bool) (Event, error) {
 	}
 	if epoch == 0 {
 		l.peerEpoch, l.badEpoch = 0, 0
-		if l.side == board.Host {
-			// By its own word the agent touches nothing. A host's word is not enough: one that
-			// is starting may have index words under way to where an earlier agent had
-			// its FIFOs; and it may be no word at all, but memory that a reset cleared
-			// under a host that has not noticed.
+		if l.side == board.Host && l.phase == phaseStopping && !l.released && l.w.load32(l.peer+offMagic) == Magic {
+			// By its own word the agent touches nothing. (Without the magic it is no word, but
+			// memory that was cleared.) A host's word would not be enough: one that is starting
+			// may have index words under way to where an earlier agent had its FIFOs.
 			l.released = true
 		}
 		return l.pollStopping(check), nil

@@ -65,7 +65,7 @@ func rung(t testing.TB, links ...*Link) {
 		}
 		again := false
 		for i, l := range links {
-			ring := n == 0 || links[1-i].NeedRing()
+			ring := links[1-i].NeedRing() || n == 0
 			for ring {
 				again = true
 				ev, err := l.Poll(false)
@@ -264,6 +264,33 @@ func TestStop(t *testing.T) {
 	}
 }
 
+// TestStopAlone: a host that stops may go by the word of an agent that is not there, but not by memory
+// that was cleared: the agent's last writes to the pool may be under way.
+func TestStopAlone(t *testing.T) {
+	for _, cleared := range []bool{false, true} {
+		a, h, win := up(t)
+		win.Mem.Store32(offEpoch, 0) // an agent that is starting again
+		if cleared {
+			win.Mem.Store32(offMagic, 0)
+		}
+		if err := h.Stop(); err != nil {
+			t.Fatal(err)
+		}
+		ev, err := h.Poll(false)
+		if want := map[bool]Event{false: EventStopped, true: EventNone}[cleared]; ev != want || err != nil {
+			t.Errorf("cleared %v: %s, %v", cleared, ev, err)
+		}
+		// For an agent, a host's epoch of 0 is never enough.
+		win.Mem.Store32(blockSize+offEpoch, 0)
+		if err := a.Stop(); err != nil {
+			t.Fatal(err)
+		}
+		if ev, err := a.Poll(true); ev != EventNone || err != nil {
+			t.Errorf("agent: %s, %v", ev, err)
+		}
+	}
+}
+
 // allOnesBus is a device that can vanish.
 type allOnesBus struct {
 	m    mmio.Mem
@@ -303,6 +330,8 @@ func TestGone(t *testing.T) {
 		a.Start()
 		h.Start()
 		rung(t, a, h)
+		exchange(t, a, h, 10)
+		rung(t, a, h)
 		gone = true
 		if fault {
 			if !h.Fault() {
@@ -333,6 +362,105 @@ func TestGone(t *testing.T) {
 		if h.Err() != nil {
 			t.Error(h.Err())
 		}
+		exchange(t, a, h, 2*MaxSlots) // nobody is left behind in the old session
+	}
+}
+
+// hookBus runs a function before each access, and between the two halves of a read of 64 bits, of which it
+// takes the upper one first.
+type hookBus struct {
+	m    mmio.Mem
+	hook func(off uint64)
+}
+
+func (b *hookBus) run(off uint64) {
+	if h := b.hook; h != nil {
+		b.hook = nil // not within itself
+		h(off)
+		b.hook = h
+	}
+}
+
+func (b *hookBus) Load(off uint64, width uint) uint64 {
+	b.run(off)
+	if width == 4 {
+		return uint64(b.m.Load32(off))
+	}
+	hi := uint64(b.m.Load32(off + 4))
+	b.run(off)
+	return hi<<32 | uint64(b.m.Load32(off))
+}
+
+func (b *hookBus) Store(off uint64, width uint, v uint64) {
+	b.run(off)
+	if width == 4 {
+		b.m.Store32(off, uint32(v))
+	} else {
+		b.m.Store64(off, v)
+	}
+}
+
+func (b *hookBus) Barrier(mmio.Barrier) {}
+
+// agentUpFirst returns two links of which the agent is up and the host is not yet: the moment in which
+// the agent's echo holds the host's epoch, and the host has not acted on it.
+func agentUpFirst(t *testing.T) (a, h *Link, abus, hbus *hookBus) {
+	t.Helper()
+	wa, wh := newWindow(0x4000)
+	abus, hbus = &hookBus{m: wa.Mem}, &hookBus{m: wh.Mem}
+	wa.Mem, wh.Mem = mmio.NewBusMem(abus, 0x4000, mmio.Uncached), mmio.NewBusMem(hbus, 0x4000, mmio.Uncached)
+	a = mustLink(t, LinkConfig{Window: wa, Side: board.Agent, Self: agentDeclaration()})
+	h = mustLink(t, LinkConfig{Window: wh, Side: board.Host, Self: hostDeclaration()})
+	a.Start()
+	h.Start()
+	expectEvent(t, h, EventPeer)
+	expectEvent(t, a, EventPeer)
+	expectEvent(t, a, EventUp)
+	return a, h, abus, hbus
+}
+
+// TestStaleEcho: an agent leaves that was up before the host was. The host must not take the agent's echo
+// of before for one of after, wherever between two of the agent's accesses, or within a read of
+// its own, it meets it.
+func TestStaleEcho(t *testing.T) {
+	met := 0
+	for k := 0; k < 12; k++ {
+		a, h, abus, _ := agentUpFirst(t)
+		n, old := 0, a.Epoch()
+		abus.hook = func(uint64) {
+			if n++; n-1 != k {
+				return
+			}
+			for i := 0; i < 4; i++ {
+				h.Poll(false)
+				if h.Up() && h.PeerEpoch() != old {
+					t.Fatalf("access %d: up in a session that the agent has not agreed to", k)
+				}
+				if h.PeerEpoch() != old {
+					met++
+				}
+			}
+		}
+		a.Reset()
+		abus.hook = nil
+	}
+	a, h, _, hbus := agentUpFirst(t)
+	old := a.Epoch()
+	n := 0
+	hbus.hook = func(off uint64) {
+		if n++; off == offEpoch && n == 2 { // between the halves
+			a.Reset()
+			met++
+		}
+	}
+	for i := 0; i < 4; i++ {
+		h.Poll(false)
+		if h.Up() && h.PeerEpoch() != old {
+			t.Fatal("up by an echo that was read before the epoch")
+		}
+	}
+	if met == 0 {
+		t.Error("the test does not meet what it is about")
 	}
 }
 
