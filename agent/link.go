@@ -86,6 +86,7 @@ type device struct {
 
 // NewLink returns the end of a link; Run runs it.
 func NewLink(c Config) *Link {
+	c.Log = session.Limit(c.Log)
 	l := &Link{cfg: c}
 	ds := append([]*Net(nil), c.Devices...)
 	sort.Slice(ds, func(i, j int) bool { return ds[i].cfg.Number < ds[j].cfg.Number })
@@ -97,6 +98,10 @@ func NewLink(c Config) *Link {
 		Beat: c.Beat, LostBeats: c.LostBeats, Handler: (*handler)(l)})
 	return l
 }
+
+// Open opens the board, so that what is wrong with it shows before Run, which has to follow where
+// this succeeds. An absent board is no error.
+func (l *Link) Open() error { return l.s.Open() }
 
 // Run keeps the link going until ctx ends, and closes the devices. Errors are those of the
 // board; a peer cannot cause any.

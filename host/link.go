@@ -48,6 +48,7 @@ type linkCounters struct {
 
 // NewLink returns the end of a link; Run runs it.
 func NewLink(c Config) *Link {
+	c.Log = session.Limit(c.Log)
 	l := &Link{cfg: c}
 	for n := 0; n < 1<<16; n++ {
 		if be, ok := c.Devices[uint16(n)]; ok {
@@ -62,6 +63,10 @@ func NewLink(c Config) *Link {
 	}
 	return l
 }
+
+// Open opens the board, so that what is wrong with it shows before Run, which has to follow where
+// this succeeds. An absent board is no error.
+func (l *Link) Open() error { return l.s.Open() }
 
 // Run serves the link until ctx ends, and closes the devices. Errors are those of the
 // board; a peer cannot cause any.

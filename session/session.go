@@ -30,11 +30,86 @@ type Logger interface {
 	Error(msg string, args ...interface{})
 }
 
+// A peer may cause lines of a log at will: logBurst of them pass at once, then one each logPace.
+const (
+	logBurst = 40
+	logPace  = 250 * time.Millisecond
+)
+
+// Limit returns a Logger that passes on what l is to hear, unless it is too much in a short time.
+// The next line that passes tells how many did not ("suppressed"). Debug is not limited.
+func Limit(l Logger) Logger {
+	if _, ok := l.(*limited); ok {
+		return l
+	}
+	return &limited{Logger: l, room: logBurst, last: time.Now()}
+}
+
+type limited struct {
+	Logger
+	mu      sync.Mutex
+	room    int
+	last    time.Time // when room was last added
+	dropped uint64
+}
+
+// pass tells whether a line may pass, and returns its arguments.
+func (l *limited) pass(args []interface{}) ([]interface{}, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if n := time.Since(l.last) / logPace; n > 0 {
+		l.last = l.last.Add(n * logPace)
+		l.room += int(n)
+		if n > logBurst || l.room > logBurst {
+			l.room = logBurst
+		}
+	}
+	if l.room == 0 {
+		l.dropped++
+		return nil, false
+	}
+	l.room--
+	if l.dropped != 0 {
+		args = append(args[:len(args):len(args)], "suppressed", l.dropped)
+		l.dropped = 0
+	}
+	return args, true
+}
+
+// Info implements Logger.
+func (l *limited) Info(msg string, args ...interface{}) {
+	if args, ok := l.pass(args); ok {
+		l.Logger.Info(msg, args...)
+	}
+}
+
+// Warn implements Logger.
+func (l *limited) Warn(msg string, args ...interface{}) {
+	if args, ok := l.pass(args); ok {
+		l.Logger.Warn(msg, args...)
+	}
+}
+
+// Error implements Logger.
+func (l *limited) Error(msg string, args ...interface{}) {
+	if args, ok := l.pass(args); ok {
+		l.Logger.Error(msg, args...)
+	}
+}
+
 // Beat is the default interval of the heartbeat.
 const Beat = 100 * time.Millisecond
 
 // retryOpen is how often a board that is absent is tried again.
 const retryOpen = 250 * time.Millisecond
+
+// batch limits how many messages and steps of the handshake are taken in a row: a peer that never
+// stops must not keep this side from its clock, its signals and its other work.
+const batch = 2 * virtiomsg.MaxSlots
+
+// maxDeferred limits the requests and events that wait while this side waits for an answer. An honest
+// peer sends a few.
+const maxDeferred = 4 * virtiomsg.MaxSlots
 
 // stopTime limits how long a clean stop waits for the peer to let go.
 const stopTime = time.Second
@@ -85,6 +160,7 @@ type Counters struct {
 	Malformed   uint64 // messages that make no sense
 	Unexpected  uint64 // answers that nobody waits for
 	CallTimeout uint64 // requests without an answer
+	Floods      uint64 // links taken down because the peer sent more than is kept
 }
 
 // Session is one end of a link.
@@ -124,18 +200,33 @@ func New(c Config) *Session {
 	if c.Beat <= 0 {
 		c.Beat = Beat
 	}
+	c.Log = Limit(c.Log)
 	s := &Session{cfg: c, wake: make(chan struct{}, 1), bells: new(doorbell.Counters)}
 	s.setState("starting")
 	return s
 }
 
-// Run keeps the link going until ctx ends (nil) or the board cannot be opened. An
-// absent board is waited for.
+// Open opens the board, so that what is wrong with it shows before Run: nothing is said of the link
+// yet. That it is absent is no error: Run waits for it. Run has to follow.
+func (s *Session) Open() error {
+	if err := s.open(); !errors.Is(err, board.ErrAbsent) {
+		return err
+	}
+	return nil
+}
+
+// Run keeps the link going until ctx ends (nil) or the board cannot be opened. An absent board is
+// waited for, and one that was open once, whatever is wrong with it now.
 func (s *Session) Run(ctx context.Context) error {
 	waiting := false
 	for {
-		err := s.open()
+		var err error
+		if s.b == nil {
+			err = s.open()
+		}
 		if err == nil {
+			s.cfg.Log.Info("board opened", "link", s.cfg.Name, "board", s.cfg.Spec, "side", s.cfg.Options.Side.String(),
+				"window", s.b.Window().Mem.Size(), "memory", s.b.Window().Mem.Kind().String())
 			waiting = false
 			again, err := s.serve(ctx)
 			s.close()
@@ -145,12 +236,12 @@ func (s *Session) Run(ctx context.Context) error {
 			s.cfg.Log.Warn("the board's server is gone, looking for a new one", "link", s.cfg.Name, "board", s.cfg.Spec)
 			continue
 		}
-		if !errors.Is(err, board.ErrAbsent) {
+		if !errors.Is(err, board.ErrAbsent) && atomic.LoadUint64(&s.n.Opened) == 0 {
 			return err
 		}
 		if !waiting {
 			waiting = true
-			s.cfg.Log.Info("waiting for the board", "link", s.cfg.Name, "board", s.cfg.Spec)
+			s.cfg.Log.Info("waiting for the board", "link", s.cfg.Name, "board", s.cfg.Spec, "error", err)
 			s.setState("waiting for the board")
 		}
 		s.fail(err)
@@ -197,8 +288,6 @@ func (s *Session) open() error {
 	s.mu.Unlock()
 	s.fail(nil)
 	s.setState("waiting for the peer")
-	s.cfg.Log.Info("board opened", "link", s.cfg.Name, "board", s.cfg.Spec, "side", s.cfg.Options.Side.String(),
-		"window", b.Window().Mem.Size(), "memory", b.Window().Mem.Kind().String())
 	return nil
 }
 
@@ -301,7 +390,11 @@ func (s *Session) listen(stop *doorbell.Eventfd, bell chan<- struct{}, done chan
 
 // poll moves the handshake on.
 func (s *Session) poll(tick bool) {
-	for {
+	for n := 0; ; n++ {
+		if n == batch {
+			s.again()
+			return
+		}
 		ev, err := s.link.Poll(tick)
 		tick = false
 		if err != nil {
@@ -345,7 +438,11 @@ func (s *Session) handle(tick bool) {
 		s.cfg.Handler.Up()
 		tick = true
 	}
-	for !s.downNow && s.link.Up() {
+	for n := 0; !s.downNow && s.link.Up(); n++ {
+		if n == batch {
+			s.again()
+			break
+		}
 		var m virtiomsg.Slot
 		if len(s.deferred) > 0 {
 			m = s.deferred[0]
@@ -375,6 +472,14 @@ func (s *Session) handle(tick bool) {
 		s.down()
 	}
 	s.poll(false)
+}
+
+// again lets this side's other work come first, then go on.
+func (s *Session) again() {
+	select {
+	case s.bell <- struct{}{}:
+	default:
+	}
 }
 
 func (s *Session) bad(err error) {
@@ -410,7 +515,7 @@ func (s *Session) leave() {
 	limit := time.NewTimer(stopTime)
 	defer limit.Stop()
 	for {
-		for {
+		for n := 0; n < batch; n++ {
 			ev, _ := s.link.Poll(false)
 			s.ring()
 			if ev == virtiomsg.EventStopped {
@@ -476,7 +581,11 @@ func (s *Session) Call(bus bool, id uint8, dev uint16, timeout time.Duration, m 
 	limit := time.NewTimer(timeout)
 	defer limit.Stop()
 	for {
-		for {
+		for n := 0; ; n++ {
+			if n == batch {
+				s.again()
+				break
+			}
 			ok, err := s.link.Recv(m)
 			if err != nil {
 				s.bad(err)
@@ -491,7 +600,13 @@ func (s *Session) Call(bus bool, id uint8, dev uint16, timeout time.Duration, m 
 				atomic.AddUint64(&s.n.Malformed, 1)
 				s.cfg.Handler.Malformed(m, err)
 			case !h.Response():
-				s.deferred = append(s.deferred, *m) // bounded by the FIFO and the time-out
+				if len(s.deferred) == maxDeferred {
+					atomic.AddUint64(&s.n.Floods, 1)
+					s.cfg.Log.Warn("the other side sends without end and does not answer", "link", s.cfg.Name)
+					s.Reset()
+					return virtiomsg.ErrDown
+				}
+				s.deferred = append(s.deferred, *m)
 			case !s.requests.Match(h):
 				atomic.AddUint64(&s.n.Unexpected, 1)
 			case h.Token == token:
@@ -576,7 +691,8 @@ func (s *Session) Status() status.Link {
 	l := status.Link{Name: s.cfg.Name, Board: s.cfg.Spec, State: s.state, Since: s.since.Format(time.RFC3339Nano),
 		Epoch: s.epochs[0], PeerEpoch: s.epochs[1], LastError: s.last, Regions: []status.Region{}}
 	l.Counters = status.Counters(Counters{Opened: atomic.LoadUint64(&s.n.Opened), RingErrors: atomic.LoadUint64(&s.n.RingErrors),
-		Malformed: atomic.LoadUint64(&s.n.Malformed), Unexpected: atomic.LoadUint64(&s.n.Unexpected), CallTimeout: atomic.LoadUint64(&s.n.CallTimeout)})
+		Malformed: atomic.LoadUint64(&s.n.Malformed), Unexpected: atomic.LoadUint64(&s.n.Unexpected), CallTimeout: atomic.LoadUint64(&s.n.CallTimeout),
+		Floods: atomic.LoadUint64(&s.n.Floods)})
 	for k, v := range status.Counters(s.bells.Snapshot()) {
 		l.Counters["bell_"+k] = v
 	}
