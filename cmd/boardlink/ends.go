@@ -31,21 +31,21 @@ type endFlags struct {
 	Board string `required:"" placeholder:"KIND:ARG" help:"The board, e.g. loopback:/run/a.sock. It may come later."`
 	Name  string `default:"board0" help:"Name of the link, for log, status and stable MAC addresses."`
 
-	Interface string         `short:"i" placeholder:"NAME" help:"Interface to make, or to attach to where it persists (default: the kernel picks)."`
-	Link      string         `enum:"tap,tun" default:"tap" help:"tap: Ethernet frames. tun: raw IP packets; both ends have to say so."`
-	Addr      []netip.Prefix `placeholder:"PREFIX" help:"Address of the interface, e.g. 10.0.0.1/24 or fd00::1/64; may be repeated."`
-	MTU       int            `placeholder:"BYTES" help:"MTU (default: 1500 at the host; what the host says at the agent)."`
-	MAC       tunbridge.MAC  `placeholder:"MAC" help:"MAC address of the interface (default: one that stays the same for --name)."`
-	Offload   bool           `default:"true" negatable:"" help:"Leave checksums and segmentation to the other side where the kernel can."`
-	Persist   bool           `help:"Keep the interface, with its addresses, when this program ends."`
-	Deny      []string       `placeholder:"FEATURE" help:"Virtio features not to negotiate, e.g. event_idx,host_uso."`
-	Net       []string       `placeholder:"SPEC" sep:"none" help:"Several devices: one SPEC each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000. Keys: name link addr mtu mac board-mac offload persist; the flags above give the defaults."`
+	Interface string        `short:"i" placeholder:"NAME" help:"Interface to make, or to attach to where it persists (default: the kernel picks)."`
+	Link      string        `enum:"tap,tun" default:"tap" help:"tap: Ethernet frames. tun: raw IP packets; both ends have to say so."`
+	Addr      []prefix      `placeholder:"PREFIX" help:"Address of the interface, e.g. 10.0.0.1/24 or fd00::1/64; may be repeated."`
+	MTU       int           `placeholder:"BYTES" help:"MTU (default: 1500 at the host; what the host says at the agent)."`
+	MAC       tunbridge.MAC `placeholder:"MAC" help:"MAC address of the interface (default: one that stays the same for --name)."`
+	Offload   bool          `default:"true" negatable:"" help:"Leave checksums and segmentation to the other side where the kernel can."`
+	Persist   bool          `help:"Keep the interface, with its addresses, when this program ends."`
+	Deny      []string      `placeholder:"FEATURE" help:"Virtio features not to negotiate, e.g. event_idx,host_uso."`
+	Net       []string      `placeholder:"SPEC" sep:"none" help:"Several devices: one SPEC each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000. Keys: name link addr mtu mac board-mac offload persist; the flags above give the defaults."`
 
 	Account bool `default:"true" negatable:"" help:"Count the accesses across the bus."`
 
 	Memory string        `enum:"auto,cached,write-combining,uncached" default:"auto" help:"How memory across the bus is accessed (${enum}); for trials of the device-memory paths on RAM."`
 	Beat   time.Duration `default:"100ms" help:"Heartbeat interval."`
-	Lost   int           `default:"10" placeholder:"BEATS" help:"Heartbeats without the other side's until the link is down."`
+	Lost   int           `default:"10" placeholder:"BEATS" help:"Heartbeats without the other side's until the link is down (default: ${default})."`
 	Status string        `placeholder:"PATH" help:"Status socket (default ${status_dir}/SIDE-NAME.sock; none for no socket)."`
 
 	Verbose bool `short:"v" help:"Log more."`
@@ -63,20 +63,35 @@ type netSpec struct {
 	persist  bool
 }
 
+// prefix is an address with its prefix length.
+type prefix netip.Prefix
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (p *prefix) UnmarshalText(b []byte) error {
+	q, err := netip.ParsePrefix(string(b))
+	if err != nil {
+		return fmt.Errorf("%q is no address with its prefix length, e.g. 10.0.0.1/24 or fd00::1/64", b)
+	}
+	*p = prefix(q)
+	return nil
+}
+
 // specs returns the devices: those of --net, else the one that the other flags describe.
 func (f *endFlags) specs(side board.Side, boardMAC tunbridge.MAC) ([]netSpec, error) {
-	def := netSpec{name: f.Interface, addrs: f.Addr, mtu: f.MTU, mac: f.MAC, boardMAC: boardMAC, offload: f.Offload, persist: f.Persist}
+	def := netSpec{name: f.Interface, mtu: f.MTU, mac: f.MAC, boardMAC: boardMAC, offload: f.Offload, persist: f.Persist}
 	if f.Link == "tun" {
 		def.link = tunbridge.TUN
 	}
 	if len(f.Net) == 0 {
+		for _, p := range f.Addr {
+			def.addrs = append(def.addrs, netip.Prefix(p))
+		}
 		return []netSpec{def}, nil
 	}
 	var out []netSpec
 	seen := map[string]bool{}
 	for _, text := range f.Net {
 		s := def
-		s.addrs = nil
 		for _, kv := range strings.Split(text, ",") {
 			k, v, ok := strings.Cut(kv, "=")
 			if !ok {
@@ -109,24 +124,34 @@ func (s *netSpec) set(k, v string) (err error) {
 			return fmt.Errorf("%q is neither tap nor tun", v)
 		}
 	case "addr":
-		var p netip.Prefix
-		if p, err = netip.ParsePrefix(v); err == nil {
-			s.addrs = append(s.addrs, p)
+		var p prefix
+		if err = p.UnmarshalText([]byte(v)); err == nil {
+			s.addrs = append(s.addrs, netip.Prefix(p))
 		}
 	case "mtu":
-		s.mtu, err = strconv.Atoi(v)
+		if s.mtu, err = strconv.Atoi(v); err != nil {
+			return fmt.Errorf("%q is no number of bytes", v)
+		}
 	case "mac":
 		err = s.mac.UnmarshalText([]byte(v))
 	case "board-mac":
 		err = s.boardMAC.UnmarshalText([]byte(v))
 	case "offload":
-		s.offload, err = strconv.ParseBool(v)
+		s.offload, err = parseBool(v)
 	case "persist":
-		s.persist, err = strconv.ParseBool(v)
+		s.persist, err = parseBool(v)
 	default:
 		err = errors.New("no such key; there are name link addr mtu mac board-mac offload persist")
 	}
 	return err
+}
+
+func parseBool(v string) (bool, error) {
+	b, err := strconv.ParseBool(v)
+	if err != nil {
+		return false, fmt.Errorf("%q is neither true nor false", v)
+	}
+	return b, nil
 }
 
 // iface returns the interface of device n. Without a MAC it gets one that stays the same
@@ -149,6 +174,12 @@ func (f *endFlags) deny() (virtio.Features, error) {
 		b, err := virtio.ParseFeature(strings.TrimSpace(name))
 		if err != nil {
 			return s, usagef("--deny: %v", err)
+		}
+		switch b {
+		case virtio.Version1:
+			return s, usagef("--deny %s: there is no link without it", name)
+		case virtio.NetRawIP:
+			return s, usagef("--deny %s: it follows --link", name)
 		}
 		s.Set(b)
 	}
@@ -179,39 +210,42 @@ func (f *endFlags) check() error {
 	if f.Lost < 2 {
 		return usagef("--lost %d: at least 2", f.Lost)
 	}
-	if !strings.Contains(f.Board, ":") {
-		var kinds []string
-		for _, k := range board.Kinds() {
-			kinds = append(kinds, k.Name+":...")
+	kind, _, ok := strings.Cut(f.Board, ":")
+	var kinds []string
+	for _, k := range board.Kinds() {
+		kinds = append(kinds, k.Name)
+		if k.Name == kind && ok {
+			return nil
 		}
-		return usagef("--board %s: KIND:ARG is needed; kinds: %s", f.Board, strings.Join(kinds, " "))
 	}
-	return nil
+	return usagef("--board %s: it is KIND:ARG, and the kinds of board are: %s", f.Board, strings.Join(kinds, " "))
 }
 
 // end is what both programs have.
 type end interface {
+	Open() error
 	Run(context.Context) error
 	Status() status.Link
 }
 
-// address sets up the interface of a device that is open.
-func address(i *tunbridge.Iface, s netSpec, log *slog.Logger) error {
-	for _, w := range i.Warnings() {
-		log.Warn(w, "interface", i.Name())
-	}
+// device is an interface that is open, with what was asked for.
+type device struct {
+	*tunbridge.Iface
+	spec netSpec
+}
+
+// address sets the interface up.
+func (d device) address() error {
+	i, s := d.Iface, d.spec
 	if err := ifaddr.Apply(i.Name(), s.addrs); err != nil {
 		return usageError{err}
 	}
-	if err := ifaddr.Up(i.Name()); err != nil {
-		return err
-	}
-	log.Info("interface ready", "interface", i.Name(), "addresses", s.addrs)
-	return nil
+	return ifaddr.Up(i.Name())
 }
 
-// serveEnd runs an end until a signal, with its status socket.
-func (f *endFlags) serveEnd(side board.Side, e end) error {
+// serveEnd runs an end until a signal, with its status socket. Nothing is logged before all is
+// known to be well: what is not is one line.
+func (f *endFlags) serveEnd(side board.Side, e end, devices []device, log *slog.Logger) error {
 	path := f.Status
 	switch path {
 	case "":
@@ -229,6 +263,15 @@ func (f *endFlags) serveEnd(side board.Side, e end) error {
 	defer srv.Close()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
+	if err := e.Open(); err != nil {
+		return err
+	}
+	for _, d := range devices {
+		for _, w := range d.Warnings() {
+			log.Warn(w, "interface", d.Name())
+		}
+		log.Info("interface ready", "interface", d.Name(), "addresses", d.spec.addrs)
+	}
 	return e.Run(ctx)
 }
 
@@ -256,6 +299,7 @@ func (c *hostCmd) Run(s *streams) error {
 	}
 	log := s.logger(c.Verbose)
 	devices := map[uint16]host.Backend{}
+	var open []device
 	closeAll := func() {
 		for _, d := range devices {
 			d.Close()
@@ -277,14 +321,15 @@ func (c *hostCmd) Run(s *streams) error {
 			return err
 		}
 		devices[uint16(i)] = n
-		if err := address(n.Interface(), sp, log); err != nil {
+		open = append(open, device{n.Interface(), sp})
+		if err := open[i].address(); err != nil {
 			closeAll()
 			return err
 		}
 	}
 	l := host.NewLink(host.Config{Name: c.Name, Board: c.Board, Options: c.options(log), Devices: devices, NoPool: !c.Pool,
 		Log: log, Beat: c.Beat, LostBeats: c.Lost})
-	if err := c.serveEnd(board.Host, l); err != nil {
+	if err := c.serveEnd(board.Host, l, open, log); err != nil {
 		closeAll()
 		return err
 	}
@@ -318,6 +363,7 @@ func (c *agentCmd) Run(s *streams) error {
 	}
 	log := s.logger(c.Verbose)
 	var devices []*agent.Net
+	var open []device
 	closeAll := func() {
 		for _, d := range devices {
 			d.Close()
@@ -331,14 +377,15 @@ func (c *agentCmd) Run(s *streams) error {
 			return err
 		}
 		devices = append(devices, n)
-		if err := address(n.Interface(), sp, log); err != nil {
+		open = append(open, device{n.Interface(), sp})
+		if err := open[i].address(); err != nil {
 			closeAll()
 			return err
 		}
 	}
 	l := agent.NewLink(agent.Config{Name: c.Name, Board: c.Board, Placement: c.Placement, Options: c.options(log), Devices: devices,
 		Log: log, Beat: c.Beat, LostBeats: c.Lost})
-	if err := c.serveEnd(board.Agent, l); err != nil {
+	if err := c.serveEnd(board.Agent, l, open, log); err != nil {
 		closeAll()
 		return err
 	}

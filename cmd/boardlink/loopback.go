@@ -12,6 +12,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/boardlink/boardlink/board/loopback"
 	"github.com/boardlink/boardlink/hwtest/netns"
 	"github.com/boardlink/boardlink/hwtest/traffic"
 	"github.com/boardlink/boardlink/hwtest/trial"
@@ -34,6 +35,9 @@ func (c *loopbackCmd) Run(s *streams) error {
 	window, err := parseSize(c.Window)
 	if err != nil {
 		return err
+	}
+	if window < loopback.MinSize || window&(window-1) != 0 {
+		return usagef("--window %s: a power of two, and at least %s", c.Window, sizeString(loopback.MinSize))
 	}
 	limit := 65535
 	if c.Link == "tap" {

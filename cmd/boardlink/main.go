@@ -92,7 +92,8 @@ func run(args []string, stdout, stderr io.Writer) int {
 	err = ctx.Run(&streams{stdout, stderr})
 	var st statusError
 	if err != nil && !errors.As(err, &st) {
-		fmt.Fprintf(stderr, "boardlink %s: %s\n", ctx.Command(), oneLine(err))
+		name, _, _ := strings.Cut(ctx.Command(), " ") // without the arguments' names
+		fmt.Fprintf(stderr, "boardlink %s: %s\n", name, oneLine(err))
 	}
 	return exitStatus(err)
 }

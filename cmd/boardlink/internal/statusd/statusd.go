@@ -63,6 +63,10 @@ func Serve(path string, get func() status.Program) (*Server, error) {
 	if path == "" {
 		return &Server{}, nil
 	}
+	const most = 107 // sun_path of unix(7) less its zero byte
+	if len(path) > most {
+		return nil, fmt.Errorf("status socket %s: the path has %d bytes, a unix socket's at most %d; choose another with --status", path, len(path), most)
+	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("status socket: %w", err)
 	}
@@ -72,10 +76,12 @@ func Serve(path string, get func() status.Program) (*Server, error) {
 			c.Close()
 			return nil, fmt.Errorf("status socket %s: %w; choose another with --status", path, ErrTaken)
 		}
-		if fi, serr := os.Lstat(path); serr == nil && fi.Mode()&os.ModeSocket != 0 {
-			os.Remove(path)
-			l, err = net.Listen("unix", path)
+		fi, serr := os.Lstat(path)
+		if serr == nil && fi.Mode()&os.ModeSocket == 0 {
+			return nil, fmt.Errorf("status socket %s: there is something else, no socket; choose another with --status", path)
 		}
+		os.Remove(path)
+		l, err = net.Listen("unix", path)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("status socket %s: %w; choose another with --status", path, err)
