@@ -186,3 +186,11 @@ func (m *Mapping) Mem(off, n uint64) (mmio.Mem, error) {
 
 // All returns the whole BAR. It fails where the kernel keeps a piece.
 func (m *Mapping) All() (mmio.Mem, error) { return m.Mem(0, m.BAR.Size) }
+
+// DMACounter is implemented by functions whose kernel part counts DMA maps (VFIO, type 1, since Linux 5.10): the
+// proof that there are no more than DMAMaps tells.
+type DMACounter interface {
+	// DMAAvail returns how many more maps the kernel would allow, and false where it does not
+	// tell. Each map takes one off, each unmap gives it back.
+	DMAAvail() (uint32, bool)
+}
