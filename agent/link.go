@@ -79,6 +79,7 @@ type device struct {
 	up      bool
 	absent  bool // told that the host does not offer it
 	next    time.Time
+	since   time.Time // up
 	backoff time.Duration
 	failed  chan error // of its loops
 	logged  string     // the last error that was logged
@@ -265,8 +266,12 @@ func (l *handler) Tick() {
 	}
 }
 
-// later puts the next attempt off.
+// later puts the next attempt off: the further, the sooner the device broke down again.
 func (d *device) later() {
+	if !d.since.IsZero() && time.Since(d.since) > retryMax {
+		d.backoff = 0
+	}
+	d.since = time.Time{}
 	d.backoff *= 2
 	if d.backoff < retryMin {
 		d.backoff = retryMin
@@ -310,7 +315,7 @@ func (d *device) bringUp() error {
 	if err := d.n.up(t, m, d.broken); err != nil {
 		return err
 	}
-	d.up, d.logged = true, ""
+	d.up, d.since, d.logged = true, time.Now(), ""
 	d.l.cfg.Log.Info("device up", "link", d.l.cfg.Name, "device", d.n.cfg.Name, "interface", d.n.ifc.Name())
 	return nil
 }
@@ -353,12 +358,14 @@ func (l *handler) Message(h virtiomsg.Header, m *virtiomsg.Slot) {
 				if d.n.cfg.Number != e.Dev {
 					continue
 				}
-				if e.State == virtiomsg.DeviceRemoved {
+				if e.State == virtiomsg.DeviceRemoved && d.up {
 					d.down()
+					d.later()
 				}
-				d.next, d.backoff = time.Time{}, 0
+				if soon := time.Now().Add(retryMin); e.State == virtiomsg.DeviceReady && d.next.After(soon) {
+					d.next = soon // not at once: a host may send this without end
+				}
 			}
-			l.s.Wake()
 		}
 		return
 	}
@@ -383,6 +390,9 @@ func (l *handler) Message(h virtiomsg.Header, m *virtiomsg.Slot) {
 		}
 		t := &transportMsg{s: l.s, dev: h.Dev, name: d.n.cfg.Name}
 		if err := d.n.reconfigure(t); err != nil && !errors.Is(err, virtiomsg.ErrDown) {
+			if errors.Is(err, session.ErrTimeout) {
+				l.s.Reset() // as in Tick
+			}
 			l.cfg.Log.Warn("the device's new configuration cannot be used", "link", l.cfg.Name, "device", d.n.cfg.Name, "error", err)
 		}
 	}

@@ -214,7 +214,8 @@ func (d *device) driverStatus(s uint32) {
 		d.reset()
 		return
 	}
-	// Bits stay set until a reset.
+	// Bits stay set until a reset; NEEDS_RESET is the device's, and others mean nothing.
+	s &= virtio.StatusAcknowledge | virtio.StatusDriver | virtio.StatusFeaturesOK | virtio.StatusDriverOK | virtio.StatusFailed
 	s |= d.status
 	fresh := s &^ d.status
 	if fresh&virtio.StatusFeaturesOK != 0 {
