@@ -12,6 +12,7 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/virtio"
@@ -46,9 +47,10 @@ type Config struct {
 	// Devices are what this side drives, where the host offers it.
 	Devices []*Net
 	Log     session.Logger
-	// Beat and LostBeats: see session.Config.
-	Beat      time.Duration
-	LostBeats int
+	// Beat, LostBeats, NoInterrupts: see session.Config.
+	Beat         time.Duration
+	LostBeats    int
+	NoInterrupts bool
 }
 
 // Link is the agent's end of a link: it brings up what the host offers.
@@ -96,7 +98,7 @@ func NewLink(c Config) *Link {
 	}
 	c.Options.Side = board.Agent
 	l.s = session.New(session.Config{Name: c.Name, Spec: c.Board, Options: c.Options, Log: c.Log,
-		Beat: c.Beat, LostBeats: c.LostBeats, Handler: (*handler)(l)})
+		Beat: c.Beat, LostBeats: c.LostBeats, NoInterrupts: c.NoInterrupts, Handler: (*handler)(l)})
 	return l
 }
 
@@ -223,7 +225,7 @@ func (l *handler) Down() {
 	if l.pool != nil {
 		// The promise of Quiesced: what was written across the bus has landed, which a read from
 		// there makes sure of.
-		l.pool.Mem.Load32(0)
+		pci.Guard(func() { l.pool.Mem.Load32(0) }) // where the bus is gone, nothing lands any more
 		l.pool.Account.AddFlushReads(1)
 	}
 }
@@ -233,6 +235,10 @@ func (l *handler) Tick() {
 	for _, d := range l.devs {
 		select {
 		case err := <-d.failed:
+			if errors.Is(err, pci.ErrGone) {
+				l.s.Fault(err)
+				return
+			}
 			if d.up {
 				atomic.AddUint64(&l.n.Broken, 1)
 				d.l.cfg.Log.Warn("device broken, resetting it", "link", l.cfg.Name, "device", d.n.cfg.Name, "error", err)

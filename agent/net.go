@@ -6,6 +6,7 @@ import (
 
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
@@ -408,7 +409,11 @@ func rxBuffers(bytes uint64, queue uint16, wish, max uint32, merge bool) (size u
 
 func (n *Net) run(p tunbridge.Pump, notify func(error)) {
 	defer n.loops.Done()
-	if err := p.Run(); err != nil {
+	var err error
+	if fault := pci.Guard(func() { err = p.Run() }); fault != nil {
+		err = fault
+	}
+	if err != nil {
 		n.mu.Lock()
 		n.lastErr = err
 		n.broken++

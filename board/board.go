@@ -105,6 +105,14 @@ type Pooled interface {
 	Pool() (dma.Region, bool)
 }
 
+// Vanishing is a Board that can be pulled, or lose its function, while it is open.
+type Vanishing interface {
+	Board
+	// Gone tells why the board is lost or about to be, nil if it is there. Close it soon then; to
+	// open it again fails with an error that matches ErrAbsent until it is back.
+	Gone() error
+}
+
 // Served is a Board that depends on a connection beside the window itself.
 type Served interface {
 	Board

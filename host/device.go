@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 
 	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/virtio"
@@ -55,6 +56,10 @@ func (d *device) events() {
 	d.pending = nil
 	d.mu.Unlock()
 	for _, e := range es {
+		if errors.Is(e.Broken, pci.ErrGone) {
+			d.l.s.Fault(e.Broken)
+			return
+		}
 		if e.Broken != nil {
 			d.needsReset(e.Broken)
 		} else {

@@ -24,9 +24,10 @@ type Config struct {
 	// NoPool keeps the board out of the host's memory: no placement but window.
 	NoPool bool
 	Log    session.Logger
-	// Beat and LostBeats: see session.Config.
-	Beat      time.Duration
-	LostBeats int
+	// Beat, LostBeats, NoInterrupts: see session.Config.
+	Beat         time.Duration
+	LostBeats    int
+	NoInterrupts bool
 }
 
 // Link is the host's end of one link: it offers devices to the agent.
@@ -57,7 +58,7 @@ func NewLink(c Config) *Link {
 	}
 	c.Options.Side = board.Host
 	l.s = session.New(session.Config{Name: c.Name, Spec: c.Board, Options: c.Options, Log: c.Log,
-		Beat: c.Beat, LostBeats: c.LostBeats, Handler: (*handler)(l)})
+		Beat: c.Beat, LostBeats: c.LostBeats, NoInterrupts: c.NoInterrupts, Handler: (*handler)(l)})
 	for _, d := range l.devs {
 		d.be.Notify(d.event)
 	}

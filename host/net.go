@@ -6,6 +6,7 @@ import (
 
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
@@ -255,7 +256,10 @@ func (n *Net) Start() error {
 
 func (n *Net) run(p tunbridge.Pump, notify func(Event)) {
 	defer n.loops.Done()
-	err := p.Run()
+	var err error
+	if fault := pci.Guard(func() { err = p.Run() }); fault != nil {
+		err = fault
+	}
 	if err == nil {
 		return
 	}

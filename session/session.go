@@ -17,6 +17,7 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/virtiomsg"
 )
@@ -150,7 +151,9 @@ type Config struct {
 	// lost; 0 means Beat, and 10.
 	Beat      time.Duration
 	LostBeats int
-	Handler   Handler
+	// NoInterrupts leaves this side's doorbells unheard: it polls.
+	NoInterrupts bool
+	Handler      Handler
 }
 
 // Counters of a session, updated with sync/atomic.
@@ -184,6 +187,7 @@ type Session struct {
 	upNow    bool // Up has to be told
 	downNow  bool // Down has to be told
 	busy     bool // inside a Handler: Up and Down wait
+	faulted  bool // a bus error: look whether the board is there
 
 	mu     sync.Mutex // guards what Status reads
 	state  string
@@ -233,7 +237,8 @@ func (s *Session) Run(ctx context.Context) error {
 			if err != nil || !again {
 				return err
 			}
-			s.cfg.Log.Warn("the board's server is gone, looking for a new one", "link", s.cfg.Name, "board", s.cfg.Spec)
+			s.cfg.Log.Warn("opening the board anew", "link", s.cfg.Name, "board", s.cfg.Spec)
+			s.setState("waiting for the board")
 			continue
 		}
 		if !errors.Is(err, board.ErrAbsent) && atomic.LoadUint64(&s.n.Opened) == 0 {
@@ -273,7 +278,11 @@ func (s *Session) open() error {
 		err = s.assign(b, self)
 	}
 	if err == nil {
-		if err = link.Start(); err != nil {
+		var serr error
+		if err = pci.Guard(func() { serr = link.Start() }); err == nil {
+			err = serr
+		}
+		if err != nil {
 			s.assigned.Close()
 		}
 	}
@@ -300,6 +309,9 @@ func (s *Session) assign(b board.Board, self board.RingInfo) error {
 	bells := make([]doorbell.Waiter, vectors)
 	for v := range bells {
 		bells[v] = b.Waiter(uint32(v))
+		if s.cfg.NoInterrupts {
+			bells[v] = doorbell.None
+		}
 	}
 	qs := s.cfg.Handler.Queues()
 	users := make([]int, 1+len(qs))
@@ -343,28 +355,72 @@ func (s *Session) serve(ctx context.Context) (again bool, err error) {
 		stop.Close()
 	}()
 	served, _ := s.b.(board.Served)
-	s.poll(false)
+	s.safely(func() { s.poll(false) })
 	for {
-		s.handle(false)
+		s.safely(func() { s.handle(false) })
+		look := false // at the board itself
 		select {
 		case <-ctx.Done():
-			s.leave()
+			s.safely(s.leave)
 			return false, nil
 		case <-s.tick.C:
-			s.poll(true)
-			s.handle(true)
-			if served != nil && served.ServerLost() && !s.link.Up() {
+			s.safely(func() {
+				s.poll(true)
+				s.handle(true)
+			})
+			look = !s.link.Up()
+			if served != nil && served.ServerLost() && look {
 				s.down()
 				return true, nil
 			}
 		case <-s.bell:
-			s.poll(false)
+			s.safely(func() { s.poll(false) })
 		case <-s.b.Events():
-			s.link.Look()
-			s.poll(false)
+			look = true
+			s.safely(func() {
+				s.link.Look()
+				s.poll(false)
+			})
 		case <-s.wake:
-			s.handle(true)
+			s.safely(func() { s.handle(true) })
 		}
+		if gone := s.gone(look); gone != nil {
+			// Let go at once: the kernel waits for it with an unplugging.
+			s.fail(gone)
+			s.cfg.Log.Warn("the board is gone", "link", s.cfg.Name, "board", s.cfg.Spec, "error", gone)
+			s.safely(s.down)
+			return true, nil
+		}
+	}
+}
+
+// gone asks the board whether it is still there.
+func (s *Session) gone(look bool) error {
+	v, ok := s.b.(board.Vanishing)
+	if !ok || !look && !s.faulted {
+		return nil
+	}
+	s.faulted = false
+	return v.Gone()
+}
+
+// safely runs f, which touches the window: a bus error there takes the link down, not the
+// program.
+func (s *Session) safely(f func()) {
+	if err := pci.Guard(f); err != nil {
+		s.Fault(err)
+	}
+}
+
+// Fault takes the link down after a bus error at the window, here or in a loop of the owner.
+func (s *Session) Fault(err error) {
+	s.faulted = true
+	s.busy, s.upNow = false, false
+	s.fail(err)
+	if s.link.Fault() {
+		s.cfg.Log.Warn("bus error", "link", s.cfg.Name, "board", s.cfg.Spec, "error", err)
+		s.downNow = true
+		s.down()
 	}
 }
 
@@ -514,9 +570,11 @@ func (s *Session) leave() {
 	s.setState("stopping")
 	limit := time.NewTimer(stopTime)
 	defer limit.Stop()
+	tick := false
 	for {
 		for n := 0; n < batch; n++ {
-			ev, _ := s.link.Poll(false)
+			ev, _ := s.link.Poll(tick)
+			tick = false
 			s.ring()
 			if ev == virtiomsg.EventStopped {
 				return
@@ -539,7 +597,7 @@ func (s *Session) leave() {
 		case <-s.b.Events():
 		case <-s.tick.C:
 			s.link.Look()
-			s.link.Poll(true)
+			tick = true
 			// A peer that never was there lets go of nothing.
 			if _, known := s.link.Peer(); !known {
 				return

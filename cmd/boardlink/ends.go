@@ -43,7 +43,9 @@ type endFlags struct {
 
 	Account bool `default:"true" negatable:"" help:"Count the accesses across the bus."`
 
-	Memory string        `enum:"auto,cached,write-combining,uncached" default:"auto" help:"How memory across the bus is accessed (${enum}); for trials of the device-memory paths on RAM."`
+	Memory     string `enum:"auto,cached,write-combining,uncached" default:"auto" help:"How memory across the bus is accessed (${enum}); for trials of the device-memory paths on RAM."`
+	Interrupts bool   `default:"true" negatable:"" help:"Wait for doorbells; without, poll."`
+
 	Beat   time.Duration `default:"100ms" help:"Heartbeat interval."`
 	Lost   int           `default:"10" placeholder:"BEATS" help:"Heartbeats without the other side's until the link is down (default: ${default})."`
 	Status string        `placeholder:"PATH" help:"Status socket (default ${status_dir}/SIDE-NAME.sock; none for no socket)."`
@@ -328,7 +330,7 @@ func (c *hostCmd) Run(s *streams) error {
 		}
 	}
 	l := host.NewLink(host.Config{Name: c.Name, Board: c.Board, Options: c.options(log), Devices: devices, NoPool: !c.Pool,
-		Log: log, Beat: c.Beat, LostBeats: c.Lost})
+		Log: log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts})
 	if err := c.serveEnd(board.Host, l, open, log); err != nil {
 		closeAll()
 		return err
@@ -384,7 +386,7 @@ func (c *agentCmd) Run(s *streams) error {
 		}
 	}
 	l := agent.NewLink(agent.Config{Name: c.Name, Board: c.Board, Placement: c.Placement, Options: c.options(log), Devices: devices,
-		Log: log, Beat: c.Beat, LostBeats: c.Lost})
+		Log: log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts})
 	if err := c.serveEnd(board.Agent, l, open, log); err != nil {
 		closeAll()
 		return err

@@ -121,8 +121,9 @@ func TestModes(t *testing.T) {
 		{Link: "tap", Offload: true, MTU: 1500, HostArgs: []string{"--no-pool"}},
 		{Link: "tap", Offload: true, MTU: 1500, HostArgs: []string{"--deny", "event_idx,mrg_rxbuf,indirect_desc"}},
 		{Link: "tap", Offload: true, MTU: 1500, Nets: 3, Vectors: 2},
+		{Link: "tap", Offload: true, MTU: 1500, HostArgs: []string{"--no-interrupts"}, AgentArgs: []string{"--no-interrupts"}},
 	} {
-		name := fmt.Sprintf("%s offload=%v mtu=%d %s %s %d vectors=%d nets=%d %s", c.Link, c.Offload, c.MTU, c.Placement, c.Memory, c.Window>>10, c.Vectors, c.Nets, strings.Join(c.HostArgs, " "))
+		name := fmt.Sprintf("%s offload=%v mtu=%d %s %s %d vectors=%d nets=%d %s", c.Link, c.Offload, c.MTU, c.Placement, c.Memory, c.Window>>10, c.Vectors, c.Nets, strings.Join(append(c.HostArgs, c.AgentArgs...), " "))
 		t.Run(name, func(t *testing.T) {
 			c.Exe = exe
 			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
