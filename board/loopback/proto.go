@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -39,6 +40,7 @@ type message struct {
 // decoder reads messages. What was read of one when a deadline passed is kept for the next call.
 type decoder struct {
 	conn *net.UnixConn
+	raw  syscall.RawConn
 	buf  [msgSize]byte
 	n    int
 	fd   int // of the message under way, -1: none yet
@@ -53,7 +55,7 @@ func (d *decoder) next() (message, error) {
 	for d.n < msgSize {
 		// Never beyond this message: its descriptor is not to be taken for
 		// the next one's.
-		n, oobn, flags, _, err := d.conn.ReadMsgUnix(d.buf[d.n:], d.oob[:])
+		n, oobn, flags, err := d.read()
 		if oobn > 0 {
 			if err := d.take(d.oob[:oobn]); err != nil {
 				return message{}, err
@@ -76,6 +78,32 @@ func (d *decoder) next() (message, error) {
 	m := message{val: int64(binary.LittleEndian.Uint64(d.buf[:])), fd: d.fd, lost: d.lost}
 	d.n, d.fd, d.lost = 0, -1, false
 	return m, nil
+}
+
+// read is ReadMsgUnix, which fails on every message where libgo 12 is compiled for 64-bit big-endian
+// PowerPC (its syscall.Recvmsg: EAFNOSUPPORT for the sender's address). It returns when something came or the
+// deadline passed.
+func (d *decoder) read() (n, oobn, flags int, err error) {
+	if d.raw == nil {
+		if d.raw, err = d.conn.SyscallConn(); err != nil {
+			return 0, 0, 0, err
+		}
+	}
+	rerr := d.raw.Read(func(fd uintptr) bool {
+		for {
+			n, oobn, flags, _, err = unix.Recvmsg(int(fd), d.buf[d.n:], d.oob[:], unix.MSG_CMSG_CLOEXEC)
+			if err != unix.EINTR {
+				return err != unix.EAGAIN
+			}
+		}
+	})
+	if rerr != nil {
+		return 0, 0, 0, rerr
+	}
+	if err != nil {
+		return 0, 0, 0, fmt.Errorf("recvmsg: %w", err)
+	}
+	return n, oobn, flags, nil
 }
 
 // take keeps the one descriptor that came.
