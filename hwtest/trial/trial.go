@@ -37,7 +37,10 @@ import (
 
 // Config says what to try. The zero value of a field stands for its default.
 type Config struct {
-	Exe     string   // the boardlink program
+	Exe string // the boardlink program
+	// Command is how each end (board.Host, board.Agent) is started, before its flags: an emulator and a program for
+	// another machine. Default: Exe and "host" or "agent".
+	Command [2][]string
 	Env     []string // added to the environment of both ends
 	Link    string   // "tap" (default) or "tun"
 	Offload bool
@@ -72,6 +75,11 @@ func (c Config) withDefaults() Config {
 	}
 	if c.Vectors == 0 {
 		c.Vectors = 8
+	}
+	for _, s := range []board.Side{board.Host, board.Agent} {
+		if c.Command[s] == nil {
+			c.Command[s] = []string{c.Exe, s.String()}
+		}
 	}
 	if c.Memory == "" {
 		c.Memory = "cached"
@@ -172,13 +180,13 @@ func (r *Rig) NS(s board.Side) *netns.NS { return r.ns[s] }
 // Interface returns the name of device n's interface, the same on both sides.
 func Interface(n int) string { return "bl" + strconv.Itoa(n) }
 
-// args returns the command line of a side.
+// args returns the flags of a side.
 func (r *Rig) args(s board.Side) []string {
 	ip4, ip6, extra := hostIP4, hostIP6, r.cfg.HostArgs
 	if s == board.Agent {
 		ip4, ip6, extra = boardIP4, boardIP6, r.cfg.AgentArgs
 	}
-	a := []string{s.String(), "--board", "loopback:" + r.socket(), "--status", r.statusPath(s)}
+	a := []string{"--board", "loopback:" + r.socket(), "--status", r.statusPath(s)}
 	for n := 0; n < r.cfg.Nets; n++ {
 		spec := fmt.Sprintf("name=%s,link=%s,offload=%v,persist=%v,addr="+ip4+"/24,addr="+ip6+"/64",
 			Interface(n), r.cfg.Link, r.cfg.Offload, r.cfg.Persist, n, n)
@@ -201,7 +209,8 @@ func (r *Rig) StartSide(s board.Side) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	p := &process{log: &tail{pass: r.cfg.Log}, done: make(chan struct{})}
-	p.cmd = exec.Command(r.cfg.Exe, r.args(s)...)
+	words := append(append([]string(nil), r.cfg.Command[s]...), r.args(s)...)
+	p.cmd = exec.Command(words[0], words[1:]...)
 	p.cmd.Env = append(os.Environ(), r.cfg.Env...)
 	p.cmd.Stdout, p.cmd.Stderr = p.log, p.log
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
