@@ -28,6 +28,8 @@ type device struct {
 	driver  virtio.Features // what the driver has written so far
 	gen     uint32          // configuration generation
 	told    bool            // a ConfigEvent has to be sent
+	gaveUp  bool            // the driver did, which was logged; until it runs
+	logged  string          // the refusal of features that was logged; until it runs
 	stateMu sync.Mutex      // guards what describe reads
 	push    bool            // the driver put a queue's descriptor area into the pool
 	status  uint32
@@ -229,13 +231,17 @@ func (d *device) driverStatus(s uint32) {
 			d.stateMu.Lock()
 			d.lastErr = err.Error()
 			d.stateMu.Unlock()
-			d.l.cfg.Log.Warn("features refused", "link", d.l.cfg.Name, "device", d.number, "error", err)
+			if d.logged != err.Error() { // the driver tries again and again
+				d.logged, d.gaveUp = err.Error(), true
+				d.l.cfg.Log.Warn("features refused", "link", d.l.cfg.Name, "device", d.number, "error", err)
+			}
 		}
 	}
 	if s&virtio.StatusFailed != 0 {
 		d.be.Stop()
-		if fresh&virtio.StatusFailed != 0 {
-			d.l.cfg.Log.Warn("the driver gives up on the device", "link", d.l.cfg.Name, "device", d.number)
+		if !d.gaveUp {
+			d.gaveUp = true
+			d.l.cfg.Log.Warn("the agent cannot use the device: its log says why (--link is to be the same on both sides)", "link", d.l.cfg.Name, "device", d.number)
 		}
 		d.setStatus(s)
 		return
@@ -255,6 +261,7 @@ func (d *device) driverStatus(s uint32) {
 		d.stateMu.Lock()
 		d.lastErr = ""
 		d.stateMu.Unlock()
+		d.gaveUp, d.logged = false, ""
 		d.l.cfg.Log.Info("device running", "link", d.l.cfg.Name, "device", d.number, "features", d.driver.String())
 	}
 	d.setStatus(s)
