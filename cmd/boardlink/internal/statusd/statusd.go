@@ -74,7 +74,7 @@ func Serve(path string, get func() status.Program) (*Server, error) {
 	if errors.Is(err, syscall.EADDRINUSE) {
 		if c, derr := net.DialTimeout("unix", path, time.Second); derr == nil {
 			c.Close()
-			return nil, fmt.Errorf("status socket %s: %w; choose another with --status", path, ErrTaken)
+			return nil, fmt.Errorf("status socket %s: %w (of the same --name?); choose another with --status", path, ErrTaken)
 		}
 		fi, serr := os.Lstat(path)
 		if serr == nil && fi.Mode()&os.ModeSocket == 0 {

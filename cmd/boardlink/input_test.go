@@ -1,0 +1,313 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/boardlink/boardlink/board/loopback"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// One bad input: one line that names it, status 2 where the user is at fault, nothing left behind.
+type badInput struct {
+	name   string
+	args   string // $D is the box's directory; split at spaces
+	how    string // of become
+	status int    // 0 means 2
+	want   string // in the line
+	setup  func(t *testing.T, b *box)
+}
+
+func (c badInput) run(t *testing.T) {
+	b := newBox(t)
+	if c.setup != nil {
+		c.setup(t, b)
+	}
+	var args []string
+	for _, a := range strings.Fields(c.args) {
+		if a == "''" {
+			a = ""
+		}
+		args = append(args, strings.ReplaceAll(a, "$D", b.dir))
+	}
+	status, stdout, stderr := b.run(c.how, args...)
+	if c.status == 0 {
+		c.status = 2
+	}
+	if status != c.status {
+		t.Errorf("exit status %d, want %d", status, c.status)
+	}
+	if stdout != "" {
+		t.Errorf("standard output: %q", stdout)
+	}
+	if strings.Count(stderr, "\n") != 1 || !strings.HasSuffix(stderr, "\n") {
+		t.Errorf("standard error is not one line:\n%s", stderr)
+	}
+	line := strings.ReplaceAll(stderr, b.dir, "$D")
+	if !strings.HasPrefix(line, "boardlink") || !strings.Contains(line, c.want) {
+		t.Errorf("%q does not tell of %q", line, c.want)
+	}
+	if len(line) > 350 {
+		t.Errorf("a line of %d characters: %s", len(line), line)
+	}
+	for _, raw := range []string{"strconv.", "netip.", "panic", "0x0,", "%!", "<path>:"} {
+		if strings.Contains(line, raw) {
+			t.Errorf("%q in the line: %s", raw, line)
+		}
+	}
+	t.Log(strings.TrimSpace(line))
+}
+
+// link makes an interface in the box.
+func link(l netlink.Link) func(*testing.T, *box) {
+	return func(t *testing.T, b *box) {
+		t.Helper()
+		err := b.ns.Do(func() error {
+			h, err := netlink.NewHandle()
+			if err != nil {
+				return err
+			}
+			defer h.Close()
+			return h.LinkAdd(l)
+		})
+		if l.Type() == "dummy" && errors.Is(err, unix.EOPNOTSUPP) {
+			t.Skip("this kernel has no dummy interfaces; lo stands in for them")
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.ifcs = append(b.ifcs, l.Attrs().Name)
+	}
+}
+
+// serve serves a board in the test itself.
+func serve(t *testing.T, b *box, name string) {
+	t.Helper()
+	s, err := loopback.NewServer(loopback.ServerConfig{Path: b.path(name), Size: 1 << 20, Vectors: 4})
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- s.Serve() }()
+	t.Cleanup(func() {
+		s.Close()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// foreign serves a socket that is no ivshmem server: it answers with these bytes, and is silent then.
+func foreign(answer string, hangUp bool) func(*testing.T, *box) {
+	return func(t *testing.T, b *box) {
+		t.Helper()
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: b.own("s")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.SetUnlinkOnClose(false)
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			var cs []net.Conn
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					for _, c := range cs {
+						c.Close()
+					}
+					return
+				}
+				c.Write([]byte(answer))
+				if hangUp {
+					c.Close()
+				}
+				cs = append(cs, c)
+			}
+		}()
+		t.Cleanup(func() { l.Close(); <-done })
+	}
+}
+
+func TestBadInput(t *testing.T) {
+	needRoot(t)
+	const h = "host --status none --board loopback:$D/s "
+	const a = "agent --status none --board loopback:$D/s "
+	long := strings.Repeat("x", 120)
+	file := func(t *testing.T, b *box) {
+		if err := os.WriteFile(b.own("s"), []byte("precious"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	busy := func(t *testing.T, b *box) {
+		p := b.start(nil, "", "host", "--board", "loopback:"+b.path("other"), "-i", "bl0", "--status", "none")
+		until(t, 5*time.Second, "a first program", func() bool { return strings.Contains(p.err.String(), "waiting for the board") })
+		t.Cleanup(func() { p.end(unix.SIGTERM, 5*time.Second) })
+		b.ifcs = append(b.ifcs, "bl0")
+		t.Cleanup(func() { p.end(unix.SIGTERM, 5*time.Second); b.ifcs = []string{"lo"} })
+	}
+	for _, c := range []badInput{
+		{name: "command", args: "bogus", want: "bogus"},
+		{name: "flag", args: "host --bogus", want: "--bogus"},
+		{name: "no board", args: "host", want: "--board"},
+		{name: "board spec", args: "host --status none --board bogus", want: "loopback"},
+		{name: "board kind", args: "agent --status none --board bogus:/x", want: "loopback"},
+		{name: "board path missing", args: "host --status none --board loopback:", want: "path"},
+		{name: "board path long", args: "host --status none --board loopback:/" + long, want: "107"},
+		{name: "board is a file", args: h, want: "no socket", setup: file},
+		{name: "board is a directory", args: "agent --status none --board loopback:$D", want: "no socket"},
+		{name: "board fd", args: "host --status none --board loopback:fd=99", want: "fd=99"},
+		{name: "board fd number", args: "host --status none --board loopback:fd=x", want: "number"},
+		{name: "a mail server", args: h, want: "no ivshmem server", setup: foreign("220 mail ESMTP\r\n", false)},
+		{name: "a server that hangs up", args: a, want: "no ivshmem server", setup: foreign("", true)},
+		{name: "another protocol version", args: a, want: "version", setup: foreign("\x07\x00\x00\x00\x00\x00\x00\x00", false)},
+		{name: "a silent server", args: h, want: "no ivshmem server", setup: foreign("", false)},
+		{name: "side taken", args: a, want: "process", setup: func(t *testing.T, b *box) {
+			serve(t, b, "s")
+			p := b.start(nil, "", "agent", "--board", "loopback:"+b.path("s"), "-i", "bl0", "--status", "none")
+			until(t, 5*time.Second, "a first agent", func() bool { return strings.Contains(p.err.String(), "board opened") })
+			b.ifcs = append(b.ifcs, "bl0")
+			t.Cleanup(func() { p.end(unix.SIGTERM, 5*time.Second); b.ifcs = []string{"lo"} })
+		}},
+
+		{name: "interface is a dummy", args: h + "-i d0", want: "dummy", setup: link(&netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Name: "d0"}})},
+		{name: "interface is lo", args: a + "-i lo", want: "already"},
+		{name: "interface is a tun", args: h + "-i t0", want: "tun", setup: link(&netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: "t0"}, Mode: netlink.TUNTAP_MODE_TUN})},
+		{name: "interface is a tap", args: a + "-i t0 --link tun", want: "tap", setup: link(&netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: "t0"}, Mode: netlink.TUNTAP_MODE_TAP})},
+		{name: "interface is busy", args: a + "-i bl0", want: "another process", setup: busy},
+		{name: "second interface is busy", args: a + "--net name=bl1 --net name=bl0", want: "another process", setup: busy},
+		{name: "interface name long", args: h + "-i sixteencharacter", want: "15"},
+		{name: "interface name", args: h + "-i a/b", want: "'/'"},
+		{name: "no tun device", args: h, how: "notun", want: "/dev/net/tun"},
+		{name: "no tun device, plain", args: a + "--no-offload", how: "notun", want: "/dev/net/tun"},
+		{name: "no tun device, loopback", args: "loopback", how: "notun", want: "/dev/net/tun"},
+		{name: "no capability", args: h, how: "nonetadmin", want: "CAP_NET_ADMIN"},
+		{name: "no capability, agent", args: a, how: "nonetadmin", want: "CAP_NET_ADMIN"},
+		{name: "no capability, plain", args: a + "--no-offload", how: "nonetadmin", want: "CAP_NET_ADMIN"},
+		{name: "no rights", args: h, how: "nobody", want: "/dev/net/tun"},
+		{name: "no rights, loopback", args: "loopback", how: "tun=0600 nobody", want: "/dev/net/tun"},
+		{name: "no rights but for the device", args: h, how: "tun=0666 nobody", want: "CAP_NET_ADMIN"},
+
+		{name: "address", args: h + "--addr 10.0.0.1", want: "10.0.0.1/24"},
+		{name: "address of nobody", args: h + "--addr 224.0.0.1/4", want: "224.0.0.1/4"},
+		{name: "second address", args: h + "--addr 10.0.0.1/24 --addr 0.0.0.0/8", want: "0.0.0.0/8"},
+		{name: "IPv6 address and a small MTU", args: h + "--addr fd00::1/64 --mtu 1000", want: "1280"},
+		{name: "MTU small", args: h + "--mtu 67", want: "68"},
+		{name: "MTU large", args: a + "--mtu 65522", want: "65521"},
+		{name: "MTU no number", args: h + "--mtu x", want: "--mtu"},
+		{name: "MAC", args: h + "--mac 02:00", want: "--mac"},
+		{name: "MAC of a group", args: a + "--mac 03:00:00:00:00:01", want: "--mac"},
+		{name: "board's MAC", args: h + "--board-mac x", want: "--board-mac"},
+		{name: "MAC of a tun", args: h + "--link tun --mac 02:00:00:00:00:01", want: "tun has no MAC"},
+		{name: "link type", args: h + "--link tub", want: "--link"},
+		{name: "feature", args: h + "--deny nonsense", want: "nonsense"},
+		{name: "feature that is needed", args: a + "--deny version_1", want: "version_1"},
+		{name: "feature that follows another flag", args: h + "--deny raw_ip", want: "--link"},
+		{name: "queue size", args: a + "--queue-size 100", want: "power of two"},
+		{name: "queue size 1", args: a + "--queue-size 1", want: "power of two"},
+		{name: "queue size large", args: h + "--queue-max 65536", want: "--queue-max"},
+		{name: "receive buffer", args: a + "--rx-buffer 10", want: "--rx-buffer"},
+		{name: "memory", args: h + "--memory tape", want: "--memory"},
+		{name: "beat", args: h + "--beat 1us", want: "--beat"},
+		{name: "lost", args: h + "--lost 1", want: "--lost"},
+		{name: "name", args: h + "--name ''", want: "--name"},
+
+		{name: "net empty", args: h + "--net ''", want: "--net"},
+		{name: "net no value", args: h + "--net foo", want: "KEY=VALUE"},
+		{name: "net key", args: h + "--net foo=1", want: "no such key"},
+		{name: "net twice", args: h + "--net name=a --net name=a", want: "two devices"},
+		{name: "net link", args: h + "--net name=a,link=x", want: "tap nor tun"},
+		{name: "net addr", args: h + "--net name=a,addr=x", want: "10.0.0.1/24"},
+		{name: "net mtu", args: h + "--net name=a,mtu=x", want: "number"},
+		{name: "net mac", args: h + "--net name=a,mac=x", want: "MAC"},
+		{name: "net bool", args: h + "--net name=a,offload=x", want: "true nor false"},
+		{name: "net second", args: h + "--net name=a --net name=b,mtu=3", want: "68"},
+
+		{name: "status is a file", args: "host --board loopback:$D/b --status $D/s", want: "no socket", setup: file},
+		{name: "status is taken", args: "host --board loopback:$D/b --status $D/s", want: "--status", setup: foreign("", false)},
+		{name: "status path long", args: "host --board loopback:$D/s --status /tmp/" + long, want: "107"},
+
+		{name: "serve no path", args: "serve", want: "path"},
+		{name: "serve a file", args: "serve $D/s", want: "no socket", setup: file},
+		{name: "serve a path in use", args: "serve $D/s", want: "another server", setup: foreign("", false)},
+		{name: "serve no directory", args: "serve $D/no/s", want: "folder"},
+		{name: "serve size", args: "serve $D/s --size 3M", want: "power of two"},
+		{name: "serve size word", args: "serve $D/s --size big", want: "16M"},
+		{name: "serve size zero", args: "serve $D/s --size 0", want: "16M"},
+		{name: "serve size huge", args: "serve $D/s --size 2147483647G", want: "power of two"},
+		{name: "serve vectors", args: "serve $D/s --vectors 0", want: "vectors"},
+		{name: "serve mode", args: "serve $D/s --mode 888", want: "--mode"},
+
+		{name: "status of nobody", args: "status $D/s", status: 1, want: "no program listens"},
+		{name: "status of a file", args: "status $D/s", status: 1, want: "no program listens", setup: file},
+		{name: "status of a stranger", args: "status $D/s", status: 1, want: "$D/s", setup: foreign("220 mail ESMTP\r\n", true)},
+
+		{name: "loopback MTU", args: "loopback --mtu 1279", want: "1280"},
+		{name: "loopback MTU of a tun", args: "loopback --mtu 65536 --link tun", want: "65535"},
+		{name: "loopback duration", args: "loopback --duration 1ms", want: "--duration"},
+		{name: "loopback devices", args: "loopback --devices 17", want: "16"},
+		{name: "loopback window", args: "loopback --window 3M", want: "--window"},
+		{name: "loopback window small", args: "loopback --window 32K", want: "--window"},
+		{name: "loopback placement", args: "loopback --placement moon", want: "--placement"},
+		{name: "loopback argument", args: "loopback extra", want: "extra"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			c.run(t)
+		})
+	}
+}
+
+// A file that is in the way is never touched.
+func TestFilesAreKept(t *testing.T) {
+	b := newBox(t)
+	p := b.own("s")
+	if err := os.WriteFile(p, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"serve", p}, {"host", "--status", "none", "--board", "loopback:" + p}, {"host", "--board", "loopback:" + b.path("x"), "--status", p}} {
+		b.run("", args...)
+		if got, err := os.ReadFile(p); err != nil || !bytes.Equal(got, []byte("precious")) {
+			t.Fatalf("%v: the file is %q, %v", args, got, err)
+		}
+	}
+}
+
+// Everybody's first question is --help: it fits a terminal and tells the defaults.
+func TestHelp(t *testing.T) {
+	b := newBox(t)
+	for cmd, want := range map[string][]string{
+		"":         {"loopback", "host", "agent", "serve", "status"},
+		"loopback": {"3s", "tap", "1500", "16M", "--json", "-v"},
+		"host":     {"loopback:", "board0", "1500", "100ms", "10)", "1024", "-host"},
+		"agent":    {"loopback:", "board0", "256", "16384"},
+		"serve":    {"16M", "8", "0600"},
+		"status":   {"--json", filepath.Base("boardlink")},
+	} {
+		t.Run(cmd, func(t *testing.T) {
+			args := append(strings.Fields(cmd), "--help")
+			t.Setenv("COLUMNS", "80")
+			status, out, stderr := b.run("", args...)
+			if status != 0 || stderr != "" {
+				t.Errorf("status %d, %q", status, stderr)
+			}
+			for _, l := range strings.Split(out, "\n") {
+				if len([]rune(l)) > 80 {
+					t.Errorf("a line of %d characters: %s", len(l), l)
+				}
+			}
+			for _, w := range want {
+				if w != "-host" && !strings.Contains(out, w) {
+					t.Errorf("no %q in:\n%s", w, out)
+				}
+			}
+		})
+	}
+}
