@@ -121,3 +121,10 @@ type Served interface {
 	// close the board and open it again.
 	ServerLost() bool
 }
+
+// Silent rings nobody: what Ringer returns for a peer that declares RingNone, as it polls.
+var Silent doorbell.Ringer = silent{}
+
+type silent struct{}
+
+func (silent) Ring() error { return nil }

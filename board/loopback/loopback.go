@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/board/internal/share"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/mmio"
@@ -27,15 +28,15 @@ const Name = "loopback"
 
 const (
 	// MinSize is the least memory that is taken for a board, in bytes.
-	MinSize = 64 << 10
+	MinSize = share.MinSize
 	// BusAddr is what the agent's end declares as bus address of the window's first byte. No bus is
 	// there; a number above 32 bits that is not 0 makes a missing translation show.
-	BusAddr dma.Addr = 0x12_0000_0000
+	BusAddr = share.BusAddr
 	// PoolAddr is the bus address of the pool.
-	PoolAddr dma.Addr = 0x34_0000_0000
+	PoolAddr = share.PoolAddr
 	// PoolMinSize is the least shared memory, in bytes, of which the upper half is the pool: memory
 	// that stands for the host's. Of less, all is the window.
-	PoolMinSize = 1 << 20
+	PoolMinSize = share.PoolMinSize
 )
 
 const (
@@ -359,9 +360,9 @@ func (b *Board) share(o board.Options) {
 		return r
 	}
 	agent := o.Side == board.Agent
-	if size >= PoolMinSize {
-		size /= 2
-		b.pool = part("pool", size, size, PoolAddr, !agent)
+	size, pool := share.Split(size)
+	if pool != 0 {
+		b.pool = part("pool", size, pool, PoolAddr, !agent)
 	}
 	addr := dma.Addr(0)
 	if agent {
@@ -532,6 +533,8 @@ func (r *ringer) Ring() error {
 // Ringer returns what rings vector v of the peer that declared itself as info.
 func (b *Board) Ringer(info board.RingInfo, v uint32) (doorbell.Ringer, error) {
 	switch {
+	case info.Method == board.RingNone:
+		return board.Silent, nil
 	case info.Method != board.RingIvshmem:
 		return nil, fmt.Errorf("%s: the peer is rung by method %d; a loopback board knows %d (ivshmem) only", b.spec, info.Method, board.RingIvshmem)
 	case info.Peer > maxID:

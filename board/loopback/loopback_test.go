@@ -486,7 +486,6 @@ func TestOneProcess(t *testing.T) {
 		want string
 	}{
 		{board.RingInfo{Method: board.RingRegister, Vectors: 1}, 0, "method 2"},
-		{board.RingInfo{Method: board.RingNone}, 0, "method 0"},
 		{board.RingInfo{Method: board.RingIvshmem, Peer: 65536, Vectors: 1}, 0, "65536"},
 		{board.RingInfo{Method: board.RingIvshmem, Peer: h.Self().Peer, Vectors: 1}, 0, "our own"},
 		{board.RingInfo{Method: board.RingIvshmem, Peer: 7, Vectors: 2}, 2, "vector 2"},
@@ -494,6 +493,12 @@ func TestOneProcess(t *testing.T) {
 		if _, err := h.Ringer(bad.info, bad.v); err == nil || !strings.Contains(err.Error(), bad.want) {
 			t.Errorf("%+v: %v", bad, err)
 		}
+	}
+	// A peer that polls is not rung: its eventfd stays silent.
+	if r, err := h.Ringer(board.RingInfo{Method: board.RingNone}, 0); err != nil || r.Ring() != nil {
+		t.Errorf("ringer of a peer that polls: %v", err)
+	} else if n, _ := a.Waiter(0).Ack(); n != 0 {
+		t.Errorf("a peer that polls was rung")
 	}
 	// More than the peer really has, and nobody.
 	for _, info := range []board.RingInfo{
