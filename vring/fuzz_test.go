@@ -371,8 +371,10 @@ func FuzzSplitDevice(f *testing.F) {
 				fr.someDesc(in, fr.Payload+uint64(in.u8())*7)
 				continue
 			case 12:
-				// A byte anywhere, the device's own area included.
-				fr.mem[uint64(in.u16())%uint64(len(fr.mem))] = in.u8()
+				// A byte anywhere but in the device's own area, which it need not write anew.
+				if off := uint64(in.u16()) % uint64(len(fr.mem)); off < fr.DeviceOff || off >= fr.DeviceOff+deviceLen {
+					fr.mem[off] = in.u8()
+				}
 				continue
 			}
 			lo0, hi0 := outside(im.b)

@@ -14,7 +14,9 @@ var _ Device = (*SplitDevice)(nil)
 // SplitDevice is the device side of a split virtqueue (virtio 1.2, 2.7). It trusts
 // nothing that the driver wrote: each shared word is read once into a local and then
 // checked, indirect tables are copied before they are parsed, and a buffer becomes
-// spans only through the region table.
+// spans only through the region table. It writes only what changes of the used ring, which
+// is its own (the driver must not write there): cache lines, or the bus, are left alone
+// where chains come back as they did one lap before.
 type SplitDevice struct {
 	split
 	indirectOK bool
@@ -38,6 +40,7 @@ type SplitDevice struct {
 	sinceCall uint32 // ... and the chains completed since
 	callAny   bool   // lastCall is not known: the first batch after a restart calls
 
+	ring   []uint64 // shadow of the used ring, by element: what is there already is not written
 	heads  []uint16 // the batch's ring entries, in memory of our own
 	run    []byte   // copy of the descriptor area ...
 	runLo  int      // ... of which these are of this batch
@@ -46,6 +49,9 @@ type SplitDevice struct {
 	tab    []byte     // copy of an indirect table
 	pieces []dma.Span // where the indirect table lies
 }
+
+// unwritten stands for a used element of unknown content: no chain has this id.
+const unwritten = 1<<32 - 1
 
 // NewSplitDevice makes the device side of a split virtqueue, and writes its index, its
 // flags and its event word as State says. It fails with an *Error of Code ErrConfig or ErrState.
@@ -74,6 +80,10 @@ func NewSplitDevice(c Config) (*SplitDevice, error) {
 		q.run = make([]byte, n*descSize)
 	}
 	q.raw = make([]byte, n*usedSize)
+	q.ring = make([]uint64, n)
+	for i := range q.ring {
+		q.ring[i] = unwritten
+	}
 	if c.Indirect {
 		q.tab = make([]byte, n*descSize)
 		q.pieces = make([]dma.Span, 0, dma.MaxSpans)
@@ -95,7 +105,8 @@ func (q *SplitDevice) reload() {
 	}
 }
 
-// look reads the available index and returns how many chains wait to be popped.
+// look reads the available index, once all that it had seen is popped, and returns how
+// many chains wait.
 func (q *SplitDevice) look() (uint16, error) {
 	var idx uint16
 	if q.half {
@@ -106,13 +117,13 @@ func (q *SplitDevice) look() (uint16, error) {
 	q.stats.add(cIndexReads, 1)
 	q.driver.flush()
 	waiting := idx - q.avail
-	if idx == q.availSeen {
-		return waiting, nil
+	if waiting == 0 {
+		return 0, nil
 	}
 	// A chain takes a descriptor at least, so no more can be in flight than the queue
 	// has. An index that went back shows as a jump by nearly 65536.
 	inflight := uint32(q.avail-q.used) + uint32(waiting)
-	if inflight > uint32(q.size) || waiting < q.availSeen-q.avail {
+	if inflight > uint32(q.size) {
 		return 0, q.fail(&Error{Code: ErrIndexJump, Index: idx, Value: uint64(inflight), Limit: uint64(q.size)})
 	}
 	q.availSeen = idx
@@ -187,8 +198,8 @@ func (q *SplitDevice) Pop(b *Batch, max int) (int, error) {
 		c := &chains[len(chains)-1]
 		*c = Chain{ID: head, Count: 1, First: int32(kept)}
 		length, flags := uint32(w), uint16(w>>32)
-		if flags&(descNext|descIndirect) == 0 && left > 0 {
-			left--
+		if flags&(descNext|descIndirect) == 0 {
+			left-- // not below 0: each descriptor taken made a span, and limit stops the batch
 			need := dma.DeviceRead
 			if flags&descWrite != 0 {
 				need = dma.DeviceWrite
@@ -421,23 +432,41 @@ func (q *SplitDevice) Complete(used []Used) error {
 		return q.misuse(&Error{Code: ErrComplete, Value: uint64(n), Limit: uint64(inflight)})
 	}
 	var bytes uint64
-	direct := q.device.direct
+	direct, ram, ring, mask := q.device.direct, q.device.ram, q.ring, q.mask
+	lo, hi := -1, 0 // of the batch's elements, those that change
 	for i := range used {
 		u := &used[i]
 		if u.ID >= q.size {
+			for k := 0; k < i; k++ { // written or not: nobody knows
+				ring[(q.used+uint16(k))&mask] = unwritten
+			}
 			return q.misuse(&Error{Code: ErrComplete, Value: uint64(u.ID), Limit: uint64(q.size) - 1})
 		}
-		if direct {
-			off := ringHead + usedSize*uint64((q.used+uint16(i))&q.mask)
-			q.device.ram.Store32(off, uint32(u.ID))
-			q.device.ram.Store32(off+4, u.Len)
-		} else {
-			binary.LittleEndian.PutUint64(q.raw[usedSize*i:], uint64(u.ID)|uint64(u.Len)<<32)
-		}
 		bytes += uint64(u.Len)
+		pos := (q.used + uint16(i)) & mask
+		v := uint64(u.ID) | uint64(u.Len)<<32
+		if ring[pos] == v {
+			continue
+		}
+		ring[pos] = v
+		if direct {
+			off := ringHead + usedSize*uint64(pos)
+			ram.Store32(off, uint32(u.ID))
+			ram.Store32(off+4, u.Len)
+			continue
+		}
+		if lo < 0 {
+			lo = i
+		}
+		hi = i + 1
 	}
-	if !direct {
-		q.device.writeRing(q.raw, uint64(q.used&q.mask), uint64(n), uint64(q.size), usedSize)
+	if lo >= 0 {
+		first := q.used + uint16(lo)
+		b := q.raw[:usedSize*(hi-lo)]
+		for k := 0; k < hi-lo; k++ {
+			binary.LittleEndian.PutUint64(b[usedSize*k:], ring[(first+uint16(k))&mask])
+		}
+		q.device.writeRing(b, uint64(first&mask), uint64(hi-lo), uint64(q.size), usedSize)
 	}
 	q.used += uint16(n)
 	q.publish(&q.device, word(q.flags, q.used)) // A

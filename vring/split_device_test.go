@@ -350,7 +350,7 @@ func TestSplitDeviceComplete(t *testing.T) {
 			if n, err := d.Pop(&b, 4); n != 3 || err != nil {
 				t.Fatal(n, err)
 			}
-			for _, bad := range [][]vring.Used{{{ID: 3}, {ID: 4}}, {{ID: 65535}}, {{}, {}, {}, {}}} {
+			for _, bad := range [][]vring.Used{{{ID: 3, Len: 5}, {ID: 4}}, {{ID: 65535}}, {{}, {}, {}, {}}} {
 				if err := d.Complete(bad); !errors.Is(err, vring.ErrComplete) {
 					t.Errorf("Complete(%v) = %v", bad, err)
 				}
@@ -994,6 +994,31 @@ func TestSplitDeviceOneByteRegions(t *testing.T) {
 	r.availIdx(2)
 	if n, err := d.Pop(&b, 1); n != 0 || !errors.Is(err, vring.ErrTranslate) || !errors.Is(err, dma.ErrTooManySpans) {
 		t.Errorf("%d, %v", n, err)
+	}
+}
+
+// What one chain may do in a region says nothing of the next one in it.
+func TestSplitDeviceRights(t *testing.T) {
+	for _, m := range vringtest.Memories {
+		for _, second := range []uint16{0, write} {
+			r, d := device(t, split(m, false, false), 8)
+			more(t, r)
+			base, first := roBase, uint16(0)
+			if second == 0 {
+				base, first = woBase, write
+			}
+			r.desc(0, base, 16, first, 0)
+			r.desc(1, base, 16, first, 0)
+			r.desc(2, base, 16, second, 0)
+			for i := uint16(0); i < 3; i++ {
+				r.entry(i, i)
+			}
+			r.availIdx(3)
+			var b vring.Batch
+			if n, err := d.Pop(&b, 3); n != 2 || !errors.Is(err, dma.ErrAccess) {
+				t.Errorf("%s: Pop = %d, %v", m.Name, n, err)
+			}
+		}
 	}
 }
 

@@ -183,7 +183,8 @@ func (q *SplitDriver) Add(reqs []Request) (int, error) {
 				w = rest(b.Len, descWrite, 0)
 				writable = b.Len
 			}
-			slots[head] = slot{token: r.Token, writable: writable, count: 1}
+			s := &slots[head]
+			s.token, s.writable, s.count = r.Token, writable, 1
 			if d := &descs[head]; d[0] != uint64(b.Addr) || d[1] != w {
 				q.put(head, uint64(b.Addr), w)
 			}

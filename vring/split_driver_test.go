@@ -293,6 +293,23 @@ func TestSplitDriverBadUsed(t *testing.T) {
 				t.Errorf("%v, %v", pending, err)
 			}
 		})
+		t.Run("arming sees an index that goes back", func(t *testing.T) {
+			if !p.EventIdx {
+				return // arming for the second next takes the event index
+			}
+			r, d := driver(t, p, 8)
+			if n, err := d.Add([]vring.Request{request(r, 1, 1, 10), request(r, 2, 0, 20), request(r, 3, 0, 20)}); n != 3 || err != nil {
+				t.Fatal(n, err)
+			}
+			r.usedIdx(2)
+			if pending, err := d.ArmCallAfter(3); pending || err != nil {
+				t.Fatal(pending, err)
+			}
+			r.usedIdx(1)
+			if pending, err := d.ArmCallAfter(3); pending || !errors.Is(err, vring.ErrUsedJump) {
+				t.Errorf("%v, %v", pending, err)
+			}
+		})
 		t.Run("index goes back behind what was seen", func(t *testing.T) {
 			r, d := driver(t, p, 8)
 			if n, err := d.Add([]vring.Request{request(r, 1, 1, 10), request(r, 2, 0, 20)}); n != 2 || err != nil {

@@ -52,7 +52,8 @@ const (
 // Stats are the live counters of one side of a queue: written by its owner, once a
 // batch, and read by any goroutine through Load.
 type Stats struct {
-	v [nCounters]uint64 // first in an allocation of its own: aligned to 64 bits everywhere
+	v   [nCounters]uint64 // first in an allocation of its own: aligned to 64 bits everywhere
+	own [nCounters]uint64 // the owner's copy
 }
 
 // wide tells that an aligned 64-bit access is one access.
@@ -61,12 +62,12 @@ const wide = ^uintptr(0)>>32 != 0
 // add counts n more. Only the owner writes, so a plain store is enough where it
 // does not tear, and costs a fraction of a locked one.
 func (s *Stats) add(i int, n uint64) {
-	p := &s.v[i]
+	s.own[i] += n
 	if wide {
-		mmio.Store64(unsafe.Pointer(p), mmio.Load64(unsafe.Pointer(p))+n)
+		mmio.Store64(unsafe.Pointer(&s.v[i]), s.own[i])
 		return
 	}
-	atomic.AddUint64(p, n)
+	atomic.StoreUint64(&s.v[i], s.own[i])
 }
 
 func (s *Stats) get(i int) uint64 {
