@@ -73,10 +73,10 @@ func storeWords(p unsafe.Pointer, src []byte) {
 		slowStoreWords(p, src)
 		return
 	}
-	for i := 0; i < len(src); i += burst {
+	for i := 0; i < len(src); i += storeBurst {
 		n := len(src) - i
-		if n > burst {
-			n = burst
+		if n > storeBurst {
+			n = storeBurst
 		}
 		copyWords(unsafe.Add(p, i), unsafe.Pointer(&src[i]), uint64(n)/8)
 	}
@@ -99,15 +99,18 @@ func loadWords(dst []byte, p unsafe.Pointer) {
 
 // clearWords writes n bytes, whole words, of zeros to device memory at p, aligned to 8.
 func clearWords(p unsafe.Pointer, n uint64) {
-	for i := uint64(0); i < n; i += burst {
+	for i := uint64(0); i < n; i += storeBurst {
 		w := n - i
-		if w > burst {
-			w = burst
+		if w > storeBurst {
+			w = storeBurst
 		}
 		zeroWords(unsafe.Add(p, i), w/8)
 	}
 }
 
-// burst is how many bytes one call into the assembly moves at most. The scheduler cannot
-// stop it there, and a read from a device may take a microsecond for each word.
-const burst = 1024
+// How many bytes one call into the assembly moves at most: the scheduler cannot stop it there. A read
+// from a device may take a microsecond for each word; a write is posted, and some ten times as fast.
+const (
+	burst      = 1024
+	storeBurst = 4096
+)
