@@ -7,7 +7,7 @@ import "testing"
 // few more events show that the differences alone count.
 func TestNeedEvent(t *testing.T) {
 	stride := 1
-	if testing.Short() {
+	if testing.Short() || RaceEnabled {
 		stride = 61
 	}
 	needEventOver(t, 0x1234, stride)

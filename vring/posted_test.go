@@ -350,7 +350,7 @@ func (w *world) run(drv *vring.SplitDriver, dev *vring.SplitDevice, count int, s
 // be caught at it with placement push; else the search would be worth nothing.
 func TestPostedWrites(t *testing.T) {
 	schedules := uint64(5000)
-	if testing.Short() || raceEnabled {
+	if testing.Short() || vring.RaceEnabled {
 		schedules = 500
 	}
 	for _, p := range []placement{{"window", false, true}, {"push", true, true}, {"push, no read back", true, false}} {

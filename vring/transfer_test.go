@@ -412,7 +412,7 @@ func (fatal) Fatalf(format string, args ...any) {
 // and indirect descriptors, polling or sleeping on eventfds.
 func TestTwoProcesses(t *testing.T) {
 	total := uint64(10_000_000)
-	if testing.Short() || raceEnabled {
+	if testing.Short() || vring.RaceEnabled {
 		total = 400_000
 	}
 	type combo struct {

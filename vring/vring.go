@@ -36,7 +36,8 @@ type Driver interface {
 	Free() int
 	// Add makes as many requests available, from the first on, as there are free
 	// descriptors, with a single write of the available index, and returns their number.
-	// It does not kick: ask NeedKick after it. A request that no queue could take (no
+	// It does not kick: ask NeedKick after it, always (its barrier also drives out an index
+	// that write combining holds back). A request that no queue could take (no
 	// buffer, one of no bytes, more than 4 GiB - 1 in all, more buffers than the queue has
 	// descriptors) is the caller's error: an *Error with Code ErrRequest, ErrZeroLength,
 	// ErrOverflow, ErrTotal or ErrTooLong; those before it were added, and the queue goes on.
@@ -107,7 +108,7 @@ type Device interface {
 	// completed is the caller's error and panics.
 	Unpop(n int)
 	// Complete hands chains back, in order, with a single write of the used index.
-	// It does not call: ask NeedCall after it. An ID that cannot be, or more chains than
+	// It does not call: ask NeedCall after it, always, as Driver.Add says. An ID that cannot be, or more chains than
 	// were popped, is the caller's error (Code ErrComplete): nothing is published then.
 	Complete(used []Used) error
 	// NeedCall tells whether the driver wants to be notified of what was completed

@@ -1,5 +1,0 @@
-//go:build race
-
-package vring_test
-
-const raceEnabled = true
