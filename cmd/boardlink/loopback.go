@@ -74,7 +74,10 @@ func (c *loopbackCmd) Run(s *streams) error {
 	res, err := trial.Run(ctx, cfg, traffic.RunConfig{Duration: c.Duration, Step: p.step})
 	p.done()
 	var end *trial.EndError
+	var setup *trial.SetupError
 	switch {
+	case errors.As(err, &setup):
+		return usageError{err}
 	case errors.As(err, &end) && end.ExitCode() == exitUsage:
 		return usageError{err}
 	case ctx.Err() != nil:

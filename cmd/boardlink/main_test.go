@@ -66,6 +66,7 @@ func testMain(m *testing.M) int {
 //
 //	notun      /dev/net without a tun
 //	tun=MODE   /dev/net with a tun of these permissions
+//	run=DIR    with that directory as /run
 //	nonetadmin without CAP_NET_ADMIN
 //	nobody     as a user without rights
 func become(how string) error {
@@ -90,6 +91,13 @@ func become(how string) error {
 			}
 			if err := unix.Chmod(netns.TunPath, uint32(mode)); err != nil {
 				return err
+			}
+		case "run":
+			if err := os.MkdirAll(arg, 0o755); err != nil {
+				return err
+			}
+			if err := unix.Mount(arg, "/run", "", unix.MS_BIND, ""); err != nil {
+				return fmt.Errorf("mount: %w", err)
 			}
 		case "nonetadmin":
 			if err := unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_NET_ADMIN, 0, 0, 0); err != nil {
@@ -132,6 +140,7 @@ type box struct {
 	prog string
 	keep []string // names in dir that the test itself made
 	ifcs []string // interfaces that it made
+	all  []*program
 }
 
 func newBox(t testing.TB) *box {
@@ -154,6 +163,9 @@ func newBox(t testing.TB) *box {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
+		for _, p := range b.all {
+			p.kill()
+		}
 		b.clean()
 		b.ns.Close()
 		os.RemoveAll(dir)
@@ -286,7 +298,7 @@ func (b *box) start(ns *netns.NS, how string, args ...string) *program {
 		p.cmd.Wait()
 		close(p.done)
 	}()
-	b.t.Cleanup(p.kill)
+	b.all = append(b.all, p)
 	return p
 }
 

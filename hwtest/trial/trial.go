@@ -319,6 +319,11 @@ func (r *Rig) WaitUp(ctx context.Context) error {
 			}
 			st, err := r.Status(ctx, s)
 			up = up && err == nil && running(st, r.cfg.Nets)
+			if s == board.Agent && err == nil {
+				if err := refused(st); err != nil {
+					return err
+				}
+			}
 		}
 		if up {
 			return nil
@@ -329,6 +334,25 @@ func (r *Rig) WaitUp(ctx context.Context) error {
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
+}
+
+// SetupError: both ends run, but a device cannot be set up as it was asked for: too small a window
+// for its frames, for instance.
+type SetupError struct{ Reason string }
+
+// Error gives the agent's reason.
+func (e *SetupError) Error() string { return e.Reason }
+
+// refused tells why an agent's devices do not come up, once it has tried a few times.
+func refused(p status.Program) error {
+	for _, l := range p.Links {
+		for _, d := range l.Devices {
+			if l.Counters["failures"] >= 3*uint64(len(l.Devices)) && l.State == "up" && !d.Carrier && d.LastError != "" {
+				return &SetupError{d.LastError}
+			}
+		}
+	}
+	return nil
 }
 
 // EndError: an end stopped by itself.
