@@ -413,7 +413,7 @@ func (fatal) Fatalf(format string, args ...any) {
 func TestTwoProcesses(t *testing.T) {
 	total := uint64(10_000_000)
 	if testing.Short() || vring.RaceEnabled {
-		total = 400_000
+		total = 200_000
 	}
 	type combo struct {
 		event, ind, sleep bool
