@@ -70,11 +70,23 @@ func newEventfd(t testing.TB) *doorbell.Eventfd {
 	return e
 }
 
+// self returns a command that runs this test binary again: behind the emulator that runs it, where one
+// does (internal/runtests says so).
+func self(t testing.TB, args ...string) *exec.Cmd {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	words := append(strings.Fields(os.Getenv("BOARDLINK_TEST_EXEC")), exe)
+	return exec.Command(words[0], append(words[1:], args...)...)
+}
+
 // startEcho starts the echo process: it answers rings of the first by rings of the second.
 func startEcho(t testing.TB) (to, from *doorbell.Eventfd) {
 	to, from = newEventfd(t), newEventfd(t)
 	stop := newEventfd(t)
-	cmd := exec.Command("/proc/self/exe")
+	cmd := self(t)
 	cmd.Env = append(os.Environ(), childEnv+"=echo")
 	cmd.Stderr = os.Stderr
 	for _, e := range []*doorbell.Eventfd{to, from, stop} {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 	"unsafe"
@@ -407,6 +408,18 @@ func (fatal) Fatalf(format string, args ...any) {
 	panic(fmt.Sprintf(format, args...))
 }
 
+// self returns a command that runs this test binary again: behind the emulator that runs it, where one
+// does (internal/runtests says so).
+func self(t testing.TB, args ...string) *exec.Cmd {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	words := append(strings.Fields(os.Getenv("BOARDLINK_TEST_EXEC")), exe)
+	return exec.Command(words[0], append(words[1:], args...)...)
+}
+
 // TestTwoProcesses: ten million transfers between two processes with mappings of their own
 // of one file, in 1 to 4 pieces, in and out in turns, over all combinations of event index
 // and indirect descriptors, polling or sleeping on eventfds.
@@ -460,7 +473,7 @@ func TestTwoProcesses(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			cmd := exec.Command(os.Args[0], "-vring.child", fmt.Sprintf("-vring.count=%d", count), fmt.Sprintf("-vring.event=%v", c.event),
+			cmd := self(t, "-vring.child", fmt.Sprintf("-vring.count=%d", count), fmt.Sprintf("-vring.event=%v", c.event),
 				fmt.Sprintf("-vring.indirect=%v", c.ind), fmt.Sprintf("-vring.sleep=%v", c.sleep), fmt.Sprintf("-vring.kind=%d", c.kind), fmt.Sprintf("-vring.spins=%d", c.spins))
 			cmd.ExtraFiles = files
 			cmd.Stderr = os.Stderr

@@ -78,7 +78,10 @@ func FuzzServer(f *testing.F) {
 			b.Peers()
 			b.Close()
 		}
-		if _, err := os.Stat("/proc/self/fd"); err == nil {
+		// qemu-user offers the kernel twice the room for control messages and leaks the descriptors that the
+		// program has no room for (7.2, do_sendrecvmsg_locked).
+		emulated := os.Getenv("BOARDLINK_TEST_EXEC") != ""
+		if _, err := os.Stat("/proc/self/fd"); err == nil && !emulated {
 			eventually(t, "descriptors given back", func() bool { return fds(t) <= before })
 		}
 	})

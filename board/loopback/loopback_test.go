@@ -126,10 +126,22 @@ func child(arg []string) error {
 	return nil
 }
 
+// self returns a command that runs this test binary again: behind the emulator that runs it, where one
+// does (internal/runtests says so).
+func self(t testing.TB, args ...string) *exec.Cmd {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	words := append(strings.Fields(os.Getenv("BOARDLINK_TEST_EXEC")), exe)
+	return exec.Command(words[0], append(words[1:], args...)...)
+}
+
 // start starts a child and waits until it has its board.
 func start(t testing.TB, what string, side board.Side, spec string, files ...*os.File) *exec.Cmd {
 	t.Helper()
-	cmd := exec.Command("/proc/self/exe")
+	cmd := self(t)
 	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s %s %s", childEnv, what, side, spec))
 	cmd.Stderr = os.Stderr
 	cmd.ExtraFiles = files
@@ -544,7 +556,7 @@ func TestNoProc(t *testing.T) {
 	if a.PeerDead() {
 		t.Error("alive, and said to be dead")
 	}
-	second := exec.Command("/proc/self/exe")
+	second := self(t)
 	second.Env = append(os.Environ(), childEnv+"=noproc agent loopback:"+path)
 	second.SysProcAttr = newMounts()
 	out, err := second.CombinedOutput()
