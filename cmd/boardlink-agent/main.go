@@ -66,7 +66,7 @@ func run(f *lean.Flags, args []string, queueSize, rxBuffer *uint, placement *str
 		}
 	}
 	l := agent.NewLink(agent.Config{Name: f.Name, Board: f.Board, Placement: *placement, Options: options, Devices: devices,
-		Log: f.Log, Beat: f.Beat, LostBeats: f.Lost})
+		Log: f.Log, Beat: f.Beat, LostBeats: f.Lost, NoInterrupts: !f.Interrupts})
 	if err := f.Serve(l); err != nil {
 		closeAll()
 		return err

@@ -71,7 +71,7 @@ func run(f *lean.Flags, args []string, queueMax *uint, pool *bool) error {
 		}
 	}
 	l := host.NewLink(host.Config{Name: f.Name, Board: f.Board, NoPool: !*pool, Options: options, Devices: devices,
-		Log: f.Log, Beat: f.Beat, LostBeats: f.Lost})
+		Log: f.Log, Beat: f.Beat, LostBeats: f.Lost, NoInterrupts: !f.Interrupts})
 	if err := f.Serve(l); err != nil {
 		closeAll()
 		return err

@@ -63,6 +63,7 @@ type Flags struct {
 	Beat        time.Duration
 	Lost        int
 	Account     bool
+	Interrupts  bool
 
 	memory, status, deny string
 	verbose              bool
@@ -108,6 +109,7 @@ func New(side board.Side) *Flags {
 	s.StringVar(&f.deny, "deny", "", "virtio `features` not to negotiate, e.g. event_idx,host_uso")
 	s.Var(&f.nets, "net", "several devices: one `SPEC` each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000; keys: name link addr mtu mac board-mac offload persist")
 	s.BoolVar(&f.Account, "account", true, "count the accesses across the bus")
+	s.BoolVar(&f.Interrupts, "interrupts", true, "wait for the board's interrupts; without, everything is polled")
 	s.StringVar(&f.memory, "memory", "auto", "how memory across the bus is accessed: auto, cached, write-combining, uncached")
 	s.DurationVar(&f.Beat, "beat", session.Beat, "heartbeat interval")
 	s.IntVar(&f.Lost, "lost", 10, "heartbeats without the other side's until the link is down")
