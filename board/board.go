@@ -56,6 +56,9 @@ const (
 	RingIvshmem RingMethod = 1
 	// RingRegister: write Value+vector, 32 bits, at link address Addr.
 	RingRegister RingMethod = 2
+	// RingBoard: by the board's own doorbell, as the kind of board defines it, vectors 0 to Vectors-1. Both
+	// ends are of a kind that does.
+	RingBoard RingMethod = 3
 )
 
 // RingInfo is how to ring a side.

@@ -127,7 +127,7 @@ func (d *Declaration) Check(side board.Side, windowSize uint64) error {
 	}
 	switch d.Ring.Method {
 	case board.RingNone:
-	case board.RingIvshmem, board.RingRegister:
+	case board.RingIvshmem, board.RingRegister, board.RingBoard:
 		if d.Ring.Vectors < 1 || d.Ring.Vectors > 0x10000 {
 			return pageErr(side, ErrRing, "vectors", uint64(d.Ring.Vectors), "1 to 65536 are possible")
 		}

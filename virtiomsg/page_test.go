@@ -99,7 +99,7 @@ func TestCheck(t *testing.T) {
 		"agent's window too large":  {board.Agent, func(d *Declaration) { d.WindowSize = 0x10001 }, ErrWindowSize},
 		"no window":                 {board.Agent, func(d *Declaration) { d.WindowSize = 0 }, ErrWindowSize},
 		"host's window too small":   {board.Host, func(d *Declaration) { d.WindowSize = 0xffff }, ErrWindowSize},
-		"unknown ring":              {board.Host, func(d *Declaration) { d.Ring.Method = 3 }, ErrRing},
+		"unknown ring":              {board.Host, func(d *Declaration) { d.Ring.Method = 4 }, ErrRing},
 		"no vectors":                {board.Host, func(d *Declaration) { d.Ring.Vectors = 0 }, ErrRing},
 		"many vectors":              {board.Host, func(d *Declaration) { d.Ring.Vectors = 0x10001 }, ErrRing},
 		"odd ring address":          {board.Host, func(d *Declaration) { d.Ring.Addr++ }, ErrRing},

@@ -131,7 +131,11 @@ func Open(arg string, o board.Options) (*Board, error) {
 // got its peer number yet.
 func New(spec string, f pci.Function, o board.Options, c Config) (*Board, error) {
 	b := &Board{spec: spec, f: f}
-	if err := b.open(o, c); err != nil {
+	var err error
+	if ferr := pci.Guard(func() { err = b.open(o, c) }); ferr != nil {
+		err = ferr
+	}
+	if err != nil {
 		f.Close()
 		return nil, fn.Wrap(spec, "cannot be used", err)
 	}
@@ -299,7 +303,7 @@ func (b *Board) Ringer(info board.RingInfo, v uint32) (doorbell.Ringer, error) {
 	if b.plain {
 		return mute{}, nil
 	}
-	return &fn.Reg{Data: b.window.Mem, Mem: b.regs, Off: regDoorbell, Width: 32, Value: info.Peer<<16 | v}, nil
+	return &fn.Reg{Data: b.window.Mem, Word: fn.Word{Mem: b.regs, Off: regDoorbell, Width: 32}, Value: info.Peer<<16 | v}, nil
 }
 
 // PeerDead is false: the device does not tell.

@@ -115,38 +115,47 @@ func Wrap(spec, reason string, err error) error {
 	return e
 }
 
-// Reg is a register that rings by a store of one value. It is a doorbell.Ringer.
+// Word is a register.
+type Word struct {
+	Mem   mmio.Mem
+	Off   uint64 // of the register in Mem
+	Width uint   // 8, 16, 32 bits
+	Big   bool   // big-endian
+}
+
+// Load reads the register.
+func (w *Word) Load() uint32 { return load(&w.Mem, w.Off, w.Width, w.Big) }
+
+// Store writes the register.
+func (w *Word) Store(v uint32) { store(&w.Mem, w.Off, w.Width, w.Big, v) }
+
+// Reg rings by a store of one value to a register. It is a doorbell.Ringer.
 type Reg struct {
 	// Data is the memory whose stores have to be out before the ring.
-	Data mmio.Mem
-	// Mem holds the register, at Off; Width is 8, 16 or 32 bits. Big tells that the register is
-	// big-endian.
-	Mem   mmio.Mem
-	Off   uint64
-	Width uint
-	Big   bool
+	Data  mmio.Mem
+	Word  Word
 	Value uint32
 }
 
 // Ring stores the value, after everything stored before. It cannot fail: a posted write gives no answer.
 func (r *Reg) Ring() error {
-	Order(&r.Data, &r.Mem)
-	Store(&r.Mem, r.Off, r.Width, r.Big, r.Value)
+	order(&r.Data, &r.Word.Mem)
+	r.Word.Store(r.Value)
 	return nil
 }
 
-// Order keeps a store to the register memory behind all stores to the data. The register's own
+// order keeps a store to the register memory behind all stores to the data. The register's own
 // barrier is a strong one, as it is device memory, and so holds for data of any kind; a modelled bus hears of
 // both.
-func Order(data, reg *mmio.Mem) {
+func order(data, reg *mmio.Mem) {
 	if data.Modelled() || (data.Size() != 0 && reg.Kind() == mmio.Cached) {
 		data.Barrier(mmio.WriteBarrier)
 	}
 	reg.Barrier(mmio.WriteBarrier)
 }
 
-// Store stores the low width bits (8, 16, 32) of v.
-func Store(m *mmio.Mem, off uint64, width uint, big bool, v uint32) {
+// store stores the low width bits (8, 16, 32) of v.
+func store(m *mmio.Mem, off uint64, width uint, big bool, v uint32) {
 	switch width {
 	case 8:
 		m.Store8(off, uint8(v))
@@ -163,8 +172,8 @@ func Store(m *mmio.Mem, off uint64, width uint, big bool, v uint32) {
 	}
 }
 
-// Load loads width bits (8, 16, 32).
-func Load(m *mmio.Mem, off uint64, width uint, big bool) uint32 {
+// load loads width bits (8, 16, 32).
+func load(m *mmio.Mem, off uint64, width uint, big bool) uint32 {
 	switch width {
 	case 8:
 		return uint32(m.Load8(off))
