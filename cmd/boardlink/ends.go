@@ -8,8 +8,10 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -28,8 +30,8 @@ import (
 
 // endFlags are common to both ends.
 type endFlags struct {
-	Board string `required:"" placeholder:"KIND:ARG" help:"The board, e.g. loopback:/run/a.sock. It may come later."`
-	Name  string `default:"board0" help:"Name of the link, for log, status and stable MAC addresses."`
+	Board []string `required:"" placeholder:"KIND:ARG" sep:"none" help:"The board, e.g. loopback:/run/a.sock. It may come later. A host may be given several."`
+	Name  string   `default:"board0" help:"Name of the link, for log, status and stable MAC addresses. With several boards the next ones count on from it."`
 
 	Interface string        `short:"i" placeholder:"NAME" help:"Interface to make, or to attach to where it persists (default: the kernel picks)."`
 	Link      string        `enum:"tap,tun" default:"tap" help:"tap: Ethernet frames. tun: raw IP packets; both ends have to say so."`
@@ -39,7 +41,7 @@ type endFlags struct {
 	Offload   bool          `default:"true" negatable:"" help:"Leave checksums and segmentation to the other side where the kernel can."`
 	Persist   bool          `help:"Keep the interface, with its addresses, when this program ends."`
 	Deny      []string      `placeholder:"FEATURE" help:"Virtio features not to negotiate, e.g. event_idx,host_uso."`
-	Net       []string      `placeholder:"SPEC" sep:"none" help:"Several devices: one SPEC each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000. Keys: name link addr mtu mac board-mac offload persist; the flags above give the defaults."`
+	Net       []string      `placeholder:"SPEC" sep:"none" help:"Several devices: one SPEC each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000. Keys: name link addr mtu mac board-mac offload persist board (its number, from 0); the flags above give the defaults."`
 
 	Account bool `default:"true" negatable:"" help:"Count the accesses across the bus."`
 
@@ -63,6 +65,7 @@ type netSpec struct {
 	boardMAC tunbridge.MAC
 	offload  bool
 	persist  bool
+	board    int // which of the boards it is for
 }
 
 // prefix is an address with its prefix length.
@@ -84,13 +87,21 @@ func (f *endFlags) specs(side board.Side, boardMAC tunbridge.MAC) ([]netSpec, er
 	if f.Link == "tun" {
 		def.link = tunbridge.TUN
 	}
+	var out []netSpec
 	if len(f.Net) == 0 {
+		if len(f.Board) > 1 && (f.Interface != "" || len(f.Addr) != 0 || f.MAC != (tunbridge.MAC{}) || boardMAC != (tunbridge.MAC{})) {
+			return nil, usagef("--interface, --addr and the MAC addresses are for one board: with several, describe each device by --net board=N,...")
+		}
 		for _, p := range f.Addr {
 			def.addrs = append(def.addrs, netip.Prefix(p))
 		}
-		return []netSpec{def}, nil
+		for b := range f.Board {
+			s := def
+			s.board = b
+			out = append(out, s)
+		}
+		return out, nil
 	}
-	var out []netSpec
 	seen := map[string]bool{}
 	for _, text := range f.Net {
 		s := def
@@ -107,7 +118,15 @@ func (f *endFlags) specs(side board.Side, boardMAC tunbridge.MAC) ([]netSpec, er
 			return nil, usagef("--net %s: two devices with the interface %s", text, s.name)
 		}
 		seen[s.name] = true
+		if s.board < 0 || s.board >= len(f.Board) {
+			return nil, usagef("--net %s: there is no board %d, only %d by --board", text, s.board, len(f.Board))
+		}
 		out = append(out, s)
+	}
+	for b, name := range f.Board {
+		if !slices.ContainsFunc(out, func(s netSpec) bool { return s.board == b }) {
+			return nil, usagef("--board %s has no device: give it one by --net board=%d,...", name, b)
+		}
 	}
 	return out, nil
 }
@@ -142,8 +161,10 @@ func (s *netSpec) set(k, v string) (err error) {
 		s.offload, err = parseBool(v)
 	case "persist":
 		s.persist, err = parseBool(v)
+	case "board":
+		s.board, err = strconv.Atoi(v)
 	default:
-		err = errors.New("no such key; there are name link addr mtu mac board-mac offload persist")
+		err = errors.New("no such key; there are name link addr mtu mac board-mac offload persist board")
 	}
 	return err
 }
@@ -159,9 +180,10 @@ func parseBool(v string) (bool, error) {
 // iface returns the interface of device n. Without a MAC it gets one that stays the same
 // from start to start, so that the other side's neighbour tables stay true.
 func (s netSpec) iface(f *endFlags, side board.Side, n int) tunbridge.Config {
+	link := f.linkName(s.board)
 	c := tunbridge.Config{Name: s.name, Type: s.link, Offload: s.offload, Persist: s.persist, MAC: s.mac, MTU: s.mtu}
 	if side == board.Host && s.link == tunbridge.TAP && c.MAC == (tunbridge.MAC{}) {
-		c.MAC = stableMAC(f.Name, side, n)
+		c.MAC = stableMAC(link, side, n)
 	}
 	return c
 }
@@ -190,7 +212,7 @@ func (f *endFlags) deny() (virtio.Features, error) {
 
 func (f *endFlags) options(log *slog.Logger) board.Options {
 	o := board.Options{Logf: func(format string, args ...interface{}) {
-		log.Debug(fmt.Sprintf(format, args...), "link", f.Name)
+		log.Debug(fmt.Sprintf(format, args...))
 	}}
 	if f.Account {
 		o.Account = new(dma.Account)
@@ -212,15 +234,33 @@ func (f *endFlags) check() error {
 	if f.Lost < 2 {
 		return usagef("--lost %d: at least 2", f.Lost)
 	}
-	kind, _, ok := strings.Cut(f.Board, ":")
 	var kinds []string
 	for _, k := range board.Kinds() {
 		kinds = append(kinds, k.Name)
-		if k.Name == kind && ok {
-			return nil
+	}
+	for i, spec := range f.Board {
+		kind, _, ok := strings.Cut(spec, ":")
+		if !ok || !slices.Contains(kinds, kind) {
+			return usagef("--board %s: it is KIND:ARG, and the kinds of board are: %s", spec, strings.Join(kinds, " "))
+		}
+		if slices.Contains(f.Board[:i], spec) {
+			return usagef("--board %s: is given twice", spec)
 		}
 	}
-	return usagef("--board %s: it is KIND:ARG, and the kinds of board are: %s", f.Board, strings.Join(kinds, " "))
+	return nil
+}
+
+// linkName returns the name of board n's link: board0, board1, ...
+func (f *endFlags) linkName(n int) string {
+	if n == 0 {
+		return f.Name
+	}
+	stem := strings.TrimRight(f.Name, "0123456789")
+	first, err := strconv.Atoi(f.Name[len(stem):])
+	if err != nil {
+		return f.Name + "-" + strconv.Itoa(n)
+	}
+	return stem + strconv.Itoa(first+n)
 }
 
 // end is what both programs have.
@@ -247,7 +287,7 @@ func (d device) address() error {
 
 // serveEnd runs an end until a signal, with its status socket. Nothing is logged before all is
 // known to be well: what is not is one line.
-func (f *endFlags) serveEnd(side board.Side, e end, devices []device, log *slog.Logger) error {
+func (f *endFlags) serveEnd(side board.Side, ends []end, devices []device, log *slog.Logger) error {
 	path := f.Status
 	switch path {
 	case "":
@@ -257,7 +297,11 @@ func (f *endFlags) serveEnd(side board.Side, e end, devices []device, log *slog.
 	}
 	started := time.Now().Format(time.RFC3339)
 	srv, err := statusd.Serve(path, func() status.Program {
-		return status.Program{Version: version(), Side: side.String(), PID: os.Getpid(), Started: started, Links: []status.Link{e.Status()}}
+		p := status.Program{Version: version(), Side: side.String(), PID: os.Getpid(), Started: started}
+		for _, e := range ends {
+			p.Links = append(p.Links, e.Status())
+		}
+		return p
 	})
 	if err != nil {
 		return usageError{err}
@@ -265,8 +309,10 @@ func (f *endFlags) serveEnd(side board.Side, e end, devices []device, log *slog.
 	defer srv.Close()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	if err := e.Open(); err != nil {
-		return err
+	for _, e := range ends {
+		if err := e.Open(); err != nil {
+			return err
+		}
 	}
 	for _, d := range devices {
 		for _, w := range d.Warnings() {
@@ -274,7 +320,18 @@ func (f *endFlags) serveEnd(side board.Side, e end, devices []device, log *slog.
 		}
 		log.Info("interface ready", "interface", d.Name(), "addresses", d.spec.addrs)
 	}
-	return e.Run(ctx)
+	// One board that fails for good does not take the others along.
+	var wg sync.WaitGroup
+	errs := make([]error, len(ends))
+	for i, e := range ends {
+		wg.Go(func() {
+			if errs[i] = e.Run(ctx); errs[i] != nil && len(ends) > 1 {
+				log.Error("link given up", "link", f.linkName(i), "error", errs[i])
+			}
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
 }
 
 type hostCmd struct {
@@ -300,21 +357,27 @@ func (c *hostCmd) Run(s *streams) error {
 		return err
 	}
 	log := s.logger(c.Verbose)
-	devices := map[uint16]host.Backend{}
+	devices := make([]map[uint16]host.Backend, len(c.Board))
 	var open []device
 	closeAll := func() {
-		for _, d := range devices {
-			d.Close()
+		for _, ds := range devices {
+			for _, d := range ds {
+				d.Close()
+			}
 		}
 	}
-	for i, sp := range specs {
+	for _, sp := range specs {
+		if devices[sp.board] == nil {
+			devices[sp.board] = map[uint16]host.Backend{}
+		}
+		i := len(devices[sp.board]) // number on its link
 		ic := sp.iface(&c.endFlags, board.Host, i)
 		if ic.MTU == 0 {
 			ic.MTU = 1500
 		}
 		bm := sp.boardMAC
 		if bm == (tunbridge.MAC{}) {
-			bm = stableMAC(c.Name, board.Agent, i)
+			bm = stableMAC(c.linkName(sp.board), board.Agent, i)
 		}
 		n, err := host.NewNet(host.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: ic, BoardMAC: bm,
 			Deny: deny, QueueMax: c.QueueMax})
@@ -322,16 +385,20 @@ func (c *hostCmd) Run(s *streams) error {
 			closeAll()
 			return err
 		}
-		devices[uint16(i)] = n
-		open = append(open, device{n.Interface(), sp})
-		if err := open[i].address(); err != nil {
+		devices[sp.board][uint16(i)] = n
+		d := device{n.Interface(), sp}
+		open = append(open, d)
+		if err := d.address(); err != nil {
 			closeAll()
 			return err
 		}
 	}
-	l := host.NewLink(host.Config{Name: c.Name, Board: c.Board, Options: c.options(log), Devices: devices, NoPool: !c.Pool,
-		Log: log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts})
-	if err := c.serveEnd(board.Host, l, open, log); err != nil {
+	var ends []end
+	for b, spec := range c.Board {
+		ends = append(ends, host.NewLink(host.Config{Name: c.linkName(b), Board: spec, Options: c.options(log), Devices: devices[b], NoPool: !c.Pool,
+			Log: log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts}))
+	}
+	if err := c.serveEnd(board.Host, ends, open, log); err != nil {
 		closeAll()
 		return err
 	}
@@ -354,6 +421,9 @@ func (c *agentCmd) Run(s *streams) error {
 	}
 	if c.RXBuffer != 0 && (c.RXBuffer < 256 || c.RXBuffer > 1<<20) {
 		return usagef("--rx-buffer %d: 256 to 1048576", c.RXBuffer)
+	}
+	if len(c.Board) != 1 {
+		return usagef("--board: an agent has one board, %d are given", len(c.Board))
 	}
 	specs, err := c.specs(board.Agent, tunbridge.MAC{})
 	if err != nil {
@@ -385,9 +455,9 @@ func (c *agentCmd) Run(s *streams) error {
 			return err
 		}
 	}
-	l := agent.NewLink(agent.Config{Name: c.Name, Board: c.Board, Placement: c.Placement, Options: c.options(log), Devices: devices,
+	l := agent.NewLink(agent.Config{Name: c.Name, Board: c.Board[0], Placement: c.Placement, Options: c.options(log), Devices: devices,
 		Log: log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts})
-	if err := c.serveEnd(board.Agent, l, open, log); err != nil {
+	if err := c.serveEnd(board.Agent, []end{l}, open, log); err != nil {
 		closeAll()
 		return err
 	}
