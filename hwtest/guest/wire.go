@@ -48,6 +48,8 @@ const (
 	OpStdin    = "stdin"    // Data goes to standard input of ID's start; EOF closes it
 	OpPut      = "put"      // Data goes to the file Path, behind what is there with Append
 	OpGet      = "get"      // answered by EvData ..., then EvDone
+	OpGlob     = "glob"     // answered by EvDone with Names: the paths that match Path (Go's path/filepath.Glob)
+	OpReadlink = "readlink" // answered by EvDone with Names: where the symbolic link Path leads to
 	OpLoad     = "load"     // load the module Path with Params
 	OpUnload   = "unload"   // unload the module Path
 	OpPowerOff = "poweroff" // the machine ends
@@ -91,6 +93,7 @@ type Frame struct {
 	Level  int      `json:"level,omitempty"` // 0 emergency to 7 debug, as syslog(2)
 	Kernel string   `json:"kernel,omitempty"`
 	Failed []string `json:"failed,omitempty"` // EvHello: what went wrong before
+	Names  []string `json:"names,omitempty"`
 
 	Data []byte `json:"-"`
 }

@@ -212,7 +212,7 @@ func fetch(ctx context.Context, cache, dir string, spec *KernelSpec) (*Kernel, e
 
 // toolPackage is the Debian package of each program that is run.
 var toolPackage = map[string]string{
-	"apt-get": "apt", "apt-cache": "apt", "dpkg-deb": "dpkg", "xz": "xz-utils", "make": "make", "gcc-12": "gcc-12", "tar": "tar",
+	"apt-get": "apt", "apt-cache": "apt", "dpkg-deb": "dpkg", "xz": "xz-utils", "make": "make", "gcc": "gcc", "tar": "tar",
 	"qemu-system-x86_64": "qemu-system-x86", "qemu-system-ppc64": "qemu-system-ppc",
 }
 
@@ -315,7 +315,21 @@ func (a *apt) depends(ctx context.Context, pkg string, match *regexp.Regexp) ([]
 	return got, nil
 }
 
-// unpack downloads a package and unpacks it into dir.
+// version returns the version of a package that apt would download.
+func (a *apt) version(ctx context.Context, pkg string) (string, error) {
+	out, err := a.run(ctx, a.dir, "apt-cache", "show", "--no-all-versions", pkg)
+	if err != nil {
+		return "", err
+	}
+	for _, line := range strings.Split(out, "\n") {
+		if v, ok := strings.CutPrefix(line, "Version: "); ok {
+			return v, nil
+		}
+	}
+	return "", fmt.Errorf("%s has no package %s", a.suite, pkg)
+}
+
+// unpack downloads a package, "name" or "name=version", and unpacks it into dir.
 func (a *apt) unpack(ctx context.Context, pkg, dir string) error {
 	tmp, err := os.MkdirTemp(a.dir, "deb-")
 	if err != nil {
@@ -329,10 +343,8 @@ func (a *apt) unpack(ctx context.Context, pkg, dir string) error {
 	if len(debs) != 1 {
 		return fmt.Errorf("apt-get download %s: %d packages", pkg, len(debs))
 	}
-	cmd := exec.CommandContext(ctx, "dpkg-deb", "-x", debs[0], dir)
-	cmd.SysProcAttr = deathsig()
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("dpkg-deb -x %s: %w: %s", filepath.Base(debs[0]), err, bytes.TrimSpace(out))
+	if out, err := run(ctx, tmp, "dpkg-deb", "-x", debs[0], dir); err != nil {
+		return fmt.Errorf("dpkg-deb -x %s: %w: %s", filepath.Base(debs[0]), err, out)
 	}
 	return nil
 }

@@ -81,26 +81,32 @@ func (m *VM) next(ctx context.Context, c chan *guest.Frame, what string) (*guest
 
 // request sends a frame that one EvDone or EvError answers; data collects EvData before.
 func (m *VM) request(ctx context.Context, f *guest.Frame, what string, data io.Writer) error {
+	_, err := m.ask(ctx, f, what, data)
+	return err
+}
+
+// ask is request with the answer's Names.
+func (m *VM) ask(ctx context.Context, f *guest.Frame, what string, data io.Writer) ([]string, error) {
 	id, c := m.call()
 	defer m.drop(id)
 	f.ID = id
 	if err := m.send(f); err != nil {
-		return err
+		return nil, err
 	}
 	for {
 		a, err := m.next(ctx, c, what)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		switch a.Op {
 		case guest.EvData:
 			if _, err := data.Write(a.Data); err != nil {
-				return err
+				return nil, err
 			}
 		case guest.EvDone:
-			return nil
+			return a.Names, nil
 		case guest.EvError:
-			return fmt.Errorf("machine %s: %s: %s", m.Name, what, a.Error)
+			return nil, fmt.Errorf("machine %s: %s: %s", m.Name, what, a.Error)
 		}
 	}
 }
@@ -154,6 +160,21 @@ func (m *VM) Get(ctx context.Context, from string) ([]byte, error) {
 func (m *VM) Write(ctx context.Context, to, content string) error {
 	f := &guest.Frame{Op: guest.OpPut, Path: to, Append: true, Mode: 0o644, Data: []byte(content)}
 	return m.request(ctx, f, fmt.Sprintf("write %q to %s", content, to), nil)
+}
+
+// Glob returns the paths of the guest that match a pattern of path/filepath; one without wildcards tells
+// whether it exists.
+func (m *VM) Glob(ctx context.Context, pattern string) ([]string, error) {
+	return m.ask(ctx, &guest.Frame{Op: guest.OpGlob, Path: pattern}, "glob "+pattern, nil)
+}
+
+// Readlink returns where a symbolic link of the guest leads to, such as a function's driver or iommu_group in sysfs.
+func (m *VM) Readlink(ctx context.Context, name string) (string, error) {
+	n, err := m.ask(ctx, &guest.Frame{Op: guest.OpReadlink, Path: name}, "readlink "+name, nil)
+	if err != nil {
+		return "", err
+	}
+	return n[0], nil
 }
 
 // Load loads a module of the guest's kernel, and what it depends on, as Config.Modules does at boot.

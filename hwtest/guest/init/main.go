@@ -223,6 +223,14 @@ func (s *server) answer(id uint64, err error) {
 	s.send(&guest.Frame{ID: id, Op: guest.EvDone})
 }
 
+func (s *server) answerNames(id uint64, names []string, err error) {
+	if err != nil {
+		s.answer(id, err)
+		return
+	}
+	s.send(&guest.Frame{ID: id, Op: guest.EvDone, Names: names})
+}
+
 func (s *server) serve() error {
 	for {
 		f, err := guest.Read(s.port)
@@ -242,6 +250,12 @@ func (s *server) serve() error {
 			s.answer(f.ID, put(f))
 		case guest.OpGet:
 			go s.get(f)
+		case guest.OpGlob:
+			names, err := filepath.Glob(f.Path)
+			s.answerNames(f.ID, names, err)
+		case guest.OpReadlink:
+			to, err := os.Readlink(f.Path)
+			s.answerNames(f.ID, []string{to}, err)
 		case guest.OpLoad:
 			s.answer(f.ID, load(f.Path, f.Params))
 		case guest.OpUnload:

@@ -85,15 +85,26 @@ func Get(t testing.TB, m *vm.VM, path string) string {
 	return string(bytes.TrimSpace(b))
 }
 
+// Short skips the test under -short, and says so even without -v.
+func Short(t testing.TB, why string) {
+	t.Helper()
+	if testing.Short() {
+		fmt.Fprintf(os.Stderr, "-short skips %s: %s\n", t.Name(), why)
+		t.Skip("-short: " + why)
+	}
+}
+
 // event is a line of go tool test2json.
 type event struct {
 	Action, Test, Output string
+	Elapsed              float64
 }
 
 // result is a test that ran in the machine.
 type result struct {
-	name   string // below its parent
-	action string // pass, fail, skip; empty: it did not end
+	name   string  // below its parent
+	action string  // pass, fail, skip; empty: it did not end
+	took   float64 // seconds
 	output strings.Builder
 	subs   []*result
 }
@@ -167,9 +178,10 @@ func report(t *testing.T, r *result) int {
 		for _, s := range r.subs {
 			n += report(t, s)
 		}
-		text := strings.TrimRight(r.output.String(), "\n")
-		if text != "" {
-			t.Logf("in the machine:\n%s", text)
+		if text := strings.TrimRight(r.output.String(), "\n"); text != "" {
+			t.Logf("in the machine, in %.2f s:\n%s", r.took, text)
+		} else if r.took >= 0.1 {
+			t.Logf("in the machine, in %.2f s", r.took)
 		}
 		switch r.action {
 		case "pass":
@@ -228,11 +240,12 @@ func parse(ctx context.Context, out []byte) (root []*result, loose string, err e
 		}
 		switch e.Action {
 		case "output":
-			if !strings.HasPrefix(e.Output, "=== ") {
+			// The lines of its end would be taken for ours.
+			if l := strings.TrimLeft(e.Output, " "); !strings.HasPrefix(l, "=== ") && !strings.HasPrefix(l, "--- ") {
 				r.output.WriteString(e.Output)
 			}
 		case "pass", "fail", "skip":
-			r.action = e.Action
+			r.action, r.took = e.Action, e.Elapsed
 		}
 	}
 	return root, strings.TrimSpace(other.String()), sc.Err()
