@@ -317,6 +317,9 @@ func (p *DeviceRX) readFrame() (int, error) {
 	room := 0
 	for i := p.next; i < len(p.b.Chains) && room < p.max; i++ {
 		spans := p.writable(&p.b.Chains[i])
+		if i == p.next && len(spans) == 0 {
+			direct = false // a driver that offers nothing to write: there is no place for the header
+		}
 		for j := range spans {
 			s := &spans[j]
 			if !isRAM(s) || i == p.next && j == 0 && s.Len < HeaderLen {
