@@ -265,11 +265,23 @@ func (l *handler) Tick() {
 		}
 		atomic.AddUint64(&l.n.Failures, 1)
 		d.later()
-		if s := err.Error(); s != d.logged {
+		d.n.failed(err)
+		if s := sameError(err); s != d.logged {
 			d.logged = s
 			l.cfg.Log.Warn("device does not come up", "link", l.cfg.Name, "device", d.n.cfg.Name, "error", err, "again_in", d.backoff.String())
 		}
 	}
+}
+
+// sameError returns what is the same whenever the same thing fails: without tokens.
+func sameError(err error) string {
+	var m *virtiomsg.MessageError
+	if errors.As(err, &m) {
+		c := *m
+		c.Header.Token = 0
+		return c.Error()
+	}
+	return err.Error()
 }
 
 // later puts the next attempt off: the further, the sooner the device broke down again.

@@ -422,6 +422,13 @@ func (n *Net) run(p tunbridge.Pump, notify func(error)) {
 	}
 }
 
+// failed notes for Status why the device does not come up.
+func (n *Net) failed(err error) {
+	n.mu.Lock()
+	n.lastErr = err
+	n.mu.Unlock()
+}
+
 // down stops the loops, carrier off. The rings stay as they are: the device may still
 // look at them. It is idempotent.
 func (n *Net) down() {
