@@ -13,8 +13,12 @@ import (
 
 	"github.com/alecthomas/kong"
 	"github.com/boardlink/boardlink/board"
-	_ "github.com/boardlink/boardlink/board/loopback" // registers itself
+	_ "github.com/boardlink/boardlink/board/ivshmem"  // kinds of board register themselves
+	_ "github.com/boardlink/boardlink/board/loopback" //
+	_ "github.com/boardlink/boardlink/board/mpc83xx"  //
 	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
+	_ "github.com/boardlink/boardlink/pci/uio"  // ways to open a PCI function
+	_ "github.com/boardlink/boardlink/pci/vfio" //
 	"github.com/boardlink/boardlink/tunbridge"
 )
 

@@ -1,0 +1,85 @@
+//go:build linux
+
+// Command peer is the end of a trial inside of a virtual machine: it echoes, or checks another's echo and prints the
+// result as JSON.
+//
+//	peer echo
+//	peer check ADDRESS [PINGS [BYTES]]
+//	peer memory FUNCTION on|off
+//
+// The last sets or clears the memory-enable bit of a PCI function, behind the back of whoever uses it.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/signal"
+	"strconv"
+	"syscall"
+
+	"github.com/boardlink/boardlink/hwtest/remote"
+)
+
+func main() {
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "peer:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string) error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	switch {
+	case len(args) == 1 && args[0] == "echo":
+		return remote.Echo(ctx)
+	case len(args) >= 2 && args[0] == "check":
+		addr, err := netip.ParseAddr(args[1])
+		if err != nil {
+			return err
+		}
+		var c remote.Config
+		if len(args) > 2 {
+			if c.Pings, err = strconv.Atoi(args[2]); err != nil {
+				return err
+			}
+		}
+		if len(args) > 3 {
+			if c.Bytes, err = strconv.ParseInt(args[3], 10, 64); err != nil {
+				return err
+			}
+		}
+		r, err := remote.Check(ctx, nil, addr, c)
+		if jerr := json.NewEncoder(os.Stdout).Encode(r); jerr != nil {
+			return jerr
+		}
+		return err
+	}
+	if len(args) == 3 && args[0] == "memory" {
+		return memory(args[1], args[2] == "on")
+	}
+	return fmt.Errorf("usage: peer echo | peer check ADDRESS [PINGS [BYTES]] | peer memory FUNCTION on|off")
+}
+
+// memory writes the command register in configuration space (PCI 3.0, 6.2.2).
+func memory(fn string, on bool) error {
+	const command, memoryEnable = 4, 2
+	f, err := os.OpenFile("/sys/bus/pci/devices/"+fn+"/config", os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var b [2]byte
+	if _, err := f.ReadAt(b[:], command); err != nil {
+		return err
+	}
+	b[0] &^= memoryEnable
+	if on {
+		b[0] |= memoryEnable
+	}
+	_, err = f.WriteAt(b[:], command)
+	return err
+}
