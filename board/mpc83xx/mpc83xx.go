@@ -306,12 +306,12 @@ func openAgent(arg string, o board.Options) (*Board, error) {
 	b := &Board{}
 	b.Spec = a.Spec
 	err = func() error {
-		w, err := local.Map(b.Spec, wr, kind)
+		w, err := local.Map(b.Spec, wr, kind, true)
 		if err != nil {
 			return err
 		}
 		b.OnClose(w.Close)
-		r, err := local.Map(b.Spec, ir, mmio.Uncached)
+		r, err := local.Map(b.Spec, ir, mmio.Uncached, false)
 		if err != nil {
 			return err
 		}

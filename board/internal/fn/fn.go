@@ -21,7 +21,9 @@ import (
 type Arg struct {
 	Spec string // whole, with the kind, for messages
 	What string
-	opts map[string]string
+	// DMAMask is the highest bus address that the function can reach by DMA; 0 is no limit.
+	DMAMask uint64
+	opts    map[string]string
 }
 
 // ParseArg takes an argument apart. Keys other than the given ones, and repeated ones, are errors
@@ -86,7 +88,7 @@ func (a Arg) Open(o board.Options) (pci.Function, error) {
 	if err != nil {
 		return nil, err
 	}
-	f, err := pci.Open(addr, pci.Options{Mode: pci.Mode(mode), Logf: o.Logf})
+	f, err := pci.Open(addr, pci.Options{Mode: pci.Mode(mode), DMAMask: a.DMAMask, Logf: o.Logf})
 	if err != nil {
 		return nil, Wrap(a.Spec, "cannot be opened", err)
 	}

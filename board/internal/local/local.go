@@ -100,8 +100,8 @@ func lock(fd int, r Range) error {
 
 // Map maps a range, as memory of the given kind: what the kernel really makes of it depends on the file. /dev/mem and
 // UIO map what is not the kernel's RAM uncached. Errors are *board.Error: they match board.ErrAbsent where the file is
-// not there, board.ErrSideTaken where another process has mapped the range by this function.
-func Map(spec string, r Range, kind mmio.Kind) (*Mapping, error) {
+// not there, board.ErrSideTaken where another mapping is exclusive, as this one is to be.
+func Map(spec string, r Range, kind mmio.Kind, exclusive bool) (*Mapping, error) {
 	fail := func(class error, err error, format string, args ...interface{}) (*Mapping, error) {
 		return nil, &board.Error{Spec: spec, Reason: r.String() + " " + fmt.Sprintf(format, args...), Class: class, Err: err}
 	}
@@ -150,7 +150,7 @@ func Map(spec string, r Range, kind mmio.Kind) (*Mapping, error) {
 	if err := unix.Fstat(fd, &st); err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && pos+n > (uint64(st.Size)+page-1)&^(page-1) {
 		return fail(board.ErrInput, nil, "does not lie in the file, which has %#x bytes", st.Size)
 	}
-	if err := lock(fd, r); err != nil {
+	if exclusive && lock(fd, r) != nil {
 		return fail(board.ErrSideTaken, nil, "is in use by another live process; stop it first")
 	}
 	b, err := unix.Mmap(fd, int64(pos), int(n), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)

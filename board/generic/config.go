@@ -1,0 +1,505 @@
+package generic
+
+import (
+	"fmt"
+	"math/bits"
+
+	"github.com/boardlink/boardlink/mmio"
+)
+
+// Config describes a kind of board. The tags are those of the TOML file; docs/boards.md explains each key with
+// an example. The host's program uses Host, the agent's Agent: one file serves both ends, and makes sure
+// that they agree.
+type Config struct {
+	// Name is for messages.
+	Name string `toml:"name"`
+	// Vendor and Device, where not 0, are what the PCI function must have.
+	Vendor uint16 `toml:"vendor"`
+	Device uint16 `toml:"device"`
+	Host   *Host  `toml:"host"`
+	Agent  *Agent `toml:"agent"`
+}
+
+// Host is how the carrier reaches the board, and is rung by it.
+type Host struct {
+	Window Window `toml:"window"`
+	// Ring rings the board; nil: the board polls.
+	Ring *Ring `toml:"ring"`
+	// Interrupt is how the board rings the carrier; nil: the carrier polls.
+	Interrupt *Interrupt `toml:"interrupt"`
+	// Pool is memory of the carrier that the board may write and read; nil: none.
+	Pool *Pool `toml:"pool"`
+}
+
+// Agent is how the board reaches its own memory and registers.
+type Agent struct {
+	Window    Window     `toml:"window"`
+	Ring      *Ring      `toml:"ring"`      // rings the carrier
+	Interrupt *Interrupt `toml:"interrupt"` // how the carrier rings the board
+	Pool      *Pool      `toml:"pool"`
+}
+
+// Place is where memory or a register is: at the host in a BAR, at the agent in a file that can be mapped.
+type Place struct {
+	BAR    int    `toml:"bar"`    // host
+	Path   string `toml:"path"`   // agent: /dev/mem (the default) or /dev/uioN
+	Map    int    `toml:"map"`    // agent: number of the UIO map
+	Offset uint64 `toml:"offset"` // in the BAR, the map; with /dev/mem the physical address
+}
+
+// Window is the memory that both sides see.
+type Window struct {
+	Place
+	// Size in bytes; 0: at the host, the rest of the BAR.
+	Size uint64 `toml:"size"`
+	// BusAddress is what descriptors call its first byte: the board's own address of it, as a rule. The agent's counts, and
+	// is its physical address if 0.
+	BusAddress uint64 `toml:"bus_address"`
+	// Memory is "uncached" (default), "write-combining", at the agent also "cached".
+	Memory string `toml:"memory"`
+	// MinAccess and MaxAccess are the widths, in bits, of accesses that the memory takes: 8, 16, 32 and 64; 0: 8 and
+	// 64. MaxAccess is at least 16, see docs/boards.md.
+	MinAccess uint `toml:"min_access"`
+	MaxAccess uint `toml:"max_access"`
+}
+
+// Register is a register.
+type Register struct {
+	Place
+	Width     uint `toml:"width"` // bits: 8, 16 or 32 (0)
+	BigEndian bool `toml:"big_endian"`
+}
+
+// Ring is a doorbell register of the other side.
+type Ring struct {
+	Register
+	// Vectors is how many different rings there are; 0 is 1.
+	Vectors uint32 `toml:"vectors"`
+	// Write is what is written for vector v: "bit" (1 << (Value+v)), "number" (Value+v) or "value" (Value, the
+	// default). A register in which ones set bits takes "bit".
+	Write string `toml:"write"`
+	Value uint32 `toml:"value"`
+	// Stride is the distance in bytes between the registers of successive vectors; 0: one register.
+	Stride uint64 `toml:"stride"`
+}
+
+// Interrupt is how this side is rung.
+type Interrupt struct {
+	// Kind is, at the host, "msix", "msi", "intx" or "any" (the default: the best there is). At the agent it
+	// is left out.
+	Kind string `toml:"kind"`
+	// Path is, at the agent, the UIO device whose interrupt it is.
+	Path string `toml:"path"`
+	// Vectors is how many are used; 0: all that there are, 64 at most, or with Cause the doorbells in it.
+	Vectors uint32 `toml:"vectors"`
+	// Cause is the register that tells what a level interrupt is for, and lowers it.
+	Cause *Cause `toml:"cause"`
+}
+
+// Cause is a register in which each bit is a doorbell.
+type Cause struct {
+	Register
+	// Mask are the bits that are doorbells of ours, without gaps: the lowest is vector 0.
+	Mask uint32 `toml:"mask"`
+	// Clear is how bits are cleared: "ones" (write ones to them; the default), "zeros", "read" (reading does).
+	Clear string `toml:"clear"`
+	// ClearOffset is where they are cleared, in the same BAR or map; 0 is the register itself.
+	ClearOffset uint64 `toml:"clear_offset"`
+	// Enable, where given, lets the interrupts through, and keeps them off at the end.
+	Enable *Enable `toml:"enable"`
+}
+
+// Enable is a register in which bits enable or mask the interrupts.
+type Enable struct {
+	Register
+	// Bits are set to let interrupts through or, with MasksWhenSet, cleared.
+	Bits         uint32 `toml:"bits"`
+	MasksWhenSet bool   `toml:"masks_when_set"`
+}
+
+// Pool is memory of the host that the board reaches by mastering the bus.
+type Pool struct {
+	// Size in bytes, a multiple of 64 KiB.
+	Size uint64 `toml:"size"`
+	// BusOffset, at the host, is what the board adds to addresses on the PCI bus: where its outbound window
+	// lies. The board's address of the pool is the bus address plus this.
+	BusOffset uint64 `toml:"bus_offset"`
+	// HighestAddress, at the host, is the highest PCI bus address that the board can reach; 0: any.
+	HighestAddress uint64 `toml:"highest_address"`
+	// Place, at the agent, is where the outbound window to the host's memory is; BusAddress the board's
+	// address of its first byte, what the host declares lies within Size from there.
+	Place
+	BusAddress uint64 `toml:"bus_address"`
+}
+
+// ConfigError is a key of a Config that makes no sense.
+type ConfigError struct {
+	Key    string // "host.window.size"
+	Reason string
+}
+
+// Error names the key.
+func (e *ConfigError) Error() string { return e.Key + ": " + e.Reason }
+
+// MinWindow is the least size of a window, in bytes.
+const MinWindow = 64 << 10
+
+// maxVectors limits what a side can be rung by.
+const maxVectors = 64
+
+// poolAlign is what a pool's size is a multiple of: a page on every machine.
+const poolAlign = 64 << 10
+
+// Validate returns nil, or a *ConfigError that names the first key that makes no sense.
+func (c *Config) Validate() error {
+	if c.Host == nil && c.Agent == nil {
+		return &ConfigError{"host", "neither [host] nor [agent] is there"}
+	}
+	if c.Host != nil {
+		v := validator{"host", true}
+		if err := v.side(&c.Host.Window, c.Host.Ring, c.Host.Interrupt, c.Host.Pool); err != nil {
+			return err
+		}
+	}
+	if c.Agent != nil {
+		v := validator{"agent", false}
+		if err := v.side(&c.Agent.Window, c.Agent.Ring, c.Agent.Interrupt, c.Agent.Pool); err != nil {
+			return err
+		}
+	}
+	if c.Host != nil && c.Agent != nil {
+		return c.agree()
+	}
+	return nil
+}
+
+// agree compares the two sides.
+func (c *Config) agree() error {
+	h, a := c.Host, c.Agent
+	if h.Window.Size != 0 && h.Window.Size < a.Window.Size {
+		return &ConfigError{"host.window.size", fmt.Sprintf("%#x is less than the agent's, %#x", h.Window.Size, a.Window.Size)}
+	}
+	if h.Window.BusAddress != 0 && h.Window.BusAddress != a.Window.bus() {
+		return &ConfigError{"host.window.bus_address", fmt.Sprintf("%#x is not the agent's, %#x", h.Window.BusAddress, a.Window.bus())}
+	}
+	for _, p := range []struct {
+		key  string
+		ring *Ring
+		irq  *Interrupt
+	}{{"agent.ring.vectors", a.Ring, h.Interrupt}, {"host.ring.vectors", h.Ring, a.Interrupt}} {
+		if p.ring == nil || p.irq == nil {
+			continue
+		}
+		// The side that is rung declares its vectors; more than can be rung would refuse the link.
+		if n := p.irq.vectors(); n > p.ring.vectors() {
+			return &ConfigError{p.key, fmt.Sprintf("%d, but the side that is rung has %d", p.ring.vectors(), n)}
+		}
+	}
+	if p := h.Pool; p != nil && a.Pool != nil && a.Pool.Size < p.Size {
+		return &ConfigError{"agent.pool.size", fmt.Sprintf("%#x is less than the host's, %#x", a.Pool.Size, p.Size)}
+	}
+	return nil
+}
+
+type validator struct {
+	name string
+	host bool
+}
+
+func (v validator) bad(key, format string, args ...interface{}) error {
+	return &ConfigError{v.name + "." + key, fmt.Sprintf(format, args...)}
+}
+
+func (v validator) side(w *Window, r *Ring, i *Interrupt, p *Pool) error {
+	if err := v.window(w); err != nil {
+		return err
+	}
+	if r != nil {
+		if err := v.ring(r); err != nil {
+			return err
+		}
+	}
+	if i != nil {
+		if err := v.interrupt(i); err != nil {
+			return err
+		}
+	}
+	if p != nil {
+		return v.pool(p)
+	}
+	return nil
+}
+
+func (v validator) place(key string, p *Place) error {
+	if v.host {
+		switch {
+		case p.Path != "" || p.Map != 0:
+			return v.bad(key+".path", "the host has its memory in BARs: bar and offset")
+		case p.BAR < 0 || p.BAR > 5:
+			return v.bad(key+".bar", "%d: BARs are 0 to 5", p.BAR)
+		}
+		return nil
+	}
+	switch {
+	case p.BAR != 0:
+		return v.bad(key+".bar", "the agent has no BARs: path and offset")
+	case p.Map < 0 || p.Map > 255:
+		return v.bad(key+".map", "%d: UIO maps are 0 to 255", p.Map)
+	case p.Offset > 1<<62:
+		return v.bad(key+".offset", "%#x is no address", p.Offset)
+	}
+	return nil
+}
+
+func (v validator) window(w *Window) error {
+	if err := v.place("window", &w.Place); err != nil {
+		return err
+	}
+	if _, err := w.kind(v.host); err != nil {
+		return v.bad("window.memory", "%v", err)
+	}
+	min, max := w.access()
+	switch {
+	case w.Offset&7 != 0:
+		return v.bad("window.offset", "%#x is no multiple of 8", w.Offset)
+	case w.Size == 0 && !v.host:
+		return v.bad("window.size", "is missing")
+	case w.Size != 0 && (w.Size < MinWindow || w.Size&0xfff != 0 || w.Size > 1<<46):
+		return v.bad("window.size", "%#x: a multiple of 0x1000 from %#x on is wanted", w.Size, MinWindow)
+	case w.BusAddress&0xfff != 0:
+		return v.bad("window.bus_address", "%#x is no multiple of 0x1000", w.BusAddress)
+	case !v.host && w.bus()&0x3f != 0:
+		return v.bad("window.bus_address", "is missing, and the offset %#x is no multiple of 64", w.Offset)
+	case w.Size != 0 && w.bus()+w.Size-1 < w.bus():
+		return v.bad("window.bus_address", "%#x: the window would pass 2^64", w.bus())
+	case !isWidth(min) || !isWidth(max):
+		return v.bad("window.min_access", "%d to %d bits: widths are 8, 16, 32 and 64", min, max)
+	case min > max || min > 32:
+		return v.bad("window.min_access", "%d bits: at most 32, and max_access, %d", min, max)
+	case max < 16:
+		return v.bad("window.max_access", "%d bits: a link needs 16 in one access, or its indices tear", max)
+	case (min != 8 || max != 64) && w.Memory == "cached":
+		return v.bad("window.memory", "cached memory takes accesses of all widths")
+	}
+	return nil
+}
+
+func isWidth(n uint) bool { return n == 8 || n == 16 || n == 32 || n == 64 }
+
+func (v validator) register(key string, r *Register) error {
+	if err := v.place(key, &r.Place); err != nil {
+		return err
+	}
+	w := r.width()
+	if w != 8 && w != 16 && w != 32 {
+		return v.bad(key+".width", "%d bits: a register has 8, 16 or 32", w)
+	}
+	if r.Offset%uint64(w/8) != 0 {
+		return v.bad(key+".offset", "%#x is no multiple of the register's %d bytes", r.Offset, w/8)
+	}
+	if r.Offset > 1<<62 {
+		return v.bad(key+".offset", "%#x lies in no BAR", r.Offset)
+	}
+	return nil
+}
+
+func (r *Register) width() uint {
+	if r.Width == 0 {
+		return 32
+	}
+	return r.Width
+}
+
+// fits tells whether a value can stand in the register.
+func (r *Register) fits(n uint64) bool { return n>>r.width() == 0 }
+
+func (v validator) ring(r *Ring) error {
+	if err := v.register("ring", &r.Register); err != nil {
+		return err
+	}
+	n := uint64(r.vectors())
+	if n > maxVectors {
+		return v.bad("ring.vectors", "%d: at most %d", n, maxVectors)
+	}
+	if r.Stride%uint64(r.width()/8) != 0 || r.Stride > 1<<20 {
+		return v.bad("ring.stride", "%#x is no multiple of the register's %d bytes, or more than 1 MiB", r.Stride, r.width()/8)
+	}
+	switch r.Write {
+	case "bit":
+		if uint64(r.Value)+n > uint64(r.width()) {
+			return v.bad("ring.vectors", "%d from bit %d on do not fit a register of %d bits", n, r.Value, r.width())
+		}
+	case "number":
+		if !r.fits(uint64(r.Value) + n - 1) {
+			return v.bad("ring.value", "%#x+%d does not fit a register of %d bits", r.Value, n-1, r.width())
+		}
+	case "", "value":
+		if !r.fits(uint64(r.Value)) {
+			return v.bad("ring.value", "%#x does not fit a register of %d bits", r.Value, r.width())
+		}
+		if n > 1 && r.Stride == 0 {
+			return v.bad("ring.write", "%d vectors in one register: bit or number is wanted", n)
+		}
+	default:
+		return v.bad("ring.write", "%q: bit, number or value is wanted", r.Write)
+	}
+	return nil
+}
+
+func (r *Ring) vectors() uint32 {
+	if r.Vectors == 0 {
+		return 1
+	}
+	return r.Vectors
+}
+
+// value returns what is written for a vector, and where.
+func (r *Ring) value(vec uint32) (v uint32, off uint64) {
+	off = uint64(vec) * r.Stride
+	switch r.Write {
+	case "bit":
+		return 1 << (r.Value + vec), off
+	case "number":
+		return r.Value + vec, off
+	}
+	return r.Value, off
+}
+
+func (v validator) interrupt(i *Interrupt) error {
+	if i.Vectors > maxVectors {
+		return v.bad("interrupt.vectors", "%d: at most %d", i.Vectors, maxVectors)
+	}
+	if v.host {
+		switch i.Kind {
+		case "", "any", "msix", "msi", "intx":
+		default:
+			return v.bad("interrupt.kind", "%q: msix, msi, intx or any is wanted", i.Kind)
+		}
+		if i.Path != "" {
+			return v.bad("interrupt.path", "is for the agent")
+		}
+		if i.Kind == "intx" && i.Cause == nil {
+			return v.bad("interrupt.cause", "is missing: a level interrupt goes on until its cause is cleared")
+		}
+	} else {
+		switch {
+		case i.Kind != "":
+			return v.bad("interrupt.kind", "is for the host")
+		case i.Path == "":
+			return v.bad("interrupt.path", "is missing: the UIO device, /dev/uioN")
+		case i.Cause == nil && i.Vectors > 1:
+			return v.bad("interrupt.vectors", "%d, but one interrupt without a cause register is one", i.Vectors)
+		}
+	}
+	if i.Cause == nil {
+		return nil
+	}
+	return v.cause(i)
+}
+
+// vectors is how many doorbells a side with a cause register has; 0 where that depends on the function.
+func (i *Interrupt) vectors() uint32 {
+	if i.Cause == nil {
+		return i.Vectors
+	}
+	n := uint32(bits.OnesCount32(i.Cause.Mask))
+	if i.Vectors != 0 && i.Vectors < n {
+		n = i.Vectors
+	}
+	return n
+}
+
+func (v validator) cause(i *Interrupt) error {
+	c := i.Cause
+	if err := v.register("interrupt.cause", &c.Register); err != nil {
+		return err
+	}
+	low := c.Mask >> uint(bits.TrailingZeros32(c.Mask))
+	switch {
+	case c.Mask == 0:
+		return v.bad("interrupt.cause.mask", "is missing: the bits that are doorbells")
+	case !c.fits(uint64(c.Mask)):
+		return v.bad("interrupt.cause.mask", "%#x does not fit a register of %d bits", c.Mask, c.width())
+	case low&(low+1) != 0:
+		return v.bad("interrupt.cause.mask", "%#x has gaps", c.Mask)
+	case i.Vectors > uint32(bits.OnesCount32(c.Mask)):
+		return v.bad("interrupt.vectors", "%d, but the mask %#x has %d bits", i.Vectors, c.Mask, bits.OnesCount32(c.Mask))
+	case c.ClearOffset%uint64(c.width()/8) != 0 || c.ClearOffset > 1<<62:
+		return v.bad("interrupt.cause.clear_offset", "%#x is no multiple of the register's %d bytes", c.ClearOffset, c.width()/8)
+	}
+	switch c.Clear {
+	case "", "ones", "zeros":
+	case "read":
+		if c.ClearOffset != 0 {
+			return v.bad("interrupt.cause.clear_offset", "reading the register itself clears")
+		}
+	default:
+		return v.bad("interrupt.cause.clear", "%q: ones, zeros or read is wanted", c.Clear)
+	}
+	if e := c.Enable; e != nil {
+		if err := v.register("interrupt.cause.enable", &e.Register); err != nil {
+			return err
+		}
+		if e.Bits == 0 || !e.fits(uint64(e.Bits)) {
+			return v.bad("interrupt.cause.enable.bits", "%#x: bits of a register of %d bits are wanted", e.Bits, e.width())
+		}
+	}
+	return nil
+}
+
+func (v validator) pool(p *Pool) error {
+	if err := v.place("pool", &p.Place); err != nil {
+		return err
+	}
+	switch {
+	case p.Size == 0 || p.Size%poolAlign != 0 || p.Size > 1<<40:
+		return v.bad("pool.size", "%#x: a multiple of %#x is wanted", p.Size, poolAlign)
+	case v.host && p.BusAddress != 0:
+		return v.bad("pool.bus_address", "the host's follows from the DMA map; bus_offset is added to it")
+	case v.host && p.BusOffset&0xfff != 0:
+		return v.bad("pool.bus_offset", "%#x is no multiple of 0x1000", p.BusOffset)
+	case v.host && (p.BAR != 0 || p.Offset != 0):
+		return v.bad("pool.bar", "the host's pool is its own memory")
+	case !v.host && (p.BusOffset != 0 || p.HighestAddress != 0):
+		return v.bad("pool.bus_offset", "is for the host")
+	case !v.host && (p.BusAddress&0xfff != 0 || p.Offset&7 != 0):
+		return v.bad("pool.bus_address", "%#x is no multiple of 0x1000, or the offset %#x none of 8", p.BusAddress, p.Offset)
+	case !v.host && p.BusAddress+p.Size-1 < p.BusAddress:
+		return v.bad("pool.bus_address", "%#x: the pool would pass 2^64", p.BusAddress)
+	}
+	return nil
+}
+
+func (w *Window) access() (min, max uint) {
+	min, max = w.MinAccess, w.MaxAccess
+	if min == 0 {
+		min = 8
+	}
+	if max == 0 {
+		max = 64
+	}
+	return min, max
+}
+
+// bus is the board's address of the window.
+func (w *Window) bus() uint64 {
+	if w.BusAddress != 0 {
+		return w.BusAddress
+	}
+	return w.Offset
+}
+
+func (w *Window) kind(host bool) (mmio.Kind, error) {
+	switch w.Memory {
+	case "", "uncached":
+		return mmio.Uncached, nil
+	case "write-combining":
+		return mmio.WriteCombining, nil
+	case "cached":
+		if host {
+			return 0, fmt.Errorf("cached: a BAR is device memory; uncached or write-combining")
+		}
+		return mmio.Cached, nil
+	}
+	return 0, fmt.Errorf("%q: uncached, write-combining or (agent) cached is wanted", w.Memory)
+}
