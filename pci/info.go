@@ -151,6 +151,7 @@ func ParseResource(resource string, config []byte) ([]BAR, error) {
 			IO: flags&resIO != 0, Bits64: flags&res64 != 0, Prefetch: flags&resPrefetch != 0,
 		}
 		if flags&(resIO|resMem) == 0 {
+			b = BAR{Index: i}
 			// The kernel knows none, or dropped it. What the register's type bits
 			// say is left of it.
 			if !upper && barHint(config, i, &b) {
@@ -164,7 +165,7 @@ func ParseResource(resource string, config []byte) ([]BAR, error) {
 			if end < start && end+1 != start {
 				return nil, fmt.Errorf("resource %d: it ends at %#x before its start %#x", i, end, start)
 			}
-			b.Unassigned = true
+			b.Unassigned, b.Start = true, 0
 		} else if b.Size = end - start + 1; b.Size == 0 {
 			return nil, fmt.Errorf("resource %d: %#x to %#x is all there is", i, start, end)
 		}
@@ -183,7 +184,7 @@ func barHint(config []byte, i int, b *BAR) bool {
 		return false
 	}
 	r := binary.LittleEndian.Uint32(config[0x10+4*i:])
-	if r == 0 || r == 0xffffffff {
+	if r&(barIO|barType|barPrefetch) == 0 || r == 0xffffffff {
 		return false
 	}
 	b.Unassigned, b.Start = true, 0

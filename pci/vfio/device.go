@@ -587,6 +587,6 @@ func (f *function) release() error {
 		unix.Close(f.fd)
 		f.fd = -1
 	}
-	f.g.put()
+	f.g.put(f.info.Address)
 	return first
 }

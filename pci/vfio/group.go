@@ -22,7 +22,9 @@ type group struct {
 	fd        int
 	container int
 	iommu     int // kind
-	refs      int // under groupsMu
+	// users are the functions that this process has open, under groupsMu: the kernel would let it open
+	// them twice.
+	users map[pci.Address]bool
 
 	mu    sync.Mutex
 	space *iovaSpace
@@ -55,10 +57,15 @@ func openGroup(info *pci.Info, o pci.Options) (*group, error) {
 		path = devDir + "/noiommu-" + info.IOMMUGroup
 	}
 	if g := groups[path]; g != nil {
-		g.refs++
+		if g.users[info.Address] {
+			return nil, &pci.Error{Problem: pci.Busy, Spec: info.Address.String(), Reason: "this program has it open already"}
+		}
+		g.users[info.Address] = true
 		return g, nil
 	}
-	g := &group{path: path, fd: -1, container: -1, refs: 1, maps: map[dma.Addr]*mapped{}}
+	g := &group{
+		path: path, fd: -1, container: -1, users: map[pci.Address]bool{info.Address: true}, maps: map[dma.Addr]*mapped{},
+	}
 	if err := g.open(info, o); err != nil {
 		g.closeFDs()
 		return nil, err
@@ -351,11 +358,11 @@ func (g *group) unmapDMA(a pci.Address, at dma.Addr) error {
 	return nil
 }
 
-// put gives a reference back. The last one closes, which takes back all that the kernel did.
-func (g *group) put() {
+// put gives a function back. The last one closes the group, which takes back all that the kernel did.
+func (g *group) put(a pci.Address) {
 	groupsMu.Lock()
 	defer groupsMu.Unlock()
-	if g.refs--; g.refs > 0 {
+	if delete(g.users, a); len(g.users) > 0 {
 		return
 	}
 	delete(groups, g.path)
