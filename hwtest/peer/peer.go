@@ -28,6 +28,7 @@ const kind = "test"
 var boards struct {
 	sync.Mutex
 	pairs []*testboard.Pair
+	ends  map[string][2]*testboard.End // by spec: those opened last
 }
 
 func init() {
@@ -40,9 +41,26 @@ func open(arg string, o board.Options) (board.Board, error) {
 		return nil, err
 	}
 	boards.Lock()
-	p := boards.pairs[n]
-	boards.Unlock()
-	return p.Open(o)
+	defer boards.Unlock()
+	e, err := boards.pairs[n].Open(o)
+	if err != nil {
+		return nil, err
+	}
+	if boards.ends == nil {
+		boards.ends = map[string][2]*testboard.End{}
+	}
+	spec := kind + ":" + arg
+	ends := boards.ends[spec]
+	ends[o.Side] = e
+	boards.ends[spec] = ends
+	return e, nil
+}
+
+// End returns the end of a board that was opened last by its spec; nil if none was.
+func End(spec string, side board.Side) *testboard.End {
+	boards.Lock()
+	defer boards.Unlock()
+	return boards.ends[spec][side]
 }
 
 // NewBoard makes a board for the test, closed at its end, and returns it with its spec. Ends opened by

@@ -1,0 +1,162 @@
+package session_test
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/board/testboard"
+	"github.com/boardlink/boardlink/hwtest/peer"
+	"github.com/boardlink/boardlink/session"
+	"github.com/boardlink/boardlink/virtiomsg"
+)
+
+// TestLimit: a burst of lines passes, the rest is counted, and told with the next line that passes.
+func TestLimit(t *testing.T) {
+	var log peer.Log
+	l := session.Limit(&log)
+	if session.Limit(l) != l {
+		t.Error("a limit of a limit")
+	}
+	for range 10000 {
+		l.Warn("x", "a", 1)
+		l.Info("y")
+		l.Error("z")
+	}
+	if n := log.Lines(); n < 10 || n > 100 {
+		t.Errorf("%d lines of 30000", n)
+	}
+	before := log.Lines()
+	time.Sleep(600 * time.Millisecond)
+	l.Warn("later", "a", 1)
+	if log.Lines() != before+1 || !strings.Contains(log.String(), "WARN later [a 1 suppressed 29") {
+		t.Errorf("the next line: %s", log.String()[strings.LastIndex(log.String(), "\n")+1:])
+	}
+	l.Warn("last")
+	if s := log.String(); !strings.HasSuffix(s, "WARN last []") {
+		t.Error("told twice")
+	}
+}
+
+// none is the owner of a session that has no devices.
+type none struct{}
+
+func (none) Queues() []session.QueueID { return nil }
+func (none) Declare(board.Board) (virtiomsg.Declaration, error) {
+	return virtiomsg.Declaration{}, nil
+}
+func (none) Up()                                           {}
+func (none) Down()                                         {}
+func (none) Message(h virtiomsg.Header, m *virtiomsg.Slot) {}
+func (none) Malformed(m *virtiomsg.Slot, err error)        {}
+func (none) Tick()                                         {}
+
+// openings are what the kind of board "flaky" answers, one after the other.
+var openings = make(chan error, 16)
+
+func init() {
+	board.Register(board.Kind{Name: "flaky", Open: func(arg string, o board.Options) (board.Board, error) {
+		select {
+		case err := <-openings:
+			if err != nil {
+				return nil, err
+			}
+		default:
+		}
+		b, err := board.Open(arg, o)
+		if err != nil {
+			return nil, err
+		}
+		return served{b, lost}, nil
+	}})
+}
+
+// lost is whether boards of the kind "flaky" have lost their server.
+var lost = new(atomic.Bool)
+
+type served struct {
+	board.Board
+	lost *atomic.Bool
+}
+
+func (s served) ServerLost() bool { return s.lost.Load() }
+
+// TestServerLost: a link that is down opens its board anew when the server is gone, and does not mind what
+// is wrong with it meanwhile.
+func TestServerLost(t *testing.T) {
+	_, spec := peer.NewBoard(t, testboard.PairOptions{})
+	var log peer.Log
+	s := session.New(session.Config{Name: "x", Spec: "flaky:" + spec, Log: &log, Handler: none{}, Beat: 5 * time.Millisecond})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	wait := func(what string, ok func() bool) {
+		t.Helper()
+		for begin := time.Now(); !ok(); time.Sleep(time.Millisecond) {
+			if time.Since(begin) > 5*time.Second {
+				t.Fatalf("not in time: %s; log:\n%s", what, &log)
+			}
+		}
+	}
+	opened := func() uint64 { return s.Status().Counters["opened"] }
+	wait("open", func() bool { return opened() == 1 })
+	for _, class := range []error{board.ErrAbsent, board.ErrInput, board.ErrSideTaken, nil} {
+		openings <- &board.Error{Spec: "flaky", Reason: "in between", Class: class}
+	}
+	lost.Store(true)
+	wait("the loss is seen", func() bool { return strings.Contains(s.Status().State, "waiting for the board") })
+	lost.Store(false)
+	wait("open again", func() bool { return opened() == 2 })
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestOpen: what is wrong with a board shows before Run; that it is absent does not matter.
+func TestOpen(t *testing.T) {
+	s := session.New(session.Config{Name: "x", Spec: "nosuch:kind", Log: new(peer.Log), Handler: none{}})
+	if err := s.Open(); !errors.Is(err, board.ErrInput) {
+		t.Errorf("a bad spec: %v", err)
+	}
+	if err := s.Run(context.Background()); !errors.Is(err, board.ErrInput) {
+		t.Errorf("a bad spec, run: %v", err)
+	}
+
+	_, spec := peer.NewBoard(t, testboard.PairOptions{})
+	var log peer.Log
+	s = session.New(session.Config{Name: "x", Spec: "flaky:" + spec, Log: &log, Handler: none{}})
+	openings <- &board.Error{Spec: "flaky", Reason: "not yet", Class: board.ErrAbsent}
+	openings <- &board.Error{Spec: "flaky", Reason: "not yet", Class: board.ErrAbsent}
+	if err := s.Open(); err != nil {
+		t.Errorf("an absent board: %v", err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	for begin := time.Now(); s.Status().State != "waiting for the peer"; time.Sleep(time.Millisecond) {
+		if time.Since(begin) > 5*time.Second {
+			t.Fatalf("state %q", s.Status().State)
+		}
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if s := log.String(); strings.Count(s, "waiting for the board") != 1 || !strings.Contains(s, "not yet") {
+		t.Errorf("log:\n%s", s)
+	}
+
+	// Opened before, and ended before it runs.
+	s = session.New(session.Config{Name: "x", Spec: spec, Log: &log, Handler: none{}})
+	if err := s.Open(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Run(ctx); err != nil {
+		t.Error(err)
+	}
+}
