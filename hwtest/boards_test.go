@@ -446,7 +446,12 @@ func TestVFIOHostAndAgentMachines(t *testing.T) {
 // (c) and (d): a POWER machine as board, and as carrier behind sPAPR TCE.
 func TestPseries(t *testing.T) {
 	s := serve(t)
-	m := vmtest.Boot(t, config(vm.Pseries(ivshmem(s))))
+	// A host bridge of its own: all functions behind one are one IOMMU group on this machine.
+	cfg := config(vm.Pseries())
+	cfg.Devices = append(cfg.Devices, "-device", "spapr-pci-host-bridge,index=1,id=phb1", "-chardev", "socket,id=board0,path="+s.Path(),
+		"-device", "ivshmem-doorbell,id=board0,vectors=4,chardev=board0,bus=phb1.0,addr=0x4")
+	m := vmtest.Boot(t, cfg)
+	const slot = "0001:00:04.0"
 	bind(t, m, slot, "vfio-pci")
 	echo(t, m)
 	t.Run("carrier", func(t *testing.T) {
