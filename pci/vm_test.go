@@ -52,8 +52,29 @@ func TestInVM(t *testing.T) {
 		}
 		return e
 	}
-	t.Run("iommu", func(t *testing.T) {
-		m := vmtest.Boot(t, vm.Carrier(vm.Ivshmem{ID: "b0", Socket: serve(t), Port: "p0"}))
-		vmtest.RunGoTest(t, m, module+"vfio", append(env(t, m, pci.VFIO), "BOARDLINK_TEST_RESET=1"), "-test.run="+*guestRun, "-test.timeout=60s")
-	})
+	for _, c := range []struct {
+		name  string
+		cfg   vm.Config
+		modes []pci.Mode
+		env   string
+	}{
+		// Behind a port of its own a function can be reset alone.
+		{"iommu", vm.Carrier(vm.Ivshmem{ID: "b0", Socket: serve(t), Port: "p0"}), []pci.Mode{pci.VFIO}, "BOARDLINK_TEST_RESET=1"},
+		{"plain", vm.Plain(vm.Ivshmem{ID: "b0", Socket: serve(t)}), []pci.Mode{pci.UIO, pci.SysfsOnly}, ""},
+		{"noiommu", vm.NoIOMMU(vm.Ivshmem{ID: "b0", Socket: serve(t)}), []pci.Mode{pci.VFIONoIOMMU}, ""},
+		{"pseries", vm.Pseries(vm.Ivshmem{ID: "b0", Socket: serve(t)}), []pci.Mode{pci.VFIO, pci.UIO}, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			m := vmtest.Boot(t, c.cfg)
+			for _, mode := range c.modes {
+				pkg := module + "vfio"
+				if mode == pci.UIO || mode == pci.SysfsOnly {
+					pkg = module + "uio"
+				}
+				t.Run(string(mode), func(t *testing.T) {
+					vmtest.RunGoTest(t, m, pkg, append(env(t, m, mode), c.env), "-test.run="+*guestRun, "-test.timeout=100s")
+				})
+			}
+		})
+	}
 }

@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -42,9 +43,10 @@ type function struct {
 	info    *pci.Info
 	opt     pci.Options
 	config  access.Config
-	enabled bool // by us, in mode sysfs
-	uio     int  // /dev/uioN, -1 in mode sysfs
-	irq     bool // the driver found an interrupt
+	enabled bool   // by us, in mode sysfs
+	uio     int    // /dev/uioN, -1 in mode sysfs
+	event   string // sysfs file that counts its interrupts since it was bound
+	irq     bool   // the driver found an interrupt
 	bars    access.BARs
 	watch   *access.Watch
 
@@ -146,6 +148,7 @@ func (f *function) openUIO() error {
 	for _, e := range l {
 		if strings.HasPrefix(e.Name(), "uio") {
 			name = "/dev/" + e.Name()
+			f.event = filepath.Join(f.opt.Sysfs.Dir(f.info.Address), "uio", e.Name(), "event")
 		}
 	}
 	if name == "" {
@@ -256,6 +259,15 @@ func (w *waiter) FD() int { return w.f.uio }
 
 // Ack implements pci.Waiter.
 func (w *waiter) Ack() (uint64, error) {
+	n, err := w.take()
+	if err != nil || n == 0 {
+		return n, err
+	}
+	return n, w.f.unmask()
+}
+
+// take reads how many interrupts came since the last time.
+func (w *waiter) take() (uint64, error) {
 	var count uint32
 	for {
 		n, _, e := unix.Syscall(unix.SYS_READ, uintptr(w.f.uio), uintptr(unsafe.Pointer(&count)), 4)
@@ -271,11 +283,10 @@ func (w *waiter) Ack() (uint64, error) {
 		case n != 4:
 			return 0, fmt.Errorf("pci function %s: reading its interrupt gave %d bytes of 4", w.f, n)
 		}
-		break
+		rings := uint64(count - w.last) // it wraps
+		w.last = count
+		return rings, nil
 	}
-	rings := uint64(count - w.last) // it wraps
-	w.last = count
-	return rings, w.f.unmask()
 }
 
 // unmask lets the line interrupt again: clears Interrupt Disable, as uio-howto.rst asks for.
@@ -307,11 +318,19 @@ func (f *function) EnableInterrupts(n int) ([]pci.Waiter, error) {
 	}
 	w := &waiter{f: f}
 	// What came before nobody waits for.
-	for {
-		if _, _, e := unix.Syscall(unix.SYS_READ, uintptr(f.uio), uintptr(unsafe.Pointer(&w.last)), 4); e != unix.EINTR {
-			break
-		}
+	if _, err := w.take(); err != nil {
+		return nil, err
 	}
+	// Reads give the count since the driver was bound, but only once it has changed since /dev/uioN was opened.
+	b, err := os.ReadFile(f.event)
+	if err != nil {
+		return nil, f.fail(pci.Other, err, "its interrupts cannot be counted")
+	}
+	count, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 32)
+	if err != nil {
+		return nil, f.fail(pci.Other, err, "its interrupts cannot be counted")
+	}
+	w.last = uint32(count)
 	if err := f.config.SetCommand(0, pci.CommandINTxDisable); err != nil {
 		return nil, err
 	}
