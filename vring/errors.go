@@ -31,6 +31,14 @@ var (
 	ErrIndirectNext = errors.New("indirect descriptor with a next")
 	// ErrIndirectNextRange: a next inside an indirect table points outside it.
 	ErrIndirectNextRange = errors.New("next outside the indirect table")
+	// ErrIDRange: the buffer id of a packed descriptor is not below the queue size.
+	ErrIDRange = errors.New("buffer id out of range")
+	// ErrIDInFlight: a packed descriptor carries the buffer id of a buffer in flight.
+	ErrIDInFlight = errors.New("buffer id is in flight")
+	// ErrUnavailable: the list of a packed descriptor runs into one that is not available.
+	ErrUnavailable = errors.New("list runs into a descriptor that is not available")
+	// ErrRestamp: a packed descriptor is made available that the device has not used.
+	ErrRestamp = errors.New("descriptor made available again before it was used")
 	// ErrOrder: a descriptor to read behind one to write (2.7.4.2).
 	ErrOrder = errors.New("readable descriptor behind a writable one")
 	// ErrZeroLength: a buffer of no bytes.
@@ -52,6 +60,9 @@ var (
 	ErrUsedJump = errors.New("used index jumps")
 	// ErrUsedID: a used element names no head in flight.
 	ErrUsedID = errors.New("used element of a chain that is not in flight")
+	// ErrUsedOrder: a used element names a chain that is not yet due (VIRTIO_F_IN_ORDER): the used
+	// index does not reach to it.
+	ErrUsedOrder = errors.New("used element of a chain that is not due")
 	// ErrUsedLen: a used element claims more bytes than the chain had writable.
 	ErrUsedLen = errors.New("used length above the writable length")
 )
@@ -85,6 +96,18 @@ type Error struct {
 	Err   error // the cause, where there is one
 }
 
+// errPackedState: a state of another kind of queue.
+var errPackedState = errors.New("the state of a packed queue, this one is split")
+
+// configError is err as the *Error of a queue that cannot be made.
+func configError(c *Config, err error) error {
+	code := ErrConfig
+	if err == errPackedState {
+		code = ErrState
+	}
+	return &Error{Queue: c.Name, Code: code, Err: err}
+}
+
 // Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Err }
 
@@ -102,6 +125,15 @@ func (e *Error) Error() string {
 		remedy = "reset the device"
 	case ErrHeadRange:
 		s += fmt.Sprintf(": entry %d holds %d of at most %d", e.Index, e.Value, e.Limit)
+		remedy = "reset the device"
+	case ErrIDRange, ErrIDInFlight:
+		s += fmt.Sprintf(": descriptor %d holds id %d of at most %d", e.Desc, e.Value, e.Limit)
+		remedy = "reset the device"
+	case ErrUnavailable, ErrRestamp:
+		s += fmt.Sprintf(": list at %d, descriptor %d", e.Index, e.Desc)
+		remedy = "reset the device"
+	case ErrUsedOrder:
+		s += fmt.Sprintf(": element %d of chain %d, which is not among the next %d", e.Index, e.Head, e.Value)
 		remedy = "reset the device"
 	case ErrUsedID:
 		s += fmt.Sprintf(": element %d holds id %d", e.Index, e.Value)

@@ -2,7 +2,6 @@ package vring
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 
 	"github.com/boardlink/boardlink/dma"
@@ -18,15 +17,8 @@ var _ Device = (*SplitDevice)(nil)
 // is its own (the driver must not write there): cache lines, or the bus, are left alone
 // where chains come back as they did one lap before.
 type SplitDevice struct {
-	split
-	indirectOK bool
-	ref        *dma.TableRef
-	table      *dma.Table  // of the last batch; what the barriers cover
-	hot        *dma.Region // region of table that was used last, its range and rights
-	hotAddr    uint64
-	hotSize    uint64
-	hotAccess  dma.Access
-	half       bool // the driver area is aligned to 2 only: flags and index apart
+	deviceSide
+	half bool // the driver area is aligned to 2 only: flags and index apart
 
 	avail     uint16 // next available index to pop
 	availSeen uint16 // available index as last read and checked
@@ -40,15 +32,21 @@ type SplitDevice struct {
 	sinceCall uint32 // ... and the chains completed since
 	callAny   bool   // lastCall is not known: the first batch after a restart calls
 
-	ring   []uint64 // shadow of the used ring, by element: what is there already is not written
-	heads  []uint16 // the batch's ring entries, in memory of our own
-	run    []byte   // copy of the descriptor area ...
-	runLo  int      // ... of which these are of this batch
-	runHi  int
-	raw    []byte     // pieces of rings on their way across
-	tab    []byte     // copy of an indirect table
-	pieces []dma.Span // where the indirect table lies
+	ring  []uint64 // shadow of the used ring, by element: what is there already is not written
+	heads []uint16 // the batch's ring entries, in memory of our own
+	run   []byte   // copy of the descriptor area ...
+	runLo int      // ... of which these are of this batch
+	runHi int
+	raw   []byte // pieces of rings on their way across
+
+	// With VIRTIO_F_IN_ORDER, of the chains in flight by available index: the head, and by head: the bytes
+	// that the device may write, which a chain that is skipped counts as written (2.7.9).
+	order []uint16
+	full  []uint32
 }
+
+// unknownHead stands for a chain that was popped before a restart.
+const unknownHead = 1<<16 - 1
 
 // unwritten stands for a used element of unknown content: no chain has this id.
 const unwritten = 1<<32 - 1
@@ -58,16 +56,14 @@ const unwritten = 1<<32 - 1
 func NewSplitDevice(c Config) (*SplitDevice, error) {
 	q := &SplitDevice{}
 	if c.Table == nil {
-		return nil, &Error{Queue: c.Name, Code: ErrConfig, Err: errors.New("no region table")}
+		return nil, &Error{Queue: c.Name, Code: ErrConfig, Err: errNoTable}
 	}
-	if err := q.setup(&c, 2); err != nil {
-		return nil, &Error{Queue: c.Name, Code: ErrConfig, Err: err}
+	if err := q.setupSplit(&c, 2); err != nil {
+		return nil, configError(&c, err)
 	}
 	if n := c.State.Avail - c.State.Used; n > c.Size {
 		return nil, &Error{Queue: c.Name, Code: ErrState, Err: fmt.Errorf("available index %d and used index %d: %d chains in flight in a queue of %d", c.State.Avail, c.State.Used, n, c.Size)}
 	}
-	q.indirectOK = c.Indirect
-	q.ref = c.Table
 	q.half = (uint64(q.driver.region.Addr)+c.Driver.Off)%4 != 0 || q.driver.isRAM && uintptr(q.driver.ram.Pointer(0))%4 != 0
 	q.avail, q.availSeen, q.used = c.State.Avail, c.State.Avail, c.State.Used
 	q.availEvent, q.lastCall = c.State.Avail, c.State.Used
@@ -84,25 +80,18 @@ func NewSplitDevice(c Config) (*SplitDevice, error) {
 	for i := range q.ring {
 		q.ring[i] = unwritten
 	}
-	if c.Indirect {
-		q.tab = make([]byte, n*descSize)
-		q.pieces = make([]dma.Span, 0, dma.MaxSpans)
+	if q.inOrder {
+		q.order, q.full = make([]uint16, n), make([]uint32, n)
+		for i := range q.order {
+			q.order[i] = unknownHead
+		}
 	}
-	q.reload()
+	q.serve(&c)
 	q.device.store16(availEventOff(q.size), q.availEvent)
-	q.publish(&q.device, word(0, q.used))
+	q.publish(&q.device, 0, word(0, q.used))
 	q.fence(mmio.FullBarrier)
 	q.flush()
 	return q, nil
-}
-
-// reload takes the current table, and makes the barriers cover its regions.
-func (q *SplitDevice) reload() {
-	if t := q.ref.Load(); t != q.table {
-		q.table = t
-		q.hot, q.hotSize = nil, 0
-		q.cover(q.kind, t.Regions())
-	}
 }
 
 // look reads the available index, once all that it had seen is popped, and returns how
@@ -233,6 +222,10 @@ func (q *SplitDevice) Pop(b *Batch, max int) (int, error) {
 			spans = spans[:kept]
 			break
 		}
+		if q.inOrder {
+			q.order[(avail+uint16(n))&mask] = head
+			q.full[head] = c.WriteLen
+		}
 		n++
 	}
 	b.Chains, b.Spans = chains, spans
@@ -247,11 +240,6 @@ func (q *SplitDevice) Pop(b *Batch, max int) (int, error) {
 		return n, q.fail(bad)
 	}
 	return n, nil
-}
-
-// heat remembers the region of a translated buffer.
-func (q *SplitDevice) heat(r *dma.Region) {
-	q.hot, q.hotAddr, q.hotSize, q.hotAccess = r, uint64(r.Addr), r.Mem.Size(), r.Access
 }
 
 // readHeads copies the next m entries of the available ring to heads.
@@ -322,21 +310,9 @@ func (q *SplitDevice) walk(b *Batch, c *Chain, addr, w uint64, left int) (int, *
 // walkTable takes the rest of chain c from the indirect table that descriptor at points to
 // (virtio 1.2, 2.7.5.3). Its WRITE flag means nothing (2.7.5.3.2).
 func (q *SplitDevice) walkTable(b *Batch, c *Chain, at uint16, addr dma.Addr, length uint32, buffers int) *Error {
-	switch {
-	case !q.indirectOK:
-		return &Error{Code: ErrIndirectNotNegotiated, Head: c.ID, Desc: at, Addr: addr, Len: length}
-	case length == 0 || length%descSize != 0 || length > uint32(len(q.tab)):
-		return &Error{Code: ErrIndirectLen, Head: c.ID, Desc: at, Addr: addr, Len: length}
-	}
-	var err error
-	if q.pieces, err = q.table.Translate(q.pieces[:0], addr, length, dma.DeviceRead); err != nil {
-		return q.untranslatable(c.ID, at, addr, length, err)
-	}
-	tab := q.tab[:length]
-	for i, n := 0, uint32(0); i < len(q.pieces); i++ {
-		p := &q.pieces[i]
-		p.CopyOut(tab[n:n+p.Len], 0)
-		n += p.Len
+	tab, bad := q.fetchTable(c.ID, at, addr, length)
+	if bad != nil {
+		return bad
 	}
 	entries := length / descSize
 	for i, steps := uint32(0), uint32(0); ; steps++ {
@@ -362,48 +338,6 @@ func (q *SplitDevice) walkTable(b *Batch, c *Chain, at uint16, addr dma.Addr, le
 		}
 		i = uint32(next)
 	}
-}
-
-// buffer appends the spans of one buffer of chain c.
-func (q *SplitDevice) buffer(b *Batch, c *Chain, at uint16, addr dma.Addr, length uint32, flags uint16) *Error {
-	need := dma.DeviceRead
-	if flags&descWrite != 0 {
-		need = dma.DeviceWrite
-	} else if c.Writable != 0 {
-		return &Error{Code: ErrOrder, Head: c.ID, Desc: at, Addr: addr, Len: length}
-	}
-	kept := len(b.Spans)
-	var err error
-	if b.Spans, err = q.table.Translate(b.Spans, addr, length, need); err != nil {
-		return q.untranslatable(c.ID, at, addr, length, err)
-	}
-	// Neither sum can overflow: 64 bits hold three values of 32.
-	if total := uint64(c.ReadLen) + uint64(c.WriteLen) + uint64(length); total > 1<<32-1 {
-		return &Error{Code: ErrTotal, Head: c.ID, Desc: at, Value: total, Limit: 1<<32 - 1}
-	}
-	if spans := len(b.Spans) - int(c.First); spans > 1<<16-1 {
-		return &Error{Code: ErrSpans, Head: c.ID, Desc: at, Value: uint64(spans), Limit: 1<<16 - 1}
-	}
-	if n := uint16(len(b.Spans) - kept); flags&descWrite != 0 {
-		c.WriteLen += length
-		c.Writable += n
-	} else {
-		c.ReadLen += length
-		c.Readable += n
-	}
-	return nil
-}
-
-// untranslatable gives the reasons that have a Code of their own that Code.
-func (q *SplitDevice) untranslatable(head, at uint16, addr dma.Addr, n uint32, err error) *Error {
-	e := &Error{Code: ErrTranslate, Head: head, Desc: at, Addr: addr, Len: n, Err: err}
-	switch {
-	case errors.Is(err, dma.ErrZeroLength):
-		e.Code, e.Err = ErrZeroLength, nil
-	case errors.Is(err, dma.ErrOverflow):
-		e.Code, e.Err = ErrOverflow, nil
-	}
-	return e
 }
 
 // Unpop implements Device.
@@ -434,17 +368,23 @@ func (q *SplitDevice) Complete(used []Used) error {
 	var bytes uint64
 	direct, ram, ring, mask := q.device.direct, q.device.ram, q.ring, q.mask
 	lo, hi := -1, 0 // of the batch's elements, those that change
+	start := 0      // where the element of a run of chains goes (VIRTIO_F_IN_ORDER)
 	for i := range used {
 		u := &used[i]
-		if u.ID >= q.size {
+		if u.ID >= q.size || q.inOrder && !q.isNext(uint16(i), u.ID) {
 			for k := 0; k < i; k++ { // written or not: nobody knows
 				ring[(q.used+uint16(k))&mask] = unwritten
 			}
 			return q.misuse(&Error{Code: ErrComplete, Value: uint64(u.ID), Limit: uint64(q.size) - 1})
 		}
 		bytes += uint64(u.Len)
-		pos := (q.used + uint16(i)) & mask
+		if q.inOrder && i+1 < n && q.filled(uint16(i), u) {
+			continue
+		}
+		pos := (q.used + uint16(start)) & mask
 		v := uint64(u.ID) | uint64(u.Len)<<32
+		at := start
+		start = i + 1
 		if ring[pos] == v {
 			continue
 		}
@@ -456,9 +396,9 @@ func (q *SplitDevice) Complete(used []Used) error {
 			continue
 		}
 		if lo < 0 {
-			lo = i
+			lo = at
 		}
-		hi = i + 1
+		hi = at + 1
 	}
 	if lo >= 0 {
 		first := q.used + uint16(lo)
@@ -469,7 +409,7 @@ func (q *SplitDevice) Complete(used []Used) error {
 		q.device.writeRing(b, uint64(first&mask), uint64(hi-lo), uint64(q.size), usedSize)
 	}
 	q.used += uint16(n)
-	q.publish(&q.device, word(q.flags, q.used)) // A
+	q.publish(&q.device, 0, word(q.flags, q.used)) // A
 	if q.sinceCall += uint32(n); q.sinceCall > 1<<16 {
 		q.sinceCall = 1 << 16
 	}
@@ -479,6 +419,18 @@ func (q *SplitDevice) Complete(used []Used) error {
 	q.stats.add(cPublished, 1)
 	q.device.flush()
 	return nil
+}
+
+// isNext tells whether head can be the i-th chain to complete in order.
+func (q *SplitDevice) isNext(i, head uint16) bool {
+	h := q.order[(q.used+i)&q.mask]
+	return h == head || h == unknownHead
+}
+
+// filled tells whether u, the i-th chain to complete, may be skipped: the driver takes it for
+// written to its end.
+func (q *SplitDevice) filled(i uint16, u *Used) bool {
+	return q.order[(q.used+i)&q.mask] == u.ID && q.full[u.ID] == u.Len
 }
 
 // NeedCall implements Device.

@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"fmt"
 
-	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/mmio"
 )
 
@@ -18,7 +17,7 @@ var _ Driver = (*SplitDriver)(nil)
 // which they came back, so that where the device completes in order, descriptors follow one
 // another, and the available ring repeats itself and is not written at all.
 type SplitDriver struct {
-	split
+	driverSide
 	descs [][2]uint64 // shadow of the descriptor area, as two words each
 	ring  []uint16    // shadow of the available ring
 	slots []slot      // by descriptor
@@ -38,11 +37,6 @@ type SplitDriver struct {
 	sinceKick uint32 // ... and the chains added since
 	kickAny   bool   // lastKick is not known: the first batch after a restart kicks
 
-	indirect     area // the tables; without a region where there are none
-	indirectAddr uint64
-	indirectMax  int
-	indirectMin  int
-
 	scratch []byte // pieces of rings and tables on their way across
 }
 
@@ -59,35 +53,19 @@ type slot struct {
 // an *Error of Code ErrConfig or ErrState.
 func NewSplitDriver(c Config) (*SplitDriver, error) {
 	q := &SplitDriver{}
-	if err := q.setup(&c, SplitDriverAlign); err != nil {
-		return nil, &Error{Queue: c.Name, Code: ErrConfig, Err: err}
+	if err := q.setupSplit(&c, SplitDriverAlign); err != nil {
+		return nil, configError(&c, err)
 	}
 	if c.State.Avail != c.State.Used {
 		return nil, &Error{Queue: c.Name, Code: ErrState, Err: fmt.Errorf("available index %d and used index %d differ: a driver side starts with nothing in flight", c.State.Avail, c.State.Used)}
 	}
 	n := int(c.Size)
+	if err := q.tables(&c); err != nil {
+		return nil, configError(&c, err)
+	}
 	scratch := n * usedSize
-	if c.Indirect && c.IndirectMem.Region != nil {
-		if c.IndirectMax < 1 || c.IndirectMax > n {
-			return nil, &Error{Queue: c.Name, Code: ErrConfig, Err: fmt.Errorf("indirect tables of %d descriptors, may have 1 to %d", c.IndirectMax, n)}
-		}
-		var err error
-		if q.indirect, err = newArea("indirect tables", c.IndirectMem, uint64(n)*uint64(c.IndirectMax)*descSize, 16, 8, dma.DeviceRead); err != nil {
-			return nil, &Error{Queue: c.Name, Code: ErrConfig, Err: err}
-		}
-		q.indirectAddr = uint64(c.IndirectMem.Region.Addr) + c.IndirectMem.Off
-		q.indirectMax, q.indirectMin = c.IndirectMax, c.IndirectMin
-		if q.indirectMin == 0 {
-			q.indirectMin = 2
-		}
-		q.cover(q.indirect.mem.Kind(), nil)
-		if q.indirect.mem.Modelled() {
-			q.buses = append(q.buses, q.indirect.mem)
-			q.weak = false
-		}
-		if t := c.IndirectMax * descSize; t > scratch {
-			scratch = t
-		}
+	if t := q.indirectMax * descSize; t > scratch {
+		scratch = t
 	}
 	q.descs = make([][2]uint64, n)
 	q.ring = make([]uint16, n)
@@ -102,15 +80,11 @@ func NewSplitDriver(c Config) (*SplitDriver, error) {
 	q.usedEvent = c.State.Used
 	q.kickAny = c.State != State{}
 
-	// The device area is the device's from now on, but must not hold what lay there before.
-	for _, a := range []*area{&q.desc, &q.driver, &q.device} {
-		a.writes += a.mem.Zero(0, a.mem.Size())
-		a.writeBytes += a.mem.Size()
-	}
+	q.wipe()
 	q.driver.store16(usedEventOff(q.size), q.usedEvent)
 	q.device.store16(availEventOff(q.size), q.avail)
-	q.publish(&q.device, word(0, q.used))
-	q.publish(&q.driver, word(0, q.avail))
+	q.publish(&q.device, 0, word(0, q.used))
+	q.publish(&q.driver, 0, word(0, q.avail))
 	q.fence(mmio.FullBarrier)
 	q.flush()
 	return q, nil
@@ -219,7 +193,7 @@ func (q *SplitDriver) Add(reqs []Request) (int, error) {
 			q.writeAvail(q.avail+uint16(lo), hi-lo)
 		}
 		q.avail += uint16(n)
-		q.publish(&q.driver, word(q.flags, q.avail))
+		q.publish(&q.driver, 0, word(q.flags, q.avail))
 		if q.sinceKick += uint32(n); q.sinceKick > 1<<16 {
 			q.sinceKick = 1 << 16
 		}
@@ -241,31 +215,6 @@ func (q *SplitDriver) writeAvail(idx uint16, n int) {
 		binary.LittleEndian.PutUint16(b[2*i:], q.ring[(idx+uint16(i))&q.mask])
 	}
 	q.driver.writeRing(b, uint64(idx&q.mask), uint64(n), uint64(q.size), 2)
-}
-
-// check refuses a request that no queue of this size could take, and returns its bytes.
-func (q *SplitDriver) check(r *Request) (uint64, error) {
-	if len(r.Bufs) == 0 || r.Readable < 0 || r.Readable > len(r.Bufs) {
-		return 0, q.misuse(&Error{Code: ErrRequest, Err: fmt.Errorf("%d buffers, %d of them readable", len(r.Bufs), r.Readable)})
-	}
-	if len(r.Bufs) > int(q.size) {
-		return 0, q.misuse(&Error{Code: ErrTooLong, Value: uint64(len(r.Bufs)), Limit: uint64(q.size)})
-	}
-	var total uint64
-	for i := range r.Bufs {
-		b := &r.Bufs[i]
-		if b.Len == 0 {
-			return 0, q.misuse(&Error{Code: ErrZeroLength, Addr: b.Addr})
-		}
-		if uint64(b.Addr)+uint64(b.Len)-1 < uint64(b.Addr) {
-			return 0, q.misuse(&Error{Code: ErrOverflow, Addr: b.Addr, Len: b.Len})
-		}
-		total += uint64(b.Len) // at most 2^15 * 2^32
-	}
-	if total > 1<<32-1 {
-		return 0, q.misuse(&Error{Code: ErrTotal, Value: total, Limit: 1<<32 - 1})
-	}
-	return total, nil
 }
 
 // chain writes the descriptors of a checked request, and tells false where there are
@@ -401,6 +350,9 @@ func (q *SplitDriver) Reap(done []Completion) (int, error) {
 	if m == 0 {
 		return 0, nil
 	}
+	if q.inOrder {
+		return q.reapInOrder(done[:m])
+	}
 	direct, ram := q.device.direct, q.device.ram
 	slots := q.slots
 	if !direct {
@@ -430,22 +382,77 @@ func (q *SplitDriver) Reap(done []Completion) (int, error) {
 		}
 		done[n] = Completion{Token: s.token, Len: length}
 		bytes += uint64(length)
-		i := uint16(id)
-		for c := s.count; ; c-- {
-			q.give(i)
-			if c == 1 {
-				break
-			}
-			i = slots[i].next
-		}
-		s.count = 0
+		q.release(uint16(id))
 		n++
 	}
+	q.reaped(n, bytes)
+	return n, err
+}
+
+// release frees the descriptors of a chain.
+func (q *SplitDriver) release(head uint16) {
+	s := &q.slots[head]
+	i := head
+	for c := s.count; ; c-- {
+		q.give(i)
+		if c == 1 {
+			break
+		}
+		i = q.slots[i].next
+	}
+	s.count = 0
+}
+
+func (q *SplitDriver) reaped(n int, bytes uint64) {
 	q.used += uint16(n)
 	q.setState(q.avail, q.used)
 	q.stats.add(cDone, uint64(n))
 	q.stats.add(cDoneBytes, bytes)
-	return n, err
+}
+
+// reapInOrder is Reap with VIRTIO_F_IN_ORDER, of no more chains than the used index tells: a used element
+// completes its chain and all before it (virtio 1.2, 2.7.9). The shadow of the available ring
+// knows their order.
+func (q *SplitDriver) reapInOrder(done []Completion) (int, error) {
+	var bytes uint64
+	n := 0
+	for n < len(done) {
+		if q.run == 0 {
+			at := q.used + uint16(n)
+			off := ringHead + usedSize*uint64(at&q.mask)
+			id, length := q.device.load32(off), q.device.load32(off+4)
+			if id >= uint32(len(q.slots)) || q.slots[id].count == 0 {
+				q.reaped(n, bytes)
+				return n, q.fail(&Error{Code: ErrUsedID, Index: at, Value: uint64(id)})
+			}
+			if s := &q.slots[id]; length > s.writable {
+				q.reaped(n, bytes)
+				return n, q.fail(&Error{Code: ErrUsedLen, Index: at, Head: uint16(id), Value: uint64(length), Limit: uint64(s.writable)})
+			}
+			waiting, k := int(q.usedSeen-at), 0
+			for k < waiting && uint32(q.ring[(at+uint16(k))&q.mask]) != id {
+				k++
+			}
+			if k == waiting {
+				q.reaped(n, bytes)
+				return n, q.fail(&Error{Code: ErrUsedOrder, Index: at, Head: uint16(id), Value: uint64(waiting)})
+			}
+			q.run, q.runLen = k+1, length
+		}
+		head := q.ring[(q.used+uint16(n))&q.mask]
+		s := &q.slots[head]
+		length := s.writable
+		if q.run--; q.run == 0 {
+			length = q.runLen
+		}
+		done[n] = Completion{Token: s.token, Len: length}
+		bytes += uint64(length)
+		q.release(head)
+		n++
+	}
+	q.device.flush()
+	q.reaped(n, bytes)
+	return n, nil
 }
 
 // ArmCall implements Driver.

@@ -5,7 +5,7 @@ import (
 	"github.com/boardlink/boardlink/mmio"
 )
 
-// MaxSize is the largest queue size of a split virtqueue (virtio 1.2, 2.7).
+// MaxSize is the largest queue size (virtio 1.2, 2.7 and 2.8).
 const MaxSize = 32768
 
 // Buffer is one element of a scatter list that the driver side offers: an address the
@@ -128,22 +128,32 @@ type Device interface {
 // base). For split rings: the device side's next available index to pop and next used index,
 // the driver side's next available index and last seen used index. Avail - Used
 // chains are in flight, at most the queue size.
+//
+// For packed rings both are the position of the next descriptor in 15 bits, with the wrap counter as the
+// highest bit: vhost's encoding. Their distance counts descriptors, not chains.
 type State struct {
 	Avail uint16 // next available index
 	Used  uint16 // next used index
+	// Packed tells that it is that of a packed ring. The zero State starts a queue of either kind anew: a packed
+	// one at descriptor 0, with wrap counters of 1.
+	Packed bool
 }
 
 // Config describes a queue to either side.
 type Config struct {
 	Name string // of device and queue, for errors: "net0 rx0"
-	Size uint16 // descriptors; split: a power of two, at most MaxSize
-	// The three areas, of at least the lengths of SplitSizes. Each lies in one region that
-	// the device may read (Desc, Driver) or write (Device), and starts at a multiple of
-	// 16, 2 and 4 bytes; the driver side asks for 4 in place of 2, so that flags and
+	Size uint16 // descriptors; at most MaxSize; split: a power of two
+	// The three areas, of at least the lengths of SplitSizes or PackedSizes. Each lies in one region that
+	// the device may read (Desc, Driver) or write (Device, and Desc of a packed ring), and starts at a multiple of
+	// 16, 2 and 4 bytes; a packed ring and the driver side of a split one ask for 4 in place of 2, so that flags and
 	// index are one aligned word. Their kinds, whether they lie across the bus, and their
 	// accounts come from the regions.
 	Desc, Driver, Device dma.Span
 	EventIdx, Indirect   bool // negotiated
+	// InOrder tells that VIRTIO_F_IN_ORDER was negotiated: the device side completes chains in the order in
+	// which it popped them (Complete refuses another), and writes one used element for those of a
+	// batch that it filled.
+	InOrder bool
 	// Table translates what descriptors carry; device side only.
 	Table *dma.TableRef
 	// IndirectMem is where the driver side keeps its indirect tables: Size tables of
