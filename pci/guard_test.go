@@ -74,8 +74,9 @@ func TestGuard(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	mu.Lock() // it was freed by defer
-	mu.Unlock()
+	if !mu.TryLock() {
+		t.Error("a lock that defer should have freed is held")
+	}
 	if debug.SetPanicOnFault(false) {
 		t.Error("the guard left the goroutine changed")
 	}
