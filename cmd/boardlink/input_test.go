@@ -247,7 +247,15 @@ func TestBadInput(t *testing.T) {
 
 		{name: "status of nobody", args: "status $D/s", status: 1, want: "no program listens"},
 		{name: "status of a file", args: "status $D/s", status: 1, want: "no program listens", setup: file},
-		{name: "status of a stranger", args: "status $D/s", status: 1, want: "$D/s", setup: foreign("220 mail ESMTP\r\n", true)},
+		{name: "status of a stranger", args: "status $D/s", status: 1, want: "no boardlink program", setup: foreign("220 mail ESMTP\r\n", true)},
+		{name: "status of a stranger that waits", args: "status $D/s", status: 1, want: "no boardlink program", setup: foreign("220 mail ESMTP\r\n", false)},
+		{name: "status of another's program", args: "status $D/s", status: 1, how: "nobody", want: "permission denied", setup: func(t *testing.T, b *box) {
+			foreign("", false)(t, b)
+			if err := os.Chmod(b.path("s"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{name: "status of a silent stranger", args: "status $D/s", status: 1, want: "no answer", setup: foreign("", false)},
 
 		{name: "loopback MTU", args: "loopback --mtu 1279", want: "1280"},
 		{name: "loopback MTU of a tun", args: "loopback --mtu 65536 --link tun", want: "65535"},

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"os"
 	"runtime/debug"
@@ -68,6 +69,7 @@ func exitStatus(err error) int {
 }
 
 func main() {
+	log.SetOutput(io.Discard) // net/http's: what strangers answer is told in our own words
 	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
 }
 

@@ -132,7 +132,13 @@ func Get(ctx context.Context, path string) (status.Program, error) {
 				return p, fmt.Errorf("%s: no program listens there: is it running, and with this --status?", path)
 			}
 		}
-		return p, fmt.Errorf("%s: %w", path, err)
+		if errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.EPERM) {
+			return p, fmt.Errorf("%s: permission denied: ask as the user of that program, or as root", path)
+		}
+		if ctx.Err() != nil {
+			return p, fmt.Errorf("%s: no answer: %w", path, ctx.Err())
+		}
+		return p, fmt.Errorf("%s: what listens there does not speak HTTP: no boardlink program", path)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
