@@ -115,6 +115,11 @@ func NewMover(c MoverConfig) *Mover {
 	if m.stats == nil {
 		m.stats = new(MoverStats)
 	}
+	for _, a := range []*uint32{&m.caps.AlignDst, &m.caps.AlignSrc, &m.caps.AlignLen} {
+		if *a == 0 {
+			*a = 1
+		}
+	}
 	n := uint64(1)
 	for n < uint64(m.caps.Depth) || n < defaultMoverDepth {
 		n *= 2
