@@ -61,6 +61,10 @@ type Server struct {
 	mu      sync.Mutex
 	clients map[int]*client
 	closed  bool
+	// nextID is where the search for a client's number begins. A number is not used again before all others were,
+	// as in QEMU's own server: QEMU's device (7.2) frees its record of a client that goes and corrupts its heap
+	// when the number comes back.
+	nextID int
 }
 
 // client is one connection. Its fields are guarded by Server.mu.
@@ -290,9 +294,10 @@ func (s *Server) admit(conn *net.UnixConn) bool {
 		conn.Close()
 		return false
 	}
-	for s.clients[c.id] != nil {
-		c.id++
+	for c.id = s.nextID; s.clients[c.id] != nil; {
+		c.id = (c.id + 1) & maxID
 	}
+	s.nextID = (c.id + 1) & maxID
 	for i := 0; i < s.cfg.Vectors; i++ {
 		fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
 		if err != nil {
