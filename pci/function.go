@@ -194,3 +194,10 @@ type DMACounter interface {
 	// tell. Each map takes one off, each unmap gives it back.
 	DMAAvail() (uint32, bool)
 }
+
+// IOMMUTeller is implemented by functions that are opened through VFIO.
+type IOMMUTeller interface {
+	// IOMMU names what confines the function: "type 1", "type 1 v2", "sPAPR TCE", "sPAPR TCE v2",
+	// or "none".
+	IOMMU() string
+}

@@ -2,8 +2,13 @@ package pci
 
 import (
 	"fmt"
+	"reflect"
+	"runtime"
 	"runtime/debug"
+	"strings"
 	"sync"
+
+	"github.com/boardlink/boardlink/mmio"
 )
 
 // A BAR mapping can go away under a running program: the board is pulled, the kernel takes the mapping back
@@ -50,12 +55,15 @@ func guardedName(addr uintptr) (string, bool) {
 
 // FaultError is a memory access that failed because the board behind it is lost. It matches ErrGone.
 type FaultError struct {
-	Name string // what was accessed: "0000:00:04.0 BAR 2"
-	Addr uintptr
+	Name string  // what was accessed: "0000:00:04.0 BAR 2"
+	Addr uintptr // in this process; 0 where the processor did not tell
 }
 
 // Error names the mapping.
 func (e *FaultError) Error() string {
+	if e.Addr == 0 {
+		return fmt.Sprintf("pci function %s: an access failed: the board is gone, or its memory access was turned off", e.Name)
+	}
 	return fmt.Sprintf("pci function %s: the access at %#x failed: the board is gone, or its memory access was turned off", e.Name, e.Addr)
 }
 
@@ -78,15 +86,59 @@ func Guard(f func()) (err error) {
 		if r == nil {
 			return
 		}
-		// runtime.Error of a fault has the address (Go 1.17 and later).
-		if a, ok := r.(interface{ Addr() uintptr }); ok {
-			if name, ok := guardedName(a.Addr()); ok {
-				err = &FaultError{Name: name, Addr: a.Addr()}
-				return
-			}
+		if fe := boardFault(r); fe != nil {
+			err = fe
+			return
 		}
 		panic(r)
 	}()
 	f()
 	return nil
+}
+
+// boardFault tells from what was recovered, in the deferred function itself, whether it is the fault of a
+// board; nil where it is not.
+func boardFault(r interface{}) *FaultError {
+	re, ok := r.(runtime.Error)
+	if !ok {
+		return nil
+	}
+	addr := uintptr(0)
+	if a, ok := re.(interface{ Addr() uintptr }); ok { // Go 1.17
+		if addr = a.Addr(); addr != 0 {
+			if name, ok := guardedName(addr); ok {
+				return &FaultError{Name: name, Addr: addr}
+			}
+		}
+	}
+	// Some processors do not tell the address of the data: none, or that of the instruction (a machine
+	// check on PowerPC). Then it is a board's if package mmio was at work, which touches nothing else.
+	frame, ok := faulting()
+	if !ok || !strings.HasPrefix(frame.Function, mmioPrefix) {
+		return nil
+	}
+	if addr == 0 || addr-frame.Entry < 4096 {
+		return &FaultError{Name: "(unknown)"}
+	}
+	return nil
+}
+
+// mmioPrefix is what the names of package mmio's functions start with.
+var mmioPrefix = strings.TrimSuffix(runtime.FuncForPC(reflect.ValueOf(mmio.Stronger).Pointer()).Name(), "Stronger")
+
+// faulting finds the function whose access the signal interrupted.
+func faulting() (runtime.Frame, bool) {
+	var pcs [64]uintptr
+	frames := runtime.CallersFrames(pcs[:runtime.Callers(0, pcs[:])])
+	signal := false
+	for {
+		f, more := frames.Next()
+		if signal && !strings.HasPrefix(f.Function, "runtime.") {
+			return f, true
+		}
+		signal = signal || f.Function == "runtime.sigpanic"
+		if !more {
+			return runtime.Frame{}, false
+		}
+	}
 }

@@ -41,14 +41,24 @@ func find(t *testing.T, m *vm.VM, id string) string {
 	return ""
 }
 
+// pseries is a POWER machine whose board, with an edu function, has a host bridge of its own: all functions behind one bridge share an IOMMU
+// group, and the first one has the functions that the machine itself needs.
+func pseries(socket string) vm.Config {
+	c := vm.Pseries()
+	c.Devices = append(c.Devices, "-device", "spapr-pci-host-bridge,index=1,id=phb1",
+		"-chardev", "socket,id=b0,path="+socket, "-device", "ivshmem-doorbell,vectors=4,chardev=b0,bus=phb1.0,addr=0",
+		"-device", "edu,bus=phb1.0,addr=1", "-device", "edu,bus=pci.0,addr=0x1f")
+	return c
+}
+
 // TestInVM runs the tests of pci/vfio and pci/uio on the functions of virtual machines.
 func TestInVM(t *testing.T) {
 	vmtest.Short(t, "it boots virtual machines")
 	const module = "github.com/boardlink/boardlink/pci/"
 	env := func(t *testing.T, m *vm.VM, mode pci.Mode) []string {
-		e := []string{"BOARDLINK_TEST_MODE=" + string(mode), "BOARDLINK_TEST_VFIO=" + find(t, m, "1af4:1110")}
+		e := []string{"BOARDLINK_TEST_MODE=" + string(mode)}
 		if m.Kernel.Spec.Arch == vm.AMD64 {
-			e = append(e, "BOARDLINK_TEST_EDU="+find(t, m, "1234:11e8"))
+			e = append(e, "BOARDLINK_TEST_VFIO="+find(t, m, "1af4:1110"), "BOARDLINK_TEST_EDU="+find(t, m, "1234:11e8"))
 		}
 		return e
 	}
@@ -62,7 +72,7 @@ func TestInVM(t *testing.T) {
 		{"iommu", vm.Carrier(vm.Ivshmem{ID: "b0", Socket: serve(t), Port: "p0"}), []pci.Mode{pci.VFIO}, "BOARDLINK_TEST_RESET=1"},
 		{"plain", vm.Plain(vm.Ivshmem{ID: "b0", Socket: serve(t)}), []pci.Mode{pci.UIO, pci.SysfsOnly}, ""},
 		{"noiommu", vm.NoIOMMU(vm.Ivshmem{ID: "b0", Socket: serve(t)}), []pci.Mode{pci.VFIONoIOMMU}, ""},
-		{"pseries", vm.Pseries(vm.Ivshmem{ID: "b0", Socket: serve(t)}), []pci.Mode{pci.VFIO, pci.UIO}, ""},
+		{"pseries", pseries(serve(t)), []pci.Mode{pci.VFIO, pci.UIO}, "BOARDLINK_TEST_VFIO=0001:00:00.0 BOARDLINK_TEST_EDU=0001:00:01.0 BOARDLINK_TEST_SHARED=0000:00:1f.0"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			m := vmtest.Boot(t, c.cfg)
@@ -72,7 +82,7 @@ func TestInVM(t *testing.T) {
 					pkg = module + "uio"
 				}
 				t.Run(string(mode), func(t *testing.T) {
-					vmtest.RunGoTest(t, m, pkg, append(env(t, m, mode), c.env), "-test.run="+*guestRun, "-test.timeout=100s")
+					vmtest.RunGoTest(t, m, pkg, append(env(t, m, mode), strings.Fields(c.env)...), "-test.run="+*guestRun, "-test.timeout=100s")
 				})
 			}
 		})

@@ -458,6 +458,21 @@ func (f *function) DMAMaps() []pci.DMAMap {
 	return l
 }
 
+// IOMMU implements pci.IOMMUTeller.
+func (f *function) IOMMU() string {
+	switch f.g.iommu {
+	case iommuType1:
+		return "type 1"
+	case iommuType1v2:
+		return "type 1 v2"
+	case iommuSpapr:
+		return "sPAPR TCE"
+	case iommuSpaprV2:
+		return "sPAPR TCE v2"
+	}
+	return "none"
+}
+
 // DMAAvail implements pci.DMACounter.
 func (f *function) DMAAvail() (uint32, bool) {
 	f.mu.Lock()

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -27,6 +28,7 @@ import (
 //	BOARDLINK_TEST_MODE  vfio or noiommu
 //	BOARDLINK_TEST_VFIO  address of an ivshmem-doorbell function
 //	BOARDLINK_TEST_EDU   address of an edu function
+//	BOARDLINK_TEST_SHARED address of a function whose IOMMU group a driver of the kernel, virtio-pci, shares
 //	BOARDLINK_TEST_RESET not empty where the kernel can reset the former: behind a port of its own
 
 // function returns the address and mode, and binds the function to vfio-pci.
@@ -278,11 +280,17 @@ func TestMain(m *testing.M) {
 // elsewhere starts a helper. Its output and its end come by the channel.
 func elsewhere(t *testing.T, what string, a pci.Address) (<-chan string, *exec.Cmd) {
 	t.Helper()
+	return elsewhereAs(t, what, a, nil)
+}
+
+func elsewhereAs(t *testing.T, what string, a pci.Address, attr *syscall.SysProcAttr) (<-chan string, *exec.Cmd) {
+	t.Helper()
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(exe)
+	cmd.SysProcAttr = attr
 	cmd.Env = append(os.Environ(), helperEnv+"="+what+" "+a.String())
 	out, err := cmd.StdoutPipe()
 	if err == nil {
@@ -368,6 +376,9 @@ func TestEdu(t *testing.T) {
 	if in.Kind != pci.MSI || in.Count != 1 {
 		t.Fatalf("interrupts %v, want 1 of MSI", in)
 	}
+	if f.Info().MSI == nil || f.Info().MSI.Vectors != 1 {
+		t.Errorf("MSI capability %+v", f.Info().MSI)
+	}
 	ws, err := f.EnableInterrupts(1)
 	if err != nil {
 		t.Fatal(err)
@@ -388,7 +399,8 @@ func TestEdu(t *testing.T) {
 		return
 	}
 	before, counts := f.(pci.DMACounter).DMAAvail()
-	if !counts {
+	t.Logf("the IOMMU is %s", f.(pci.IOMMUTeller).IOMMU())
+	if strings.HasPrefix(f.(pci.IOMMUTeller).IOMMU(), "type 1") != counts {
 		t.Error("the kernel does not count maps: it is older than 5.10")
 	}
 	page := os.Getpagesize()
@@ -412,7 +424,7 @@ func TestEdu(t *testing.T) {
 	if len(maps) != 2 || maps[0].Access|maps[1].Access != pci.DMARead|pci.DMAWrite || maps[0].Size != uint64(page) {
 		t.Errorf("maps %v, want the two", maps)
 	}
-	if now, _ := f.(pci.DMACounter).DMAAvail(); now != before-2 {
+	if now, _ := f.(pci.DMACounter).DMAAvail(); counts && now != before-2 {
 		t.Errorf("the kernel has %d maps, want 2", before-now)
 	}
 	for i := range all {
@@ -445,7 +457,7 @@ func TestEdu(t *testing.T) {
 	if err := f.UnmapDMA(dst); err == nil {
 		t.Error("unmapped twice")
 	}
-	if now, _ := f.(pci.DMACounter).DMAAvail(); now != before-1 {
+	if now, _ := f.(pci.DMACounter).DMAAvail(); counts && now != before-1 {
 		t.Errorf("the kernel has %d maps, want 1", before-now)
 	}
 	if l := f.DMAMaps(); len(l) != 1 || l[0].Addr != src {
@@ -470,6 +482,58 @@ func TestEdu(t *testing.T) {
 	if _, err := f.MapDMA(r, pci.DMARead); err != pci.ErrClosed {
 		t.Errorf("DMA map after Close: %v", err)
 	}
+}
+
+// TestGroupShared: a group of which a driver of the kernel has another function cannot be opened, and one line names
+// that function.
+func TestGroupShared(t *testing.T) {
+	a, o := function(t, "BOARDLINK_TEST_SHARED")
+	_, err := pci.Open(a, o)
+	var e *pci.Error
+	if !errors.As(err, &e) || e.Problem != pci.GroupShared || !e.UserError() || !strings.Contains(err.Error(), "driver virtio-pci") || strings.Contains(err.Error(), "\n") {
+		t.Errorf("%v", err)
+	}
+	t.Log(err)
+}
+
+// TestTwoFunctions: two functions of one process, in one IOMMU group or in two. Closing one leaves the other.
+func TestTwoFunctions(t *testing.T) {
+	f, e := open(t, "BOARDLINK_TEST_VFIO"), open(t, "BOARDLINK_TEST_EDU")
+	same := f.Info().IOMMUGroup == e.Info().IOMMUGroup
+	t.Logf("groups %s and %s", f.Info().IOMMUGroup, e.Info().IOMMUGroup)
+	if f.Mode() == pci.VFIO {
+		if _, err := f.MapDMA(pages(t, os.Getpagesize()), pci.DMARead); err != nil {
+			t.Fatal(err)
+		}
+		if got := len(e.DMAMaps()) == 1; got != same {
+			t.Errorf("the other function has the map: %v, in the same group: %v", got, same)
+		}
+	}
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+	if l := e.DMAMaps(); len(l) != 0 {
+		t.Errorf("maps %v are left", l)
+	}
+	if id := mem(t, e, 0, mmio.Uncached); id.Load32(eduID) != 0x010000ed {
+		t.Errorf("the other function reads as %#x", id.Load32(eduID))
+	}
+	if e.Mode() == pci.VFIO {
+		if _, err := e.MapDMA(pages(t, os.Getpagesize()), pci.DMARead); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestPermission: an unprivileged user gets one line that says what to do.
+func TestPermission(t *testing.T) {
+	a, _ := function(t, "BOARDLINK_TEST_VFIO")
+	ch, _ := elsewhereAs(t, "open", a, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}})
+	got := receive(t, ch, "open")
+	if !strings.Contains(got, "permission denied") && !strings.Contains(got, "CAP_SYS_RAWIO") || !strings.Contains(got, "run it as root") {
+		t.Errorf("an unprivileged user gets %q", got)
+	}
+	t.Log(got)
 }
 
 // TestDMAErrors: what cannot be mapped is refused, and nothing stays behind.
