@@ -24,6 +24,7 @@ import (
 	"github.com/boardlink/boardlink/virtio"
 	"github.com/boardlink/boardlink/virtiomsg"
 	"github.com/boardlink/boardlink/vring"
+	"github.com/vishvananda/netlink"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
@@ -39,6 +40,7 @@ type rig struct {
 	net  *host.Net
 	log  *peer.Log
 	sock int // a packet socket on the tap
+	nl   *netlink.Handle
 	stop context.CancelFunc
 	done chan error
 
@@ -104,6 +106,9 @@ func newRig(t *testing.T, spec string) *rig {
 		if err := r.net.Interface().SetUp(true); err != nil {
 			return err
 		}
+		if r.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+			return err
+		}
 		if r.sock, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0); err != nil {
 			return err
 		}
@@ -116,7 +121,7 @@ func newRig(t *testing.T, spec string) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { unix.Close(r.sock) })
+	t.Cleanup(func() { unix.Close(r.sock); r.nl.Close() })
 	r.link = host.NewLink(host.Config{Name: "a", Board: spec, Devices: map[uint16]host.Backend{dev: r.net}, Log: r.log,
 		Beat: 10 * time.Millisecond, LostBeats: 200})
 	ctx, cancel := context.WithCancel(context.Background())
@@ -234,9 +239,20 @@ func frame(n byte) []byte {
 	return b
 }
 
+// kernelUp waits until the kernel has taken notice of the carrier: before, which may be a second, it
+// drops what is sent without a word.
+func (r *rig) kernelUp() {
+	r.t.Helper()
+	r.Until(5*time.Second, "the kernel sees the carrier", func() bool {
+		l, err := r.nl.LinkByIndex(r.net.Interface().Index())
+		return err == nil && l.Attrs().OperState == netlink.OperUp
+	})
+}
+
 // works passes a frame each way.
 func (r *rig) works() {
 	r.t.Helper()
+	r.kernelUp()
 	rx, tx := r.queue[0], r.queue[1]
 	var stale [2048]byte
 	for {
@@ -730,6 +746,7 @@ func testReceiveBuffers(t *testing.T, r *rig) {
 				m.Barrier(mmio.WriteBarrier)
 				avail.Store16(2, uint16(len(ds)))
 				r.Ring(dev, 0)
+				r.kernelUp()
 				for range 5 {
 					unix.Write(r.sock, append(frame(4)[12:], make([]byte, rand.IntN(1400))...))
 				}
