@@ -11,6 +11,7 @@ import (
 	"github.com/boardlink/boardlink/agent"
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/board/testboard"
+	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/hwtest/netns"
 	"github.com/boardlink/boardlink/hwtest/peer"
 	"github.com/boardlink/boardlink/mmio"
@@ -54,6 +55,7 @@ type rig struct {
 	queues         [2]virtiomsg.VQueue
 	resets         int
 	running        int // how often DRIVER_OK was set
+	placement      string
 	// answered, if set, changes an honest answer before it is sent; false sends none.
 	answered func(h virtiomsg.Header, m *virtiomsg.Slot) bool
 }
@@ -61,7 +63,7 @@ type rig struct {
 func newRig(t *testing.T, change func(*rig)) *rig {
 	t.Helper()
 	needRoot(t)
-	r := &rig{t: t, log: new(peer.Log), done: make(chan error, 1), queueMax: 64,
+	r := &rig{t: t, log: new(peer.Log), done: make(chan error, 1), queueMax: 64, placement: "window",
 		offered: virtio.FeaturesOf(virtio.Version1, virtio.NetMTU, virtio.NetMAC, virtio.NetStatus, virtio.EventIdx, virtio.NetMrgRxbuf),
 		config:  virtio.NetConfig{MAC: [6]byte{2, 0, 0, 0, 0, 9}, LinkUp: true, MaxQueuePairs: 1, MTU: 1400}}
 	if change != nil {
@@ -89,7 +91,7 @@ func newRig(t *testing.T, change func(*rig)) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.link = agent.NewLink(agent.Config{Name: "a", Board: spec, Placement: "window", Devices: []*agent.Net{n}, Log: r.log,
+	r.link = agent.NewLink(agent.Config{Name: "a", Board: spec, Placement: r.placement, Devices: []*agent.Net{n}, Log: r.log,
 		Beat: 10 * time.Millisecond, LostBeats: 200})
 	ctx, cancel := context.WithCancel(context.Background())
 	r.stop = cancel
@@ -322,6 +324,61 @@ func TestBigQueues(t *testing.T) {
 	r.waitRunning()
 	if r.queues[0].Size != 64 {
 		t.Errorf("size %d", r.queues[0].Size)
+	}
+}
+
+// TestPool: host memory that this board does not reach, or not for both ways, is left alone: everything goes into
+// the window.
+func TestPool(t *testing.T) {
+	const bus, size = 0x100000000, 1 << 20 // of the test board's pool
+	good := virtiomsg.PoolRegion{Link: 0x7f0000000000, Size: size, Bus: bus, Access: dma.DeviceRead | dma.DeviceWrite}
+	for _, c := range []struct {
+		name   string
+		push   bool
+		change func(p *virtiomsg.PoolRegion)
+	}{
+		{"good", true, func(p *virtiomsg.PoolRegion) {}},
+		{"a part", true, func(p *virtiomsg.PoolRegion) { p.Bus, p.Size = bus+4096, size/2 }},
+		{"below", false, func(p *virtiomsg.PoolRegion) { p.Bus = bus - 64 }},
+		{"far below", false, func(p *virtiomsg.PoolRegion) { p.Bus = 0 }},
+		{"behind", false, func(p *virtiomsg.PoolRegion) { p.Bus = bus + size }},
+		{"longer", false, func(p *virtiomsg.PoolRegion) { p.Size = size + 64 }},
+		{"far longer", false, func(p *virtiomsg.PoolRegion) { p.Size = 1 << 62 }},
+		{"at the end of the world", false, func(p *virtiomsg.PoolRegion) { p.Bus = 1<<64 - 128; p.Size = 64 }},
+		{"to read only", false, func(p *virtiomsg.PoolRegion) { p.Access = dma.DeviceRead }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t, func(r *rig) { r.placement = "auto" })
+			p := good
+			c.change(&p)
+			d := r.Link.Self()
+			d.Pool = []virtiomsg.PoolRegion{p}
+			if _, err := r.Link.Redeclare(d); err != nil {
+				t.Fatal(err)
+			}
+			r.waitRunning()
+			in := r.queues[0].Desc >= uint64(p.Link)
+			if in != c.push || (r.link.Status().Placement == "push") != c.push {
+				t.Errorf("descriptor area at %#x, placement %s", r.queues[0].Desc, r.link.Status().Placement)
+			}
+			if !c.push && !strings.Contains(r.log.String(), "pool") {
+				t.Error("nothing is said of it")
+			}
+		})
+	}
+	// Too small for anything: the device cannot come up, and says so.
+	r := newRig(t, func(r *rig) { r.placement = "auto" })
+	d := r.Link.Self()
+	p := good
+	p.Size = 64
+	d.Pool = []virtiomsg.PoolRegion{p}
+	if _, err := r.Link.Redeclare(d); err != nil {
+		t.Fatal(err)
+	}
+	r.Until(5*time.Second, "the agent fails", func() bool { return r.count("failures") >= 2 })
+	if e := r.dev().LastError; !strings.Contains(e, "pool") {
+		t.Errorf("error %q", e)
 	}
 }
 
