@@ -38,15 +38,14 @@ func newChip(t testing.TB) *models.MPC8349 {
 
 // chipEnds opens both ends of a chip, and remembers the last of each.
 type chipEnds struct {
-	chip    *models.MPC8349
-	cfg     mpc83xx.Config
-	noIRQ   bool // agent
-	mu      sync.Mutex
-	f       *models.Function
-	pulled  bool
-	ends    [2]*mpc83xx.Board
-	opened  [2]int
-	hostErr error
+	chip   *models.MPC8349
+	cfg    mpc83xx.Config
+	noIRQ  bool // agent
+	mu     sync.Mutex
+	f      *models.Function
+	pulled bool
+	ends   [2]*mpc83xx.Board
+	opened [2]int
 }
 
 func (e *chipEnds) openers() [2]opener { return [2]opener{e.openHost, e.openAgent} }

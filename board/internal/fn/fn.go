@@ -88,6 +88,12 @@ func (a Arg) Open(o board.Options) (pci.Function, error) {
 	if err != nil {
 		return nil, err
 	}
+	// A board that was reset under us comes back with its BARs wiped.
+	if done, err := (pci.Sysfs{}).Heal(addr); done != "" && o.Logf != nil {
+		o.Logf("%s: the function had lost its configuration: %s", a.Spec, done)
+	} else if errors.Is(err, pci.ErrGone) {
+		return nil, Wrap(a.Spec, "cannot be opened", err)
+	}
 	f, err := pci.Open(addr, pci.Options{Mode: pci.Mode(mode), DMAMask: a.DMAMask, Logf: o.Logf})
 	if err != nil {
 		return nil, Wrap(a.Spec, "cannot be opened", err)
