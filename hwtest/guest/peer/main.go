@@ -6,8 +6,10 @@
 //	peer echo
 //	peer check ADDRESS [PINGS [BYTES]]
 //	peer memory FUNCTION on|off
+//	peer wipe FUNCTION
 //
-// The last sets or clears the memory-enable bit of a PCI function, behind the back of whoever uses it.
+// memory sets or clears the memory-enable bit of a PCI function, wipe clears its BARs and command register as a reset of the
+// board does, both behind the back of whoever uses it.
 package main
 
 import (
@@ -61,7 +63,10 @@ func run(args []string) error {
 	if len(args) == 3 && args[0] == "memory" {
 		return memory(args[1], args[2] == "on")
 	}
-	return fmt.Errorf("usage: peer echo | peer check ADDRESS [PINGS [BYTES]] | peer memory FUNCTION on|off")
+	if len(args) == 2 && args[0] == "wipe" {
+		return wipe(args[1])
+	}
+	return fmt.Errorf("usage: peer echo | peer check ADDRESS [PINGS [BYTES]] | peer memory FUNCTION on|off | peer wipe FUNCTION")
 }
 
 // memory writes the command register in configuration space (PCI 3.0, 6.2.2).
@@ -82,4 +87,22 @@ func memory(fn string, on bool) error {
 	}
 	_, err = f.WriteAt(b[:], command)
 	return err
+}
+
+// wipe clears what a reset of the board clears: command register and BARs.
+func wipe(fn string) error {
+	f, err := os.OpenFile("/sys/bus/pci/devices/"+fn+"/config", os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.WriteAt(make([]byte, 2), 4); err != nil {
+		return err
+	}
+	for off := int64(0x10); off < 0x28; off += 4 {
+		if _, err := f.WriteAt(make([]byte, 4), off); err != nil {
+			return err
+		}
+	}
+	return nil
 }
