@@ -157,6 +157,11 @@ type common struct {
 	iov     []unix.Iovec
 	staging []byte
 	hdr     *header
+
+	mover    *dma.Mover // nil where the processor copies
+	stage    dma.Span
+	stageRAM []byte // the same
+	moveAll  bool
 }
 
 // PumpConfig is what every pump needs.
@@ -174,13 +179,27 @@ type PumpConfig struct {
 	// Stats and Bells, if not nil, are counted in, so that counters outlive the pump.
 	Stats *Stats
 	Bells *doorbell.Counters
+	// Mover, if not nil, moves the frames of a device side's pump between the buffers and Staging, where the buffers are no
+	// RAM, or always with MoveAll (for tests). The pump uses it alone while it runs, and leaves nothing in flight.
+	Mover *dma.Mover
+	// Staging is RAM that the Mover's engine reaches: StagingMin bytes at least, more let more
+	// frames be in flight.
+	Staging dma.Span
+	MoveAll bool
 }
+
+// StagingMin returns the size in bytes of the smallest PumpConfig.Staging for frames of at most maxFrame bytes.
+func StagingMin(maxFrame int) uint32 { return 2 * stagingRoom(maxFrame) }
+
+// stagingRoom is what a frame may take of it: it lies as its buffer does in a line of 64 bytes, so that engines
+// that need alignment can do the whole of it.
+func stagingRoom(maxFrame int) uint32 { return uint32(maxFrame+63)&^63 + 64 }
 
 func newCommon(c PumpConfig) common {
 	if c.Stats == nil {
 		c.Stats = new(Stats)
 	}
-	return common{
+	m := common{
 		stats: c.Stats,
 		name:  c.Name,
 		ifc:   c.Iface,
@@ -193,6 +212,14 @@ func newCommon(c PumpConfig) common {
 		staging: make([]byte, c.MaxFrame),
 		hdr:     new(header),
 	}
+	if c.Mover != nil {
+		ram, ok := c.Staging.RAM()
+		if !ok || c.Staging.Len < StagingMin(c.MaxFrame) {
+			panic(fmt.Sprintf("tunbridge: %s: staging memory of %d bytes is no RAM or smaller than %d", c.Name, c.Staging.Len, StagingMin(c.MaxFrame)))
+		}
+		m.mover, m.stage, m.stageRAM, m.moveAll = c.Mover, c.Staging, ram.Bytes(), c.MoveAll
+	}
+	return m
 }
 
 // ring notifies the peer. A ring that fails is counted, and no more: the peer is absent, which the

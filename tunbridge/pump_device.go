@@ -14,16 +14,22 @@ type DeviceTX struct {
 	q    vring.Device
 	b    vring.Batch
 	used []vring.Used
+	fly  *txFlight // nil without a Mover
 }
 
 // NewDeviceTX returns the pump of a transmit queue.
 func NewDeviceTX(c PumpConfig, q vring.Device) *DeviceTX {
-	return &DeviceTX{common: newCommon(c), q: q, used: make([]vring.Used, 0, batchFrames)}
+	p := &DeviceTX{common: newCommon(c), q: q, used: make([]vring.Used, 0, batchFrames)}
+	if p.mover != nil {
+		p.fly = newTXFlight(p.stage, p.max)
+	}
+	return p
 }
 
 // Run implements Pump.
 func (p *DeviceTX) Run() error {
 	defer p.stats.flush(&p.d)
+	defer p.ground()
 	p.q.DisarmKick()
 	for !p.stop.Raised() {
 		n, err := p.drain()
@@ -55,6 +61,9 @@ func (p *DeviceTX) Run() error {
 
 // drain moves one batch and returns the number of its frames.
 func (p *DeviceTX) drain() (int, error) {
+	if p.fly != nil {
+		return p.drainMoved()
+	}
 	p.b.Chains, p.b.Spans = p.b.Chains[:0], p.b.Spans[:0]
 	n, qerr := p.q.Pop(&p.b, batchFrames)
 	bytes := 0
@@ -161,12 +170,14 @@ func (p *DeviceTX) frame(c *vring.Chain) error {
 // device side of a receive queue.
 type DeviceRX struct {
 	common
-	q     vring.Device
-	b     vring.Batch // chains popped and not yet used, from next on
-	next  int         // first chain in b that is still ours
-	room  int         // writable bytes in b.Chains[next:]
-	merge bool
-	used  []vring.Used
+	q      vring.Device
+	b      vring.Batch // chains popped and not yet used, from next on
+	next   int         // first chain in b that is still ours
+	room   int         // writable bytes in b.Chains[next:]
+	merge  bool
+	used   []vring.Used
+	bump   uint32 // bytes of the staging memory that frames in flight take
+	ticket uint64 // of the last copy
 }
 
 // NewDeviceRX returns the pump of a receive queue; merge tells that
@@ -180,7 +191,10 @@ func NewDeviceRX(c PumpConfig, q vring.Device, merge bool) *DeviceRX {
 // given back to the ring's state.
 func (p *DeviceRX) Run() error {
 	defer p.stats.flush(&p.d)
-	defer func() { p.q.Unpop(len(p.b.Chains) - p.next) }()
+	defer func() {
+		p.land()
+		p.q.Unpop(len(p.b.Chains) - p.next)
+	}()
 	p.q.DisarmKick()
 	for !p.stop.Raised() {
 		idle, err := p.fill()
@@ -221,6 +235,11 @@ func (p *DeviceRX) Run() error {
 }
 
 func (p *DeviceRX) publish() error {
+	if p.mover != nil {
+		if err := p.land(); err != nil {
+			return err
+		}
+	}
 	err := p.q.Complete(p.used)
 	p.used = p.used[:0]
 	if err != nil {
@@ -283,7 +302,7 @@ func (p *DeviceRX) writable(c *vring.Chain) []dma.Span {
 // buffers run out.
 func (p *DeviceRX) fill() (idle bool, err error) {
 	bytes := 0
-	for frames := 0; frames < batchFrames && bytes < batchBytes; frames++ {
+	for frames := 0; frames < batchFrames && bytes < batchBytes && p.stageHasRoom(); frames++ {
 		ok, err := p.gather()
 		if err != nil || !ok {
 			return false, err
@@ -322,7 +341,7 @@ func (p *DeviceRX) readFrame() (int, error) {
 		}
 		for j := range spans {
 			s := &spans[j]
-			if !isRAM(s) || i == p.next && j == 0 && s.Len < HeaderLen {
+			if !isRAM(s) || p.moveAll || i == p.next && j == 0 && s.Len < HeaderLen {
 				direct = false // device memory, or a header cut in pieces: legal, and slow
 				break
 			}
@@ -399,12 +418,16 @@ func (p *DeviceRX) use(n int) int {
 // and for buffers of odd shapes. room is what the buffers hold.
 func (p *DeviceRX) readStaged(room int) (int, error) {
 	skip := 0
+	staging, at := p.staging, uint32(0)
+	if p.mover != nil {
+		staging, at = p.place()
+	}
 	if !p.vnet {
 		skip = HeaderLen
-		copy(p.staging, p.hdr[:]) // zero
+		copy(staging, p.hdr[:]) // zero
 	}
 	p.iov = p.iov[:0]
-	p.addIov(&p.staging[skip], p.max-skip)
+	p.addIov(&staging[skip], p.max-skip)
 	n, err := p.read()
 	if err != nil || n == 0 {
 		return 0, err
@@ -417,7 +440,7 @@ func (p *DeviceRX) readStaged(room int) (int, error) {
 		p.d[cOversize]++
 		return n, nil
 	}
-	if p.staging[1] != HdrGSONone {
+	if staging[1] != HdrGSONone {
 		p.d[cGSO]++
 	}
 	// How many buffers it takes has to be known before the header goes out.
@@ -426,8 +449,8 @@ func (p *DeviceRX) readStaged(room int) (int, error) {
 		left -= int(p.b.Chains[i].WriteLen)
 		k++
 	}
-	p.staging[10], p.staging[11] = byte(k), byte(k>>8)
-	src := p.staging[:n]
+	staging[10], staging[11] = byte(k), byte(k>>8)
+	src := staging[:n]
 	for i := 0; i < k; i++ {
 		c := &p.b.Chains[p.next]
 		done := 0
@@ -439,13 +462,21 @@ func (p *DeviceRX) readStaged(room int) (int, error) {
 			if m == 0 {
 				break
 			}
-			s.CopyIn(0, src[:m])
+			if p.mover == nil {
+				s.CopyIn(0, src[:m])
+			} else if err := p.moveOut(s, at, m); err != nil {
+				return 0, err
+			}
 			src = src[m:]
+			at += uint32(m)
 			done += m
 		}
 		p.room -= int(c.WriteLen)
 		p.used = append(p.used, vring.Used{ID: c.ID, Count: c.Count, Len: uint32(done)})
 		p.next++
+	}
+	if p.mover != nil {
+		p.bump = (at + 63) &^ 63
 	}
 	p.countFrame(n - HeaderLen)
 	p.d[cStaged]++

@@ -20,6 +20,8 @@ type path struct {
 	out    func() error // takes what is in the ring to the second tap
 	moved  *Stats
 	bells  *int
+	dev    vring.Device // what moved counts for a direction towards the host
+	to     PumpConfig
 }
 
 type countingRinger struct{ n int }
@@ -29,6 +31,12 @@ func (c *countingRinger) Ring() error { c.n++; return nil }
 // newPath makes the direction towards the host (toHost) or towards the board. It must run in a
 // namespace of its own.
 func newPath(t testing.TB, toHost, offload bool, size int, kind mmio.Kind) *path {
+	t.Helper()
+	return newPathWith(t, toHost, offload, size, kind, nil)
+}
+
+// newPathWith is newPath with the device side's payload moved by m.
+func newPathWith(t testing.TB, toHost, offload bool, size int, kind mmio.Kind, m *dma.Mover) *path {
 	t.Helper()
 	var ifc [2]*Iface // first: frames come from there
 	for i := range ifc {
@@ -77,10 +85,14 @@ func newPath(t testing.TB, toHost, offload bool, size int, kind mmio.Kind) *path
 	t.Cleanup(func() { stop.Close() })
 	bell := new(countingRinger)
 	pc := PumpConfig{Name: "test", Stop: stop, Wait: doorbell.None, Ring: bell, MaxFrame: MaxFrame(9000, offload), Stats: new(Stats)}
+	if m != nil {
+		stage := mmio.FromBytes(make([]byte, 4<<20))
+		pc.Mover, pc.Staging = m, dma.Span{Region: &dma.Region{Name: "staging", Addr: 1 << 40, Mem: stage, Access: dma.DeviceRead | dma.DeviceWrite}, Len: 4 << 20}
+	}
 	from, to := pc, pc
 	from.Iface, to.Iface = ifc[0], ifc[1]
 	to.Stats = new(Stats)
-	p := &path{frame: make([]byte, size), moved: to.Stats, bells: &bell.n}
+	p := &path{frame: make([]byte, size), moved: to.Stats, bells: &bell.n, dev: dev, to: to}
 	copy(p.frame, []byte{2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xb5}) // a local experimental EtherType
 	if toHost {
 		tx, err := NewDriverTX(from, drv, take(1<<20))

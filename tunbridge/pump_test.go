@@ -57,6 +57,8 @@ type rigConfig struct {
 	queue    uint16
 	account  bool
 	lossy    bool // drop every other doorbell
+	// mover, if set, returns what moves the payload of device queue q (0 rx, 1 tx): board is the board's memory.
+	mover func(q int, board mmio.Mem) (*dma.Mover, dma.Span)
 }
 
 type lossyRinger struct {
@@ -176,6 +178,10 @@ func newRig(t testing.TB, c rigConfig) *rig {
 		dc := tunbridge.PumpConfig{Name: "device " + vc.Name, Iface: r.ifc[0], Stop: r.stop[0], Wait: kick, Ring: ringCall, MaxFrame: max, Stats: new(tunbridge.Stats)}
 		gc := tunbridge.PumpConfig{Name: "driver " + vc.Name, Iface: r.ifc[1], Stop: r.stop[1], Wait: call, Ring: ringKick, MaxFrame: max, Stats: new(tunbridge.Stats)}
 		r.stats[q], r.stats[2+q] = dc.Stats, gc.Stats
+		if c.mover != nil {
+			dc.Mover, dc.Staging = c.mover(q, board)
+			dc.MoveAll = c.kind == mmio.Cached
+		}
 		var pd, pg tunbridge.Pump
 		if q == 0 {
 			pd = tunbridge.NewDeviceRX(dc, dev, c.merge)
