@@ -56,7 +56,15 @@ func takeTurn(ctx context.Context) error {
 	turn.mu.Lock()
 	defer turn.mu.Unlock()
 	if turn.users == 0 {
-		if turn.unlock, err = lockFile(ctx, filepath.Join(dir, "machines.lock"), "another process has virtual machines"); err != nil {
+		// Who waits for the machines holds the queue: a process that gives its turn and wants the next waits behind.
+		const why = "another process has virtual machines"
+		leave, err := lockFile(ctx, filepath.Join(dir, "queue.lock"), why)
+		if err != nil {
+			return err
+		}
+		turn.unlock, err = lockFile(ctx, filepath.Join(dir, "machines.lock"), why)
+		leave()
+		if err != nil {
 			return err
 		}
 	}
