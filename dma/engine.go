@@ -84,11 +84,6 @@ type Caps struct {
 // Hardware tells that something else than the processor copies.
 func (c Caps) Hardware() bool { return c.Channels > 0 }
 
-// fits tells whether an engine with these limits takes a copy as it is.
-func (c *Caps) fits(dst, src Addr, n uint32) bool {
-	return uint32(dst)&(c.AlignDst-1) == 0 && uint32(src)&(c.AlignSrc-1) == 0 && n&(c.AlignLen-1) == 0 && n <= c.MaxLen
-}
-
 // EngineWaiter is the end of an engine's interrupt. The waiters of packages doorbell and pci have its
 // method set.
 type EngineWaiter interface {

@@ -196,7 +196,7 @@ func TestMovedPumps(t *testing.T) {
 				t.Errorf("given up %d times, %d copies by the engine; log %q", e.sum("disabled"), e.sum("engine_copies"), e.logs)
 			}
 			switch {
-			case all && (e.sum("failed") != 8 || e.sum("cpu_copies") == 0):
+			case all && (e.sum("failed") < 8 || e.sum("failed") > 16 || e.sum("cpu_copies") == 0):
 				t.Errorf("%d failed, %d by the processor", e.sum("failed"), e.sum("cpu_copies"))
 			case e.fault == nil && e.sum("redone") != 0:
 				t.Errorf("%d done over again", e.sum("redone"))

@@ -56,7 +56,6 @@ type rigOptions struct {
 	delay time.Duration
 	irq   bool
 	busy  bool
-	kind  mmio.Kind
 }
 
 func newRig(t testing.TB, name string, o rigOptions) *rig {

@@ -39,7 +39,7 @@ type dwChannel struct {
 	settling         int  // looks from the last interrupt until the channel has stopped
 	lie, rie         bool // of the last element
 	// HDMA
-	enable, cycle     uint32
+	enable            uint32
 	intStat, intSetup uint32
 	stop, abort       uint64
 	data              uint32
