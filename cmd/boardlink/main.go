@@ -12,8 +12,10 @@ import (
 	"runtime/debug"
 	"strings"
 
+	"github.com/BurntSushi/toml"
 	"github.com/alecthomas/kong"
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/board/generic"
 	_ "github.com/boardlink/boardlink/board/ivshmem"  // kinds of board register themselves
 	_ "github.com/boardlink/boardlink/board/loopback" //
 	_ "github.com/boardlink/boardlink/board/mpc83xx"  //
@@ -36,6 +38,8 @@ type cli struct {
 	Host     hostCmd     `cmd:"" help:"The carrier's end: offers network devices to a board."`
 	Agent    agentCmd    `cmd:"" help:"The board's end: drives the devices that the host offers."`
 	Serve    serveCmd    `cmd:"" help:"The rendezvous of a loopback board (an ivshmem server: QEMU can be either end)."`
+	Probe    probeCmd    `cmd:"" help:"PCI functions that could be boards, and what is missing to use them."`
+	Doctor   doctorCmd   `cmd:"" help:"Try a board: driver, IOMMU, window, doorbells, with latencies."`
 	Status   statusCmd   `cmd:"" help:"State, features, queues and counters of running ends."`
 	Version  versionCmd  `cmd:"" help:"Print the version."`
 }
@@ -68,7 +72,20 @@ func exitStatus(err error) int {
 	return exitFail
 }
 
+// decodeBoard reads the file that describes a board of the kind generic (docs/boards.md).
+func decodeBoard(b []byte, c *generic.Config) error {
+	md, err := toml.Decode(string(b), c)
+	if err != nil {
+		return err
+	}
+	if u := md.Undecoded(); len(u) > 0 {
+		return fmt.Errorf("there is no key %s", u[0])
+	}
+	return nil
+}
+
 func main() {
+	generic.Decode = decodeBoard
 	log.SetOutput(io.Discard) // net/http's: what strangers answer is told in our own words
 	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
 }
