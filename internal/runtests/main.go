@@ -15,7 +15,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -138,6 +137,7 @@ func runAll(ctx context.Context, chosen []stage, setup bool) int {
 	}
 
 	fmt.Println()
+	table.print(os.Stdout)
 	if ctx.Err() != nil {
 		fmt.Println("interrupted: the stages that did not run are not counted")
 		fmt.Println(total)
@@ -268,22 +268,13 @@ func stages(fuzztime time.Duration) []stage {
 		{name: "test", what: "go test ./...", wants: []string{"gcc", "ip", "qemu-system"}, limit: 12 * time.Minute, run: testStage},
 		{name: "race", what: "go test -race -short of the packages below cmd", needs: []string{"gcc"}, limit: 10 * time.Minute, run: raceStage},
 		{name: "fuzz", what: "every fuzz target for a moment", limit: 20*time.Minute + 100*fuzztime, run: func(r *run) { fuzzStage(r, fuzztime) }},
-		{name: "ports", what: "go vet of the packages below cmd for " + strings.Join(arches, " "), limit: 12 * time.Minute, run: portsStage},
-		{name: "foreign", what: "tests on foreign machines: ppc64 (big-endian) and 386 for all that is pure, every assembly of mmio",
+		{name: "ports", what: "go build and go vet of everything for " + strings.Join(arches, " "), limit: 12 * time.Minute, run: portsStage},
+		{name: "foreign", what: "the tests of the packages below cmd on foreign machines: " + strings.Join(foreignNames(), " "),
 			needs: []string{"qemu-user"}, limit: 10 * time.Minute, run: foreignStage},
+		{name: "cross", what: "links between this machine and foreign ones, as either end",
+			needs: []string{"qemu-user"}, wants: []string{"gccgo-ppc", "gccgo-ppc64"}, limit: 10 * time.Minute, run: crossStage},
 	}
 }
-
-// arches are the architectures that the packages below cmd must compile for.
-var arches = []string{"amd64", "arm64", "ppc64", "ppc64le", "riscv64", "386", "arm"}
-
-// purePackages touch no device of the running system: their tests run under an
-// emulated processor.
-var purePackages = []string{"mmio", "virtio", "dma", "vring", "virtiomsg"}
-
-// execEnv tells a test that starts its own binary again with which emulator to start it:
-// without binfmt_misc the kernel cannot run a foreign one.
-const execEnv = "BOARDLINK_TEST_EXEC"
 
 func gofmtStage(r *run) {
 	files, err := goFiles(r)
@@ -330,7 +321,7 @@ func lintStage(r *run) {
 func testStage(r *run) {
 	var pkgs []string
 	for _, p := range r.packages() {
-		if p.rel != "internal/house" { // has stages of its own
+		if p.rel != "internal/house" && p.rel != crossPackage { // have stages of their own
 			pkgs = append(pkgs, p.path)
 		}
 	}
@@ -349,56 +340,4 @@ func raceStage(r *run) {
 		}
 	}
 	r.goTestSome([]string{"CGO_ENABLED=1"}, pkgs, append([]string{"-race", "-short", "-timeout=5m"}, asRoot...)...)
-}
-
-func portsStage(r *run) {
-	pkgs := r.belowCmd()
-	if len(pkgs) == 0 {
-		r.skipWhy = "no packages yet"
-		return
-	}
-	for _, a := range arches {
-		r.out.doing(a)
-		r.command([]string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=" + a}, "go", append([]string{"vet"}, pkgs...)...)
-	}
-}
-
-func foreignStage(r *run) {
-	pure := map[string]bool{}
-	for _, p := range purePackages {
-		pure[p] = true
-	}
-	var all, asm []string
-	for _, p := range r.packages() {
-		if pure[p.rel] && p.tests {
-			all = append(all, p.path)
-			if p.rel == "mmio" {
-				asm = append(asm, p.path)
-			}
-		}
-	}
-	for _, t := range []struct {
-		arch, qemu string
-		pkgs       []string
-	}{
-		{"ppc64", "ppc64", all},
-		{"386", "", all}, // 32 bits; runs as it is on amd64
-		{"arm64", "aarch64", asm},
-		{"ppc64le", "ppc64le", asm},
-		{"riscv64", "riscv64", asm},
-		{"arm", "arm", asm},
-	} {
-		args := []string{"-short", "-vet=off", "-timeout=5m"}
-		if t.qemu == "" && runtime.GOARCH != "amd64" {
-			continue
-		}
-		env := []string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=" + t.arch}
-		if t.qemu != "" && t.arch != runtime.GOARCH {
-			emu := qemuUser(t.qemu)
-			args = append(args, "-exec="+emu)
-			env = append(env, execEnv+"="+emu)
-		}
-		r.out.doing(t.arch)
-		r.goTestSome(env, t.pkgs, args...)
-	}
 }

@@ -40,6 +40,8 @@ type run struct {
 	live bool // print go test's line of each package as it comes
 	// tellSkips lists the skipped tests with their reasons.
 	tellSkips bool
+	// onResult, if set, hears of what tests log as "result: ...".
+	onResult func(text string)
 
 	counts
 	failures []string
@@ -122,6 +124,8 @@ type pkg struct {
 	path, rel, dir string
 	tests          bool
 	below          bool // below cmd/: floors 0 to 5
+	// nets: its tests look at interfaces or namespaces, or start virtual machines.
+	nets bool
 }
 
 // packages returns all packages of the project, broken ones too.
@@ -131,19 +135,20 @@ func (r *run) packages() []pkg {
 	}
 	r.listed = true
 	out, err := r.output(nil, "go", "list", "-e", "-f",
-		"{{.ImportPath}}\t{{.Dir}}\t{{len .TestGoFiles}}\t{{len .XTestGoFiles}}", "./...")
+		"{{.ImportPath}}\t{{.Dir}}\t{{len .TestGoFiles}}\t{{len .XTestGoFiles}}\t{{.TestImports}} {{.XTestImports}}", "./...")
 	if err != nil {
 		r.failf("%v", err)
 	}
 	for _, line := range strings.Split(strings.TrimSpace(out), "\n") {
 		f := strings.Split(line, "\t")
-		if len(f) != 4 {
+		if len(f) != 5 {
 			continue
 		}
 		p := pkg{path: f[0], dir: f[1], tests: f[2] != "0" || f[3] != "0"}
 		p.rel = strings.TrimPrefix(strings.TrimPrefix(p.path, modulePath), "/")
 		top, _, _ := strings.Cut(p.rel, "/")
 		p.below = top != "cmd" && top != "hwtest" && top != "internal" && top != ""
+		p.nets = strings.Contains(f[4], "/hwtest/netns") || strings.Contains(f[4], "/hwtest/vm") || strings.Contains(f[4], "/netlink")
 		r.pkgs = append(r.pkgs, p)
 	}
 	return r.pkgs
@@ -206,6 +211,7 @@ func (r *run) goTest(env []string, args ...string) {
 	rep.onTest = func(pkg, test string) {
 		r.out.doing(strings.TrimPrefix(pkg, modulePath+"/") + " " + test)
 	}
+	rep.onResult = r.onResult
 	rep.read(stdout)
 	err = cmd.Wait()
 
@@ -245,6 +251,7 @@ type report struct {
 	log       io.Writer
 	onPackage func(line string)
 	onTest    func(pkg, test string)
+	onResult  func(text string) // nil: nobody
 
 	output map[[2]string]*strings.Builder // by package and test
 	build  map[string]*strings.Builder    // by ImportPath
@@ -282,6 +289,9 @@ func (p *report) read(in io.Reader) {
 // pkgLine is what go test says of a whole package.
 var pkgLine = regexp.MustCompile(`^(ok  |FAIL|---|\?   )\t\S+`)
 
+// resultLine is what a test logs for the table of make test-ports.
+var resultLine = regexp.MustCompile(`^\s+\S+\.go:\d+: result: (.*)\n$`)
+
 func (p *report) take(e event) {
 	key := [2]string{e.Package, e.Test}
 	switch e.Action {
@@ -301,6 +311,11 @@ func (p *report) take(e event) {
 			p.output[key] = b
 		}
 		b.WriteString(e.Output)
+		if p.onResult != nil {
+			if m := resultLine.FindStringSubmatch(e.Output); m != nil {
+				p.onResult(m[1])
+			}
+		}
 		if e.Test == "" && pkgLine.MatchString(e.Output) {
 			p.onPackage(strings.TrimRight(e.Output, "\n"))
 		}

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"sort"
 	"strings"
+
+	"github.com/boardlink/boardlink/hwtest/ports"
 )
 
 // tool is a program that a stage needs and that does not come with Go.
@@ -24,6 +26,8 @@ type tool struct {
 var tools = []tool{
 	{"gcc", []string{"gcc"}, []string{"gcc libc6-dev"}, "the race detector and cgo", nil},
 	{"gccgo", gccgoNames, []string{"gccgo-12", "gccgo-13", "gccgo-14", "gccgo"}, "to compile the packages as Go 1.18", nil},
+	{"gccgo-ppc", crossNames("powerpc-linux-gnu-gccgo"), []string{"gccgo-12-powerpc-linux-gnu gcc-12-powerpc-linux-gnu", "gccgo-powerpc-linux-gnu gcc-powerpc-linux-gnu"}, "to compile the lean programs for 32-bit PowerPC", nil},
+	{"gccgo-ppc64", crossNames("powerpc64-linux-gnu-gccgo"), []string{"gccgo-12-powerpc64-linux-gnu gcc-12-powerpc64-linux-gnu", "gccgo-powerpc64-linux-gnu gcc-powerpc64-linux-gnu"}, "to compile the lean programs for 64-bit PowerPC below POWER8", nil},
 	{"qemu-user", []string{"qemu-ppc64-static", "qemu-ppc64"}, []string{"qemu-user-static", "qemu-user"}, "to run tests on a big-endian processor", nil},
 	{"ip", []string{"ip"}, []string{"iproute2"}, "the tests with network namespaces", nil},
 	{"qemu-system", []string{"qemu-system-x86_64"}, []string{"qemu-system-x86"}, "the tests against QEMU's PCI devices", func() bool { return !mentioned("hwtest", "qemu-system-x86_64") }},
@@ -32,6 +36,15 @@ var tools = []tool{
 // gccgoNames are the gccgo releases that compile Go 1.18; the newer ones do too.
 // internal/house looks for the same.
 var gccgoNames = []string{"gccgo-12", "gccgo-13", "gccgo-14", "gccgo-15", "gccgo"}
+
+// crossNames are the names of a cross gccgo; hwtest/ports looks for the same.
+func crossNames(name string) []string {
+	var out []string
+	for _, v := range ports.GccgoVersions {
+		out = append(out, name+v)
+	}
+	return out
+}
 
 // toolsFor returns the tools that the stages need.
 func toolsFor(chosen []stage) []tool {
