@@ -25,6 +25,9 @@ type Options struct {
 	Mode Mode
 	// DMAMask is the highest bus address that the function can reach by DMA; 0 is no limit.
 	DMAMask uint64
+	// Interrupts is the only kind to use, for boards and machines whose better kinds are broken;
+	// NoInterrupts (the zero value) takes the best.
+	Interrupts InterruptKind
 	// Sysfs is where to read; the zero value is the machine's own.
 	Sysfs Sysfs
 	// Logf, if set, hears of what is worth a line: a mapping kind that could not be had, a
@@ -115,7 +118,7 @@ type Function interface {
 	// WriteCombining that is tried first where the BAR is prefetchable; the Mapping's kind tells
 	// what it became. A BAR that is mapped already is given out again, as it is. It stays mapped until Close.
 	MapBAR(i int, want mmio.Kind) (*Mapping, error)
-	// Interrupts tells the best kind there is.
+	// Interrupts tells the best kind there is, or the one of Options.Interrupts, if there is one.
 	Interrupts() Interrupts
 	// EnableInterrupts wires the first n vectors of that kind. MSI and MSI-X are writes by the
 	// function, so they turn bus mastering on. Vectors that were enabled before are taken down first:

@@ -297,7 +297,8 @@ func (s Sysfs) Reset(a Address) error {
 	return err
 }
 
-// Remove takes the function out of the kernel's sight, as if unplugged, and drops its driver.
+// Remove takes the function out of the kernel's sight, as if unplugged, and drops its driver. As Unbind, it blocks while
+// a process has the function open through VFIO, and is not for that process.
 func (s Sysfs) Remove(a Address) error {
 	return s.write(a, filepath.Join(s.Dir(a), "remove"), "1\n", "removed")
 }

@@ -242,7 +242,7 @@ func (f *function) MapBAR(i int, want mmio.Kind) (*pci.Mapping, error) {
 
 // Interrupts implements pci.Function.
 func (f *function) Interrupts() pci.Interrupts {
-	if f.irq {
+	if f.irq && (f.opt.Interrupts == pci.NoInterrupts || f.opt.Interrupts == pci.INTx) {
 		return pci.Interrupts{Kind: pci.INTx, Count: 1}
 	}
 	return pci.Interrupts{}
@@ -306,7 +306,7 @@ func (f *function) EnableInterrupts(n int) ([]pci.Waiter, error) {
 	if f.closed {
 		return nil, pci.ErrClosed
 	}
-	if n != 1 || !f.irq {
+	if n != 1 || f.Interrupts().Count == 0 {
 		e := &pci.Error{Problem: pci.NoInterrupt, Spec: f.info.Address.String(), Reason: fmt.Sprintf("has no %d interrupts in mode %s", n, f.opt.Mode)}
 		if f.opt.Mode == pci.UIO && !f.irq {
 			e.Reason += ": it has no INTx"

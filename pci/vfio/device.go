@@ -277,6 +277,9 @@ func (f *function) Interrupts() pci.Interrupts {
 		index int
 		kind  pci.InterruptKind
 	}{{irqMSIX, pci.MSIX}, {irqMSI, pci.MSI}, {irqINTx, pci.INTx}} {
+		if f.opt.Interrupts != pci.NoInterrupts && f.opt.Interrupts != k.kind {
+			continue
+		}
 		if ii := f.irqs[k.index]; ii.count > 0 && ii.flags&irqEventfd != 0 {
 			return pci.Interrupts{Kind: k.kind, Count: int(ii.count)}
 		}

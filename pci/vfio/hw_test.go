@@ -403,6 +403,61 @@ func eduDMA(t *testing.T, regs edu, src, dst, n, cmd uint64) {
 	}
 }
 
+// TestINTx: a level on a line: each Ack unmasks it, and an Ack before the function lowered it brings it again.
+func TestINTx(t *testing.T) {
+	a, o := function(t, "BOARDLINK_TEST_EDU")
+	o.Interrupts = pci.INTx
+	f, err := pci.Open(a, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	regs := eduRegs(t, f)
+	if in := f.Interrupts(); in.Kind != pci.INTx || in.Count != 1 {
+		t.Fatalf("interrupts %v, want 1 of INTx", in)
+	}
+	ws, err := f.EnableInterrupts(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; i < 20; i++ {
+		regs.Store32(eduRaise, 2)
+		p := []unix.PollFd{{Fd: int32(ws[0].FD()), Events: unix.POLLIN}}
+		for {
+			n, err := unix.Poll(p, 5000)
+			if err == unix.EINTR {
+				continue
+			}
+			if n != 1 || err != nil {
+				t.Fatalf("interrupt %d did not come: %v", i, err)
+			}
+			break
+		}
+		if i == 10 { // too early
+			if n, err := ws[0].Ack(); n != 1 || err != nil {
+				t.Errorf("Ack of a line that is up: %d, %v", n, err)
+			}
+			if waitRung(t, ws[0], 5*time.Second) == 0 {
+				t.Error("the line is up, and did not ring again")
+			}
+		}
+		regs.Store32(eduAck, 2)
+		if i == 10 {
+			ws[0].Ack() // the one that came in between
+			continue
+		}
+		if n, err := ws[0].Ack(); n != 1 || err != nil {
+			t.Errorf("Ack of interrupt %d: %d, %v", i, n, err)
+		}
+	}
+	if n, err := ws[0].Ack(); n != 0 || err != nil {
+		t.Errorf("nothing rings, Ack gave %d, %v", n, err)
+	}
+	if cmd, _ := f.ReadConfig(pci.RegCommand, 2); cmd&pci.CommandBusMaster != 0 {
+		t.Errorf("command register %#x: INTx needs no bus mastering", cmd)
+	}
+}
+
 // eduMask is what its DMA engine reaches.
 const eduMask = 1<<28 - 1
 
