@@ -1,0 +1,158 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"runtime"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/boardlink/boardlink/hwtest/ports"
+)
+
+// arches are the architectures that the packages below cmd must compile for.
+var arches = []string{"amd64", "arm64", "ppc64", "ppc64le", "riscv64", "386", "arm"}
+
+// crossPackage has the tests of the stage cross.
+const crossPackage = "hwtest/ports"
+
+// execEnv tells a test that starts its own binary again with which emulator to start it:
+// without binfmt_misc the kernel cannot run a foreign one.
+const execEnv = "BOARDLINK_TEST_EXEC"
+
+// foreign are the machines of the stage foreign: emulator is QEMU's name of the processor, empty where amd64 runs
+// the program itself; skip are the tests that do not run there.
+var foreign = []struct {
+	arch, emulator string
+	skip           []string
+}{
+	{"ppc64", "ppc64", emulatedSkip},                                        // big-endian
+	{"386", "", []string{"TestPump", "TestLinkMuta", "TestSplitRingsMuta"}}, // 32 bits; half a minute
+	{"arm64", "aarch64", append([]string{"TestTwoProcesses"}, longSkip...)}, // reordered, see below
+	{"ppc64le", "ppc64le", longSkip},
+	{"riscv64", "riscv64", longSkip},
+	{"arm", "arm", longSkip}, // 32 bits
+}
+
+func foreignNames() []string {
+	var out []string
+	for _, f := range foreign {
+		out = append(out, f.arch)
+	}
+	return out
+}
+
+// emulatedSkip are the tests that have no place under qemu-user: they take minutes there, and nothing in them
+// depends on the processor (what is mutated is the protocol), or they wait for time-outs.
+var emulatedSkip = []string{"TestLinkMutated", "TestSplitRingsMutated", "TestLinkRestartAnywhere", "TestHostileServer"}
+
+// longSkip is for the machines beside the big-endian one, so that all of them take two minutes. TestConcurrent and
+// TestTwoProcesses also rely on a store before a later load between two threads or processes: qemu-user 7.2 does
+// not keep that order for arm64 on amd64.
+var longSkip = append([]string{"TestConcurrent", "TestKill", "TestSplitRings", "TestSleepProtocol", "TestLink"}, emulatedSkip...)
+
+// portTable is what make test-ports prints.
+type portTable struct {
+	order []string
+	rows  map[string]*portRow
+}
+
+type portRow struct {
+	packages int
+	tests    counts
+	cross    map[string]string // "agent", "host" -> result
+}
+
+var table = portTable{rows: map[string]*portRow{}}
+
+func (t *portTable) row(name string) *portRow {
+	r := t.rows[name]
+	if r == nil {
+		r = &portRow{cross: map[string]string{}}
+		t.rows[name], t.order = r, append(t.order, name)
+	}
+	return r
+}
+
+// print prints the table, if there is one.
+func (t *portTable) print(w io.Writer) {
+	if len(t.order) == 0 {
+		return
+	}
+	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(tw, "target\tpackages\tpassed\tfailed\tskipped\tboard of an "+runtime.GOARCH+" carrier\tcarrier of an "+runtime.GOARCH+" board")
+	for _, name := range t.order {
+		r := t.rows[name]
+		fmt.Fprint(tw, name)
+		if r.packages == 0 {
+			fmt.Fprint(tw, "\t-\t-\t-\t-")
+		} else {
+			fmt.Fprintf(tw, "\t%d\t%d\t%d\t%d", r.packages, r.tests.passed, r.tests.failed, r.tests.skipped)
+		}
+		for _, side := range []string{"agent", "host"} {
+			s := r.cross[side]
+			if s == "" {
+				s = "-"
+			}
+			fmt.Fprint(tw, "\t"+s)
+		}
+		fmt.Fprintln(tw)
+	}
+	tw.Flush()
+	fmt.Fprintln(w)
+}
+
+func portsStage(r *run) {
+	for _, a := range arches {
+		r.out.doing(a)
+		env := []string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=" + a}
+		r.command(env, "go", "build", "./...")
+		r.command(env, "go", "vet", "./...")
+	}
+}
+
+func foreignStage(r *run) {
+	for _, f := range foreign {
+		if f.emulator == "" && runtime.GOARCH != "amd64" || f.arch == runtime.GOARCH {
+			continue
+		}
+		var pkgs []string
+		for _, p := range r.packages() {
+			// qemu-user converts a part of netlink only, and has no packet sockets. The stage cross has interfaces
+			// under emulated ends, looked at from outside; 386 needs no emulator for the interfaces' tests.
+			if p.below && p.tests && (!p.nets || f.emulator == "" && p.rel == "tunbridge") {
+				pkgs = append(pkgs, p.path)
+			}
+		}
+		args := []string{"-short", "-vet=off", "-timeout=5m", "-skip=^(" + strings.Join(f.skip, "|") + ")"}
+		env := []string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=" + f.arch}
+		if f.emulator != "" {
+			emu := qemuUser(f.emulator)
+			args = append(args, "-exec="+emu)
+			env = append(env, execEnv+"="+emu)
+		} else {
+			args = append(args, asRoot...)
+		}
+		r.out.doing(f.arch)
+		before := r.counts
+		r.goTestSome(env, pkgs, args...)
+		row := table.row(f.arch)
+		row.packages = len(pkgs)
+		row.tests = counts{r.passed - before.passed, r.failed - before.failed, r.skipped - before.skipped}
+	}
+}
+
+func crossStage(r *run) {
+	for _, t := range ports.Targets {
+		table.row(t.Name)
+	}
+	r.onResult = func(text string) {
+		// "ppc64 agent: ping ..."; variants ("ppc64 agent uncached: ...") are not shown.
+		who, what, _ := strings.Cut(text, ": ")
+		if f := strings.Fields(who); len(f) == 2 && table.rows[f[0]] != nil {
+			table.rows[f[0]].cross[f[1]] = what
+		}
+	}
+	r.tellSkips = true
+	r.goTest(nil, append(append([]string{"-count=1", "-timeout=9m"}, asRoot...), "./"+crossPackage)...)
+}
