@@ -37,6 +37,7 @@ type MissingError struct {
 	Err error
 }
 
+// Error names what is missing, why, and what mends it.
 func (e *MissingError) Error() string {
 	s := e.What
 	if e.Err != nil {
@@ -70,6 +71,7 @@ type CrashError struct {
 	Console string
 }
 
+// Error is several lines: it shows the console.
 func (e *CrashError) Error() string {
 	return fmt.Sprintf("machine %s crashed: %s; its console:\n%s", e.Machine, e.Reason, e.Console)
 }

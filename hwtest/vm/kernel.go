@@ -47,7 +47,7 @@ const (
 	security = "http://deb.debian.org/debian-security"
 )
 
-// The kernels. What each can do: docs of Debian's configuration; VFIO needs CONFIG_VFIO_GROUP, which all have.
+// The kernels that machines boot.
 var (
 	// Linux612 is Linux 6.12 for x86 cloud machines.
 	Linux612 = &KernelSpec{Name: "amd64-6.12", Arch: AMD64, Sources: []Source{

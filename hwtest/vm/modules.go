@@ -51,7 +51,7 @@ func (k *Kernel) modules() (*moduleIndex, error) {
 	return x, err
 }
 
-// loaded returns a module's file, without compression.
+// unpacked returns a module's file, without compression.
 func (x *moduleIndex) unpacked(ctx context.Context, name string) (string, error) {
 	p := x.files[name]
 	if strings.HasSuffix(p, ".ko") {

@@ -46,6 +46,7 @@ type QMPError struct {
 	Desc  string `json:"desc"`
 }
 
+// Error is QEMU's description.
 func (e *QMPError) Error() string { return e.Desc }
 
 func newQMP(f *os.File) *qmp {

@@ -237,6 +237,7 @@ type ExitError struct {
 	Stderr string
 }
 
+// Error names the program, how it ended and what it said last.
 func (e *ExitError) Error() string {
 	s := fmt.Sprintf("%s: exit code %d", e.Program, e.Code)
 	if e.Signal != 0 {
