@@ -161,6 +161,7 @@ func (m *VM) waitBoot(ctx context.Context) error {
 	select {
 	case h := <-m.hello:
 		m.BootTime = time.Since(start)
+		os.RemoveAll(m.dir) // QEMU has read it, and a killed test would leave it behind
 		if len(h.Failed) > 0 {
 			return fmt.Errorf("machine %s: its first process failed: %s; the console:\n%s", m.Name, strings.Join(h.Failed, "; "), m.Console())
 		}
