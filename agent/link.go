@@ -546,7 +546,7 @@ func (t *transportMsg) SetQueue(i int, size uint16, desc, driver, device dma.Add
 	return virtiomsg.DecodeEmptyResponse(&t.m, virtiomsg.SetVQueue)
 }
 
-func (t *transportMsg) Kick(i int) (doorbell.Ringer, error) {
+func (t *transportMsg) Kick(i int) doorbell.Ringer {
 	return t.s.Ringer(session.QueueID{Dev: t.dev, Queue: i})
 }
 

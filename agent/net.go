@@ -59,7 +59,7 @@ type transport interface {
 	QueueMax(i int) (uint16, error)
 	SetQueue(i int, size uint16, desc, driver, device dma.Addr) error
 	// Kick returns what kicks queue i, Call the end that the device calls for it.
-	Kick(i int) (doorbell.Ringer, error)
+	Kick(i int) doorbell.Ringer
 	Call(i int) doorbell.Waiter
 }
 
@@ -349,11 +349,7 @@ func (n *Net) layOut(t transport, m layout, acked virtio.Features, stop *tunbrid
 	for i := range queues {
 		q := &queues[i]
 		name := n.cfg.Name + " " + netQueueNames[i]
-		kick, err := t.Kick(i)
-		if err != nil {
-			return queues, err
-		}
-		pc := tunbridge.PumpConfig{Name: name, Iface: n.ifc, Stop: stop, Wait: t.Call(i), Ring: kick,
+		pc := tunbridge.PumpConfig{Name: name, Iface: n.ifc, Stop: stop, Wait: t.Call(i), Ring: t.Kick(i),
 			MaxFrame: max, Fallback: n.cfg.Fallback, Stats: q.stats, Bells: q.bells}
 		if i == queueRX {
 			merge := acked.Has(virtio.NetMrgRxbuf)

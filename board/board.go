@@ -108,6 +108,13 @@ type Pooled interface {
 	Pool() (dma.Region, bool)
 }
 
+// SelfRinging is a Board that can ring this side's own vectors: the way over the bus and back, to try the wiring.
+type SelfRinging interface {
+	Board
+	// RingSelf returns what rings this side's vector v.
+	RingSelf(v uint32) (doorbell.Ringer, error)
+}
+
 // Vanishing is a Board that can be pulled, or lose its function, while it is open.
 type Vanishing interface {
 	Board

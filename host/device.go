@@ -275,10 +275,7 @@ func (d *device) setQueue(q *virtiomsg.VQueue) error {
 		return fmt.Errorf("queue %d of size %d does not exist", q.Index, q.Size)
 	}
 	id := d.queue(int(q.Index))
-	call, err := d.l.s.Ringer(id)
-	if err != nil {
-		return err
-	}
+	call := d.l.s.Ringer(id)
 	d.stateMu.Lock()
 	d.push = dma.Addr(q.Desc) >= poolLink
 	d.stateMu.Unlock()

@@ -356,7 +356,27 @@ func rescued(l status.Link) (rescued, wakeups uint64) {
 func TestVFIOHostNativeAgent(t *testing.T) {
 	s := serve(t)
 	m := vmtest.Boot(t, config(vm.Carrier(ivshmem(s))))
+	t.Run("unbound", func(t *testing.T) {
+		fails(t, m, 2, "is bound to no driver", "host", "--board", "ivshmem:"+slot)
+		if c := probe(t, m); c.Kind != "ivshmem" || !strings.Contains(c.Missing, "driver_override") {
+			t.Errorf("probe: %+v", c)
+		}
+	})
 	bind(t, m, slot, "vfio-pci")
+	t.Run("probe and doctor", func(t *testing.T) {
+		c := probe(t, m)
+		if c.Kind != "ivshmem" || c.Missing != "" || c.Driver != "vfio-pci" || c.IOMMUGroup == "" || !strings.Contains(c.Interrupts, "MSI-X (4)") ||
+			len(c.BARs) != 3 || c.BARs[2].Size != 16<<20 {
+			t.Errorf("probe: %+v", c)
+		}
+		out := vmtest.Run(t, m, "boardlink", "doctor", "ivshmem:"+slot)
+		t.Logf("\n%s", out)
+		for _, want := range []string{"uncached", "4 vectors", "doorbell to interrupt to this program", "alone in it"} {
+			if !strings.Contains(out, want) {
+				t.Errorf("doctor does not tell: %s", want)
+			}
+		}
+	})
 	echo(t, m)
 	a := native(t, s, "agent")
 	h := inVM(t, m, "host", "ivshmem:"+slot)
@@ -373,9 +393,23 @@ func TestVFIOHostNativeAgent(t *testing.T) {
 			t.Errorf("%s: %d wake-ups by doorbell, %d rescued by polling", e.side, w, r)
 		}
 	}
+	t.Run("busy", func(t *testing.T) {
+		fails(t, m, 2, "pid", "host", "--board", "ivshmem:"+slot, "--status", "none")
+	})
 	h.stop()
 	a.waitState(0, "down", 10*time.Second, func(l status.Link) bool { return l.State != "up" })
 
+	t.Run("generic", func(t *testing.T) {
+		// The same device by a description: vector 0 of peer 0, which is the agent, is all that it can ring.
+		const file = "/tmp/board.toml"
+		if err := m.PutBytes(t.Context(), file, 0o644, []byte(genericIvshmem)); err != nil {
+			t.Fatal(err)
+		}
+		h := inVM(t, m, "host", "generic:"+file+"@"+slot)
+		h.waitUp(0)
+		a.check(t, hostIP, remote.Config{Pings: 50, Bytes: 4 << 20})
+		h.stop()
+	})
 	t.Run("no interrupts", func(t *testing.T) {
 		h := inVM(t, m, "host", "ivshmem:"+slot, "--no-interrupts")
 		h.waitUp(0)
@@ -444,6 +478,54 @@ func boardReset(t *testing.T, m *vm.VM, h, a *end) {
 	h.waitLog("the board is gone")
 	h.waitUp(0)
 	a.check(t, hostIP, remote.Config{Pings: 20, Bytes: 1 << 20})
+}
+
+// genericIvshmem describes half of an ivshmem device's memory as a board's window.
+const genericIvshmem = `
+name = "ivshmem"
+vendor = 0x1af4
+device = 0x1110
+[host.window]
+bar = 2
+size = 0x80_0000
+[host.ring]
+bar = 0
+offset = 12
+value = 0x0001_0000
+`
+
+// fails runs a command that has to fail with the status, and one line that tells why.
+func fails(t *testing.T, m *vm.VM, code int, text string, args ...string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	out, err := m.Run(ctx, "boardlink", args...)
+	line := strings.TrimRight(string(out.Stderr), "\n")
+	if err == nil || out.Code != code || strings.Contains(line, "\n") || !strings.Contains(line, text) {
+		t.Errorf("%v: status %d, want %d and one line with %q: %s", args, out.Code, code, text, line)
+	}
+}
+
+// candidate is what `boardlink probe --json` tells of a function.
+type candidate struct {
+	Address, Kind, Driver, Missing, Interrupts string
+	IOMMUGroup                                 string `json:"iommu_group"`
+	BARs                                       []struct{ Size uint64 }
+}
+
+func probe(t *testing.T, m *vm.VM) candidate {
+	t.Helper()
+	var cs []candidate
+	if err := json.Unmarshal([]byte(vmtest.Run(t, m, "boardlink", "probe", "--json")), &cs); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range cs {
+		if c.Address == slot {
+			return c
+		}
+	}
+	t.Fatalf("probe does not find %s: %+v", slot, cs)
+	return candidate{}
 }
 
 // setMemory writes the memory-enable bit of the command register (PCI 3.0, 6.2.2), as another program would.

@@ -708,9 +708,14 @@ func (s *Session) Reset() {
 // Waiter returns the end of the doorbell for a queue of this side's Queues.
 func (s *Session) Waiter(q QueueID) doorbell.Waiter { return s.assigned.Waiter(s.users[q]) }
 
-// Ringer returns what rings the peer for a queue.
-func (s *Session) Ringer(q QueueID) (doorbell.Ringer, error) {
-	return s.b.Ringer(s.peer.Ring, virtiomsg.Vector(q.Dev, uint32(q.Queue), s.peer.Ring.Vectors))
+// Ringer returns what rings the peer for a queue. A peer that cannot be rung has to poll: that has been logged, and
+// what is returned does nothing.
+func (s *Session) Ringer(q QueueID) doorbell.Ringer {
+	r, err := s.b.Ringer(s.peer.Ring, virtiomsg.Vector(q.Dev, uint32(q.Queue), s.peer.Ring.Vectors))
+	if err != nil {
+		return board.Silent
+	}
+	return r
 }
 
 // Peer returns what the peer declares; while up.

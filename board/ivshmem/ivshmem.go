@@ -306,6 +306,14 @@ func (b *Board) Ringer(info board.RingInfo, v uint32) (doorbell.Ringer, error) {
 	return &fn.Reg{Data: b.window.Mem, Word: fn.Word{Mem: b.regs, Off: regDoorbell, Width: 32}, Value: info.Peer<<16 | v}, nil
 }
 
+// RingSelf implements board.SelfRinging: the device takes its own number too.
+func (b *Board) RingSelf(v uint32) (doorbell.Ringer, error) {
+	if b.plain {
+		return nil, fmt.Errorf("%s: %w", b.spec, ErrNoDoorbell)
+	}
+	return &fn.Reg{Data: b.window.Mem, Word: fn.Word{Mem: b.regs, Off: regDoorbell, Width: 32}, Value: b.id<<16 | v}, nil
+}
+
 // PeerDead is false: the device does not tell.
 func (b *Board) PeerDead() bool { return false }
 

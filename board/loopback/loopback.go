@@ -547,6 +547,14 @@ func (b *Board) Ringer(info board.RingInfo, v uint32) (doorbell.Ringer, error) {
 	return &ringer{b: b, peer: int64(info.Peer), v: v, kind: b.region.Mem.Kind()}, nil
 }
 
+// RingSelf implements board.SelfRinging.
+func (b *Board) RingSelf(v uint32) (doorbell.Ringer, error) {
+	if uint64(v) >= uint64(len(b.own)) {
+		return nil, fmt.Errorf("%s: vector %d of this side, which has %d", b.spec, v, len(b.own))
+	}
+	return b.own[v], nil
+}
+
 // PeerDead tells whether nobody of the other side has the memory mapped. The lock of its side
 // answers for our own programs. A QEMU device takes no lock, but is a connected peer: so as long
 // as any other peer is connected, and where the server that would tell is lost, only a lock that was held
