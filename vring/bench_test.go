@@ -119,7 +119,7 @@ func BenchmarkPingPong(b *testing.B) {
 					}
 					used = used[:0]
 					for i := range bt.Chains {
-						used = append(used, vring.Used{ID: bt.Chains[i].ID, Count: 1, Len: bt.Chains[i].WriteLen})
+						used = append(used, vring.Used{ID: bt.Chains[i].ID, Count: bt.Chains[i].Count, Len: bt.Chains[i].WriteLen})
 					}
 					if err := dev.Complete(used); err != nil {
 						failed <- err

@@ -96,13 +96,16 @@ type Error struct {
 	Err   error // the cause, where there is one
 }
 
-// errPackedState: a state of another kind of queue.
-var errPackedState = errors.New("the state of a packed queue, this one is split")
+// A state of another kind of queue.
+var (
+	errPackedState = errors.New("the state of a packed queue, this one is split")
+	errSplitState  = errors.New("the state of a split queue, this one is packed")
+)
 
 // configError is err as the *Error of a queue that cannot be made.
 func configError(c *Config, err error) error {
 	code := ErrConfig
-	if err == errPackedState {
+	if err == errPackedState || err == errSplitState {
 		code = ErrState
 	}
 	return &Error{Queue: c.Name, Code: code, Err: err}

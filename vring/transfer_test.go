@@ -161,7 +161,7 @@ func pushTransfers(drv vring.Driver, r *vringtest.Rig, count uint64, window, spi
 }
 
 // pullTransfers is the device side of count transfers.
-func pullTransfers(dev vring.Device, count uint64, spins int, kick, call bell) error {
+func pullTransfers(dev vring.Device, count uint64, spins int, inOrder bool, kick, call bell) error {
 	var b vring.Batch
 	var used []vring.Used
 	var word [transferBytes]byte
@@ -209,7 +209,7 @@ func pullTransfers(dev vring.Device, count uint64, spins int, kick, call bell) e
 			seq++
 		}
 		// Hand half of them back in another order: transfers are told apart by token.
-		for i := 0; i+1 < len(used)/2; i += 2 {
+		for i := 0; i+1 < len(used)/2 && !inOrder; i += 2 {
 			used[i], used[i+1] = used[i+1], used[i]
 		}
 		if err := dev.Complete(used); err != nil {
@@ -287,7 +287,7 @@ func TestConcurrent(t *testing.T) {
 				kick, call = make(channel, 1), make(channel, 1)
 			}
 			failed := make(chan error, 1)
-			go func() { failed <- pullTransfers(dev, count, tt.spins, kick, call) }()
+			go func() { failed <- pullTransfers(dev, count, tt.spins, p.InOrder, kick, call) }()
 			err := pushTransfers(drv, r, count, tt.window, tt.spins, kick, call)
 			if err == nil {
 				err = <-failed
@@ -346,6 +346,8 @@ var (
 	childInd   = flag.Bool("vring.indirect", false, "with indirect descriptors")
 	childSleep = flag.Bool("vring.sleep", false, "sleeping on eventfds")
 	childSpins = flag.Int("vring.spins", 0, "after so many polls in vain")
+	childRing  = flag.String("vring.ring", "split", "the kind of ring")
+	childOrder = flag.Bool("vring.inorder", false, "completing in order")
 	childKind  = flag.Int("vring.kind", 0, "the mmio.Kind of its mapping")
 )
 
@@ -385,7 +387,10 @@ func child() error {
 			return err
 		}
 	}
-	p := vringtest.Params{Ring: vringtest.Split, EventIdx: *childEvent, Indirect: *childInd}
+	p := vringtest.Params{Ring: vringtest.Split, EventIdx: *childEvent, Indirect: *childInd, InOrder: *childOrder}
+	if *childRing == vringtest.Packed.Name {
+		p.Ring = vringtest.Packed
+	}
 	r := sharedRig(fatal{}, shareFD, p, mmio.Kind(*childKind))
 	dev, err := r.Ring.NewDevice(r.DevCfg)
 	if err != nil {
@@ -395,7 +400,7 @@ func child() error {
 	if *childSleep {
 		kick, call = eventfd(shareFD+1), eventfd(shareFD+2)
 	}
-	return pullTransfers(dev, *childCount, *childSpins, kick, call)
+	return pullTransfers(dev, *childCount, *childSpins, *childOrder, kick, call)
 }
 
 // fatal stands in for a test in the child.
@@ -421,33 +426,41 @@ func self(t testing.TB, args ...string) *exec.Cmd {
 }
 
 // TestTwoProcesses: ten million transfers between two processes with mappings of their own
-// of one file, in 1 to 4 pieces, in and out in turns, over all combinations of event index
-// and indirect descriptors, polling or sleeping on eventfds.
+// of one file, in 1 to 4 pieces, in and out in turns, over both kinds of ring and all combinations of event index
+// and indirect descriptors, some in order, polling or sleeping on eventfds.
 func TestTwoProcesses(t *testing.T) {
 	total := uint64(10_000_000)
 	if testing.Short() || vring.RaceEnabled {
 		total = 200_000
 	}
 	type combo struct {
-		event, ind, sleep bool
-		kind              mmio.Kind
-		window, spins     int
+		ring                     string
+		event, ind, order, sleep bool
+		kind                     mmio.Kind
+		window, spins            int
 	}
-	var combos []combo
-	for i := 0; i < 8; i++ {
-		combos = append(combos, combo{i&1 != 0, i&2 != 0, i&4 != 0, mmio.Cached, shareSize, 200})
+	var combos, few []combo
+	for _, r := range rings {
+		for i := 0; i < 8; i++ {
+			combos = append(combos, combo{r.Name, i&1 != 0, i&2 != 0, i == 3 || i == 5, i&4 != 0, mmio.Cached, shareSize, 200})
+		}
+		// The device side as it would see a BAR: aligned words, strong barriers.
+		combos = append(combos, combo{r.Name, true, false, false, true, mmio.Uncached, shareSize, 200}, combo{r.Name, false, true, true, true, mmio.WriteCombining, shareSize, 200})
+		// Few at a time, and asleep whenever there is nothing to do.
+		few = append(few, combo{r.Name, false, false, false, true, mmio.Cached, 1, 1}, combo{r.Name, true, false, true, true, mmio.Cached, 3, 1},
+			combo{r.Name, false, true, false, true, mmio.Cached, 3, 1}, combo{r.Name, true, true, false, true, mmio.Cached, 1, 1})
 	}
-	// The device side as it would see a BAR: aligned words, strong barriers.
-	combos = append(combos, combo{true, false, true, mmio.Uncached, shareSize, 200}, combo{false, true, true, mmio.WriteCombining, shareSize, 200})
 	full := len(combos)
-	// Few at a time, and asleep whenever there is nothing to do.
-	combos = append(combos, combo{false, false, true, mmio.Cached, 1, 1}, combo{true, false, true, mmio.Cached, 3, 1},
-		combo{false, true, true, mmio.Cached, 3, 1}, combo{true, true, true, mmio.Cached, 1, 1})
+	combos = append(combos, few...)
 	for i, c := range combos {
 		t.Run(fmt.Sprintf("%+v", c), func(t *testing.T) {
 			count := total / uint64(full)
 			if i >= full {
 				count /= 50
+			}
+			ring := vringtest.Split
+			if c.ring == vringtest.Packed.Name {
+				ring = vringtest.Packed
 			}
 			fd, err := unix.MemfdCreate("vring", unix.MFD_CLOEXEC)
 			if err != nil {
@@ -468,13 +481,14 @@ func TestTwoProcesses(t *testing.T) {
 				defer f.Close()
 				files = append(files, f)
 			}
-			r := sharedRig(t, fd, vringtest.Params{Ring: vringtest.Split, EventIdx: c.event, Indirect: c.ind}, mmio.Cached)
+			r := sharedRig(t, fd, vringtest.Params{Ring: ring, EventIdx: c.event, Indirect: c.ind, InOrder: c.order}, mmio.Cached)
 			drv, err := r.Ring.NewDriver(r.DrvCfg)
 			if err != nil {
 				t.Fatal(err)
 			}
 			cmd := self(t, "-vring.child", fmt.Sprintf("-vring.count=%d", count), fmt.Sprintf("-vring.event=%v", c.event),
-				fmt.Sprintf("-vring.indirect=%v", c.ind), fmt.Sprintf("-vring.sleep=%v", c.sleep), fmt.Sprintf("-vring.kind=%d", c.kind), fmt.Sprintf("-vring.spins=%d", c.spins))
+				fmt.Sprintf("-vring.indirect=%v", c.ind), fmt.Sprintf("-vring.sleep=%v", c.sleep), fmt.Sprintf("-vring.kind=%d", c.kind), fmt.Sprintf("-vring.spins=%d", c.spins),
+				"-vring.ring="+c.ring, fmt.Sprintf("-vring.inorder=%v", c.order))
 			cmd.ExtraFiles = files
 			cmd.Stderr = os.Stderr
 			if err := cmd.Start(); err != nil {

@@ -121,6 +121,7 @@ var Memories = []Memory{
 // Ring makes the two sides of one kind of virtqueue.
 type Ring struct {
 	Name      string
+	Packed    bool
 	Sizes     func(n uint16) (desc, driver, device uint64)
 	NewDriver func(vring.Config) (vring.Driver, error)
 	NewDevice func(vring.Config) (vring.Device, error)
@@ -146,12 +147,64 @@ var Split = Ring{
 	},
 }
 
+// Packed is the packed virtqueue.
+var Packed = Ring{
+	Name:   "packed",
+	Packed: true,
+	Sizes:  vring.PackedSizes,
+	NewDriver: func(c vring.Config) (vring.Driver, error) {
+		d, err := vring.NewPackedDriver(c)
+		if err != nil {
+			return nil, err
+		}
+		return d, nil
+	},
+	NewDevice: func(c vring.Config) (vring.Device, error) {
+		d, err := vring.NewPackedDevice(c)
+		if err != nil {
+			return nil, err
+		}
+		return d, nil
+	},
+}
+
+// Rings are all kinds of virtqueue.
+var Rings = []Ring{Split, Packed}
+
+// Between returns how far one index or position of a State lies behind the other, in a queue of n
+// descriptors: in chains (split) or descriptors (packed).
+func (r Ring) Between(n, from, to uint16) int {
+	if !r.Packed {
+		return int(to - from)
+	}
+	const wrap = 1 << 15
+	d := int(to&^wrap) - int(from&^wrap)
+	if (from^to)&wrap != 0 {
+		d += int(n)
+	}
+	return d
+}
+
+// Start returns a state with nothing in flight, idx chains (split) or descriptors (packed) after
+// the start.
+func (r Ring) Start(n, idx uint16) vring.State {
+	if !r.Packed || idx == 0 {
+		return vring.State{Avail: idx, Used: idx}
+	}
+	pos := idx % n
+	if idx/n%2 == 0 {
+		pos |= 1 << 15
+	}
+	return vring.State{Avail: pos, Used: pos, Packed: true}
+}
+
 // Params is one point of the space that the suite covers.
 type Params struct {
 	Ring     Ring
 	Memory   Memory
 	EventIdx bool
 	Indirect bool
+	InOrder  bool
 }
 
 // String names the point.
@@ -163,14 +216,20 @@ func (p Params) String() string {
 	if p.Indirect {
 		s += "+indirect"
 	}
+	if p.InOrder {
+		s += "+inorder"
+	}
 	return s
 }
 
 // Each runs f on each point of a ring.
 func Each(t *testing.T, r Ring, f func(t *testing.T, p Params)) {
 	for _, m := range Memories {
-		for i := 0; i < 4; i++ {
+		for i := 0; i < 6; i++ {
 			p := Params{Ring: r, Memory: m, EventIdx: i&1 != 0, Indirect: i&2 != 0}
+			if i >= 4 {
+				p.InOrder, p.Indirect = true, i == 5
+			}
 			t.Run(p.String(), func(t *testing.T) { f(t, p) })
 		}
 	}
@@ -241,7 +300,7 @@ func (r *Rig) Over(tb testing.TB, drv, dev mmio.Mem) {
 		return dma.Span{Region: g, Off: off, Len: uint32(n)}
 	}
 	c := vring.Config{
-		Name: "test0 q0", Size: r.Size, EventIdx: r.EventIdx, Indirect: r.Indirect,
+		Name: "test0 q0", Size: r.Size, EventIdx: r.EventIdx, Indirect: r.Indirect, InOrder: r.InOrder,
 		Desc:   span(drvRegion, r.DescOff, desc),
 		Driver: span(drvRegion, r.DriverOff, driver),
 		Device: span(drvRegion, r.DeviceOff, device),
