@@ -558,8 +558,7 @@ func TestVFIOHostAndAgentMachines(t *testing.T) {
 	h.stop()
 }
 
-// pseries boots a POWER machine with a board. It is used once: QEMU 7.2 can die (its heap corrupted) when a function of
-// a pseries machine is opened a second time.
+// pseries boots a POWER machine with a board.
 func pseries(t *testing.T, s *loopback.Server) (m *vm.VM, fn string) {
 	t.Helper()
 	// A host bridge of its own: all functions behind one are one IOMMU group on this machine.

@@ -8,6 +8,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -265,7 +266,9 @@ func stages(fuzztime time.Duration) []stage {
 			needs: []string{"gccgo", "gcc"}, limit: 5 * time.Minute, run: func(r *run) {
 				r.goTest(nil, "-run=^TestGo118Build", "./internal/house")
 			}},
-		{name: "test", what: "go test ./...", wants: []string{"gcc", "ip", "qemu-system"}, limit: 12 * time.Minute, run: testStage},
+		{name: "test", what: "go test of all packages that have no stage of their own", wants: []string{"gcc", "ip", "qemu-system"}, limit: 12 * time.Minute, run: testStage},
+		{name: "machines", what: "the tests that boot virtual machines with PCI boards", wants: []string{"gcc", "ip", "qemu-system", "qemu-ppc", "xz", "make", "keyring"},
+			limit: 25 * time.Minute, run: machinesStage},
 		{name: "race", what: "go test -race -short of the packages below cmd", needs: []string{"gcc"}, limit: 10 * time.Minute, run: raceStage},
 		{name: "fuzz", what: "every fuzz target for a moment", limit: 20*time.Minute + 100*fuzztime, run: func(r *run) { fuzzStage(r, fuzztime) }},
 		{name: "ports", what: "go build and go vet of everything for " + strings.Join(arches, " "), limit: 12 * time.Minute, run: portsStage},
@@ -321,7 +324,7 @@ func lintStage(r *run) {
 func testStage(r *run) {
 	var pkgs []string
 	for _, p := range r.packages() {
-		if p.rel != "internal/house" && p.rel != crossPackage { // have stages of their own
+		if p.rel != "internal/house" && p.rel != crossPackage && !usesMachines(p.rel) { // have stages of their own
 			pkgs = append(pkgs, p.path)
 		}
 	}
@@ -330,6 +333,29 @@ func testStage(r *run) {
 	if len(r.notes) > 0 && os.Geteuid() != 0 && asRoot == nil {
 		r.note("what needs root runs with: make test SUDO=1")
 	}
+}
+
+// usesMachines tells whether a package's tests boot virtual machines.
+func usesMachines(rel string) bool {
+	files, _ := filepath.Glob(filepath.Join(rel, "*_test.go"))
+	for _, f := range files {
+		if b, err := os.ReadFile(f); err == nil && bytes.Contains(b, []byte(`boardlink/hwtest/vm`)) {
+			return true
+		}
+	}
+	return rel == "hwtest/vm"
+}
+
+// machinesStage runs one machine after the other: two at a time would starve each other.
+func machinesStage(r *run) {
+	var pkgs []string
+	for _, p := range r.packages() {
+		if p.tests && usesMachines(p.rel) {
+			pkgs = append(pkgs, p.path)
+		}
+	}
+	r.live, r.tellSkips = true, true
+	r.goTest(nil, append(append([]string{"-count=1", "-p=1", "-timeout=15m"}, asRoot...), pkgs...)...)
 }
 
 func raceStage(r *run) {

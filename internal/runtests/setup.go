@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -30,7 +29,11 @@ var tools = []tool{
 	{"gccgo-ppc64", crossNames("powerpc64-linux-gnu-gccgo"), []string{"gccgo-12-powerpc64-linux-gnu gcc-12-powerpc64-linux-gnu", "gccgo-powerpc64-linux-gnu gcc-powerpc64-linux-gnu"}, "to compile the lean programs for 64-bit PowerPC below POWER8", nil},
 	{"qemu-user", []string{"qemu-ppc64-static", "qemu-ppc64"}, []string{"qemu-user-static", "qemu-user"}, "to run tests on a big-endian processor", nil},
 	{"ip", []string{"ip"}, []string{"iproute2"}, "the tests with network namespaces", nil},
-	{"qemu-system", []string{"qemu-system-x86_64"}, []string{"qemu-system-x86"}, "the tests against QEMU's PCI devices", func() bool { return !mentioned("hwtest", "qemu-system-x86_64") }},
+	{"qemu-system", []string{"qemu-system-x86_64"}, []string{"qemu-system-x86"}, "the tests against QEMU's PCI devices", nil},
+	{"qemu-ppc", []string{"qemu-system-ppc64"}, []string{"qemu-system-ppc"}, "the tests with POWER machines", nil},
+	{"xz", []string{"xz"}, []string{"xz-utils"}, "to unpack kernel modules", nil},
+	{"make", []string{"make"}, []string{"make"}, "to build a kernel module for machines without IOMMU", nil},
+	{"keyring", []string{"/usr/share/keyrings/debian-archive-keyring.gpg"}, []string{"debian-archive-keyring"}, "to check kernels", nil},
 }
 
 // gccgoNames are the gccgo releases that compile Go 1.18; the newer ones do too.
@@ -66,27 +69,15 @@ func toolsFor(chosen []stage) []tool {
 	return out
 }
 
-// mentioned tells whether a test below dir contains the word: a tool of a hundred
-// megabytes is not installed before something uses it.
-func mentioned(dir, word string) bool {
-	found := false
-	filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err == nil && strings.HasSuffix(path, ".go") {
-			if b, err := os.ReadFile(path); err == nil && strings.Contains(string(b), word) {
-				found = true
-			}
-		}
-		return nil
-	})
-	return found
-}
-
 // find returns the path of the tool, "" if it is not installed. The directories of
 // system programs count even where a user's PATH lacks them.
 func (t tool) find() string {
 	for _, b := range t.binaries {
 		if p, err := exec.LookPath(b); err == nil {
 			return p
+		}
+		if _, err := os.Stat(b); filepath.IsAbs(b) && err == nil {
+			return b // a file, not a program
 		}
 		for _, dir := range []string{"/usr/sbin", "/sbin"} {
 			p := filepath.Join(dir, b)
