@@ -4,6 +4,7 @@ import (
 	"encoding/hex"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/mmio"
@@ -30,9 +31,13 @@ const (
 	imgSize            = 4096
 )
 
-func newImage(t *testing.T, fill map[uint64]string) *goldenImage {
+func newImage(t *testing.T, kind mmio.Kind, fill map[uint64]string) *goldenImage {
 	t.Helper()
-	mem := mmio.FromBytes(make([]byte, imgSize))
+	words := make([]uint64, imgSize/8)
+	for i := range words {
+		words[i] = 0x5a5a5a5a5a5a5a5a // whoever owns a word writes it
+	}
+	mem := mmio.NewMem(unsafe.Pointer(&words[0]), imgSize, kind)
 	i := &goldenImage{mem: mem, reg: &dma.Region{Name: "board", Addr: imgBase, Mem: mem, Access: dma.DeviceRead | dma.DeviceWrite}, refs: new(dma.TableRef)}
 	table, err := dma.NewTable(*i.reg)
 	if err != nil {
@@ -71,10 +76,19 @@ func (i *goldenImage) want(t *testing.T, what string, off uint64, text string) {
 	}
 }
 
+// bothKinds runs a test for memory that is accessed directly, and for a device's.
+func bothKinds(t *testing.T, f func(t *testing.T, kind mmio.Kind)) {
+	for _, k := range []mmio.Kind{mmio.Cached, mmio.Uncached} {
+		t.Run(k.String(), func(t *testing.T) { f(t, k) })
+	}
+}
+
 // TestGoldenDriver: what the driver side writes, and how it reads what the device side wrote.
-func TestGoldenDriver(t *testing.T) {
+func TestGoldenDriver(t *testing.T) { bothKinds(t, goldenDriver) }
+
+func goldenDriver(t *testing.T, kind mmio.Kind) {
 	start := vring.State{Avail: 0x02fd, Used: 0x02fd}
-	i := newImage(t, map[uint64]string{imgDevice: "0000 fd02"})
+	i := newImage(t, kind, map[uint64]string{imgDevice: "0000 fd02"})
 	c := i.config(start)
 	c.Indirect, c.IndirectMax, c.IndirectMin = true, 4, 3
 	c.IndirectMem = dma.Span{Region: i.reg, Off: imgTables, Len: 4 * 4 * 16}
@@ -82,6 +96,8 @@ func TestGoldenDriver(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	i.want(t, "driver area at the start", imgDriver, "0000 fd02 0000 0000 0000 0000 fd02")
+	i.want(t, "device area at the start", imgDevice, "0000 fd02 "+strings.Repeat("00", 32)+" fd02")
 	n, err := q.Add([]vring.Request{
 		{Bufs: []vring.Buffer{{0x1122334455667788, 0x00010203}, {0x2233445566778899, 0x00040506}}, Readable: 1, Token: 7},
 		{Bufs: []vring.Buffer{{0x99aabbccddeeff01, 0x0708}, {0x0a0b0c0d0e0f1011, 0x090a}, {0x1213141516171819, 0x0b0c}}, Readable: 2, Token: 8},
@@ -118,9 +134,34 @@ func TestGoldenDriver(t *testing.T) {
 	}
 }
 
+// TestGoldenInOrder: one used element completes the chains before its own, too (VIRTIO_F_IN_ORDER).
+func TestGoldenInOrder(t *testing.T) {
+	bothKinds(t, func(t *testing.T, kind mmio.Kind) {
+		i := newImage(t, kind, nil)
+		c := i.config(vring.State{Avail: 0x02fd, Used: 0x02fd})
+		c.InOrder = true
+		q, err := vring.NewSplitDriver(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for k := uint32(0); k < 2; k++ {
+			if n, err := q.Add([]vring.Request{{Bufs: []vring.Buffer{{0x1122334455667788, 0x0506}}, Token: 7 + k}}); n != 1 || err != nil {
+				t.Fatal(n, err)
+			}
+		}
+		i.mem.CopyIn(imgDevice, unhex(t, "0000 ff02 5a5a5a5a 5a5a5a5a 01000000 04030000"))
+		done := make([]vring.Completion, 4)
+		if n, err := q.Reap(done); n != 2 || err != nil || done[0] != (vring.Completion{Token: 7, Len: 0x0506}) || done[1] != (vring.Completion{Token: 8, Len: 0x0304}) {
+			t.Errorf("%d, %v, %+v", n, err, done)
+		}
+	})
+}
+
 // TestGoldenDevice: how the device side reads what the driver side wrote, and what it writes.
-func TestGoldenDevice(t *testing.T) {
-	i := newImage(t, map[uint64]string{
+func TestGoldenDevice(t *testing.T) { bothKinds(t, goldenDevice) }
+
+func goldenDevice(t *testing.T, kind mmio.Kind) {
+	i := newImage(t, kind, map[uint64]string{
 		0: `0008000504030201 03020000 0100 0100
 			0009000504030201 05040000 0200 0000
 			8001000504030201 20000000 0400 0000`,
@@ -135,6 +176,7 @@ func TestGoldenDevice(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	i.want(t, "device area at the start", imgDevice, "0000 fd02 "+strings.Repeat("5a", 32)+" fd02")
 	var b vring.Batch
 	if n, err := q.Pop(&b, 4); n != 2 || err != nil {
 		t.Fatal(n, err)
@@ -167,5 +209,5 @@ func TestGoldenDevice(t *testing.T) {
 		t.Fatal(err)
 	}
 	// le16 flags, le16 idx, four of le32 id, le32 len, le16 avail_event
-	i.want(t, "device area", imgDevice, "0000 ff02 00000000 00000000 02000000 02010000 00000000 04030000 00000000 00000000 ff02")
+	i.want(t, "device area", imgDevice, "0000 ff02 5a5a5a5a 5a5a5a5a 02000000 02010000 00000000 04030000 5a5a5a5a 5a5a5a5a ff02")
 }
