@@ -24,9 +24,9 @@ var goldens = []struct {
 	}, func(s *Slot) (any, error) { var m DeviceInfo; err := m.Decode(s); return m, err },
 		DeviceInfo{DeviceID: 1, VendorID: 0x4b4e4c42, FeatureBits: 128, ConfigSize: 24, MaxQueues: 3, AdminStart: 4, AdminCount: 5},
 		"01 02 0100 3412 2000  01000000 424c4e4b 80000000 18000000 03000000 0400 0500"},
-	{"GET_DEVICE_FEATURES request", func(s *Slot) { EncodeGetDeviceFeatures(s, 2, 7, 0, 4) },
-		func(s *Slot) (any, error) { i, n, err := DecodeGetDeviceFeatures(s); return [2]uint32{i, n}, err }, [2]uint32{0, 4},
-		"00 03 0200 0700 1000  00000000 04000000"},
+	{"GET_DEVICE_FEATURES request", func(s *Slot) { EncodeGetDeviceFeatures(s, 2, 7, 1, 4) },
+		func(s *Slot) (any, error) { i, n, err := DecodeGetDeviceFeatures(s); return [2]uint32{i, n}, err }, [2]uint32{1, 4},
+		"00 03 0200 0700 1000  01000000 04000000"},
 	{"GET_DEVICE_FEATURES response", func(s *Slot) {
 		b := Features{}.With(0, 32, 127).Blocks(0, 4)
 		b.EncodeResponse(s, 2, 7)
@@ -184,6 +184,20 @@ func TestGoldenMessages(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestGoldenHeader: the words of the header, in which no two bytes are alike.
+func TestGoldenHeader(t *testing.T) {
+	var s Slot
+	EncodeGetDeviceStatus(&s, 0x0102, 0x0304)
+	want := goldenSlot(t, "00 07 0201 0403 0800")
+	if s != want {
+		t.Errorf("encoded\n%x\nwant\n%x", s, want)
+	}
+	h, err := want.Header()
+	if err != nil || h.Dev != 0x0102 || h.Token != 0x0304 || h.Size != 8 {
+		t.Errorf("%v, %+v", err, h)
 	}
 }
 
