@@ -26,9 +26,9 @@ var foreign = []struct {
 	arch, emulator string
 	skip           []string
 }{
-	{"ppc64", "ppc64", emulatedSkip},                                        // big-endian
-	{"386", "", []string{"TestPump", "TestLinkMuta", "TestSplitRingsMuta"}}, // 32 bits; half a minute
-	{"arm64", "aarch64", append([]string{"TestTwoProcesses"}, longSkip...)}, // reordered, see below
+	{"ppc64", "ppc64", emulatedSkip}, // big-endian
+	{"386", "", []string{"TestPump", "TestMovedPump", "TestLinkMuta", "TestSplitRingsMuta"}}, // 32 bits; half a minute
+	{"arm64", "aarch64", append([]string{"TestTwoProcesses"}, longSkip...)},                  // reordered, see below
 	{"ppc64le", "ppc64le", longSkip},
 	{"riscv64", "riscv64", longSkip},
 	{"arm", "arm", longSkip}, // 32 bits
@@ -44,7 +44,9 @@ func foreignNames() []string {
 
 // emulatedSkip are the tests that have no place under qemu-user: they take minutes there, and nothing in them
 // depends on the processor (what is mutated is the protocol), or they wait for time-outs.
-var emulatedSkip = []string{"TestLinkMutated", "TestSplitRingsMutated", "TestLinkRestartAnywhere", "TestHostileServer"}
+// TestIface, TestPump and TestMovedPump look at interfaces by netlink and packet sockets, of which qemu-user converts a
+// part only: the stage cross has interfaces under emulated ends, looked at from outside.
+var emulatedSkip = []string{"TestIface", "TestPump", "TestMovedPump", "TestLinkMutated", "TestSplitRingsMutated", "TestLinkRestartAnywhere", "TestHostileServer"}
 
 // longSkip is for the machines beside the big-endian one, so that all of them take two minutes. TestConcurrent and
 // TestTwoProcesses also rely on a store before a later load between two threads or processes: qemu-user 7.2 does
@@ -118,9 +120,7 @@ func foreignStage(r *run) {
 		}
 		var pkgs []string
 		for _, p := range r.packages() {
-			// qemu-user converts a part of netlink only, and has no packet sockets. The stage cross has interfaces
-			// under emulated ends, looked at from outside; 386 needs no emulator for the interfaces' tests.
-			if p.below && p.tests && (!p.nets || f.emulator == "" && p.rel == "tunbridge") {
+			if p.below && p.tests && (!p.nets || p.rel == "tunbridge") {
 				pkgs = append(pkgs, p.path)
 			}
 		}
