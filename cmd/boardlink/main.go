@@ -40,6 +40,7 @@ type cli struct {
 	Serve    serveCmd    `cmd:"" help:"The rendezvous of a loopback board (an ivshmem server: QEMU can be either end)."`
 	Probe    probeCmd    `cmd:"" help:"PCI functions that could be boards, and what is missing to use them."`
 	Doctor   doctorCmd   `cmd:"" help:"Try a board: driver, IOMMU, window, doorbells, with latencies."`
+	Bench    benchCmd    `cmd:"" help:"Measure a board."`
 	Status   statusCmd   `cmd:"" help:"State, features, queues and counters of running ends."`
 	Version  versionCmd  `cmd:"" help:"Print the version."`
 }

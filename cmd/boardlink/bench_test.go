@@ -1,0 +1,68 @@
+package main
+
+import (
+	"encoding/json"
+	"encoding/xml"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestBenchDMA: the figures that scripts read, the table, and the plot.
+func TestBenchDMA(t *testing.T) {
+	b := newBox(t)
+	plot := filepath.Join(t.TempDir(), "x.svg")
+	st, out, errs := b.run("", "bench", "dma", "loopback", "--json", "--duration", "500us", "--max-size", "64K", "--plot", plot)
+	if st != 0 || errs != "" {
+		t.Fatalf("status %d: %s\n%s", st, errs, out)
+	}
+	var v any
+	if err := json.Unmarshal([]byte(out), &v); err != nil {
+		t.Fatalf("%v:\n%s", err, out)
+	}
+	for _, name := range []string{"device_copy_ratio_64k.host_to_board", "device_copy_ratio_64k.board_to_host", "seconds"} {
+		if number(t, v, name) <= 0 {
+			t.Errorf("%s is not above 0", name)
+		}
+	}
+	if number(t, v, "corrupt") != 0 {
+		t.Error("corrupt copies")
+	}
+	points, _ := v.(map[string]any)["points"].([]any)
+	if len(points) == 0 {
+		t.Fatal("no points")
+	}
+	for _, name := range []string{"size", "in_flight", "mbps", "p50_us", "p99_us", "cpu", "copies"} {
+		if number(t, points[0], name) <= 0 {
+			t.Errorf("%s of the first point is not above 0", name)
+		}
+	}
+	svg, err := os.ReadFile(plot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := xml.NewDecoder(strings.NewReader(string(svg)))
+	for err = nil; err == nil; _, err = d.Token() {
+	}
+	if err != io.EOF || strings.Count(string(svg), "<polyline") != 8 {
+		t.Errorf("the plot: %v, %d lines", err, strings.Count(string(svg), "<polyline"))
+	}
+
+	st, out, errs = b.run("", "bench", "dma", "loopback", "--duration", "100us", "--max-size", "64")
+	lines := strings.Split(strings.TrimSpace(out), "\n")
+	if st != 0 || len(lines) < 20 || !strings.Contains(lines[1], "MB/s") || len(lines[2]) != len(lines[3]) || !strings.Contains(out, " 0 corrupt") {
+		t.Errorf("status %d: %s\n%s", st, errs, out)
+	}
+	for _, bad := range [][]string{
+		{"bench", "dma"}, {"bench", "dma", "loopback", "--max-size", "5M"}, {"bench", "dma", "loopback", "--max-size", "x"},
+		{"bench", "dma", "loopback", "--duration", "1h"}, {"bench", "dma", "loopback", "--offset", "17"},
+		{"bench", "dma", "loopback", "--plot", "/nonexistent/x.svg"}, {"bench", "dma", "nokind:x"}, {"bench", "dma", "ivshmem:0000:ff:1f.7"},
+	} {
+		st, out, errs := b.run("", bad...)
+		if st == 0 || out != "" || strings.Count(strings.TrimSpace(errs), "\n") != 0 || errs == "" {
+			t.Errorf("%v: status %d, %q, %q", bad, st, out, errs)
+		}
+	}
+}
