@@ -348,3 +348,8 @@ func (r *Rig) Peek(off uint64, n int) []byte {
 	r.Mem.CopyOut(b, r.Payload+off)
 	return b
 }
+
+// IndirectAddr returns the link address of the driver side's table for a head or buffer id.
+func (r *Rig) IndirectAddr(id uint16) dma.Addr {
+	return Base + dma.Addr(r.IndirectOff+uint64(id)*uint64(r.DrvCfg.IndirectMax)*16)
+}
