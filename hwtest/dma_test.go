@@ -1,6 +1,7 @@
 package hwtest
 
 import (
+	"encoding/json"
 	"fmt"
 	"testing"
 	"time"
@@ -8,6 +9,8 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/hwtest/dmabench"
+	"github.com/boardlink/boardlink/hwtest/vm"
+	"github.com/boardlink/boardlink/hwtest/vm/vmtest"
 )
 
 // dmaTarget is the board of -board, or this machine's memory.
@@ -89,6 +92,27 @@ func BenchmarkDMA(b *testing.B) {
 					}
 				})
 			}
+		}
+	}
+}
+
+// TestDMAInVM measures an ivshmem board through VFIO: its window is a BAR, and is not overwritten where an agent has its link.
+func TestDMAInVM(t *testing.T) {
+	vmtest.Short(t, "it boots a virtual machine")
+	s := serve(t)
+	m := vmtest.Boot(t, config(vm.Carrier(ivshmem(s))))
+	bind(t, m, slot, "vfio-pci")
+	out := vmtest.Run(t, m, "/bin/boardlink", "bench", "dma", "ivshmem:"+slot, "--json", "--duration", "1ms", "--max-size", "64K")
+	var r dmabench.Result
+	if err := json.Unmarshal([]byte(out), &r); err != nil {
+		t.Fatalf("%v:\n%s", err, out)
+	}
+	if r.Corrupt != 0 || len(r.Points) == 0 || r.Target.Memory == "cached" || r.Ratio != nil {
+		t.Errorf("%d corrupt, %d points, memory %s, ratio %v", r.Corrupt, len(r.Points), r.Target.Memory, r.Ratio)
+	}
+	for _, p := range r.Points {
+		if p.Size == 64<<10 && p.Aligned && p.InFlight == 1 {
+			t.Logf("%s, %s: %.0f MB/s", p.Variant, p.Direction, p.MBps)
 		}
 	}
 }

@@ -8,6 +8,10 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/board/loopback"
+	"github.com/boardlink/boardlink/virtiomsg"
 )
 
 // TestBenchDMA: the figures that scripts read, the table, and the plot.
@@ -64,5 +68,40 @@ func TestBenchDMA(t *testing.T) {
 		if st == 0 || out != "" || strings.Count(strings.TrimSpace(errs), "\n") != 0 || errs == "" {
 			t.Errorf("%v: status %d, %q, %q", bad, st, out, errs)
 		}
+	}
+}
+
+// TestBenchDMASpares: a window that an agent has its link in is not overwritten, unless that is asked for.
+func TestBenchDMASpares(t *testing.T) {
+	b := newBox(t)
+	path := filepath.Join(t.TempDir(), "s")
+	s, err := loopback.NewServer(loopback.ServerConfig{Path: path, Size: 1 << 20, Vectors: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	go s.Serve()
+	defer s.Close()
+	agent, err := board.Open("loopback:"+path, board.Options{Side: board.Agent})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer agent.Close()
+	w := agent.Window()
+	bench := []string{"bench", "dma", "loopback:" + path, "--duration", "100us", "--max-size", "64"}
+	if st, out, errs := b.run("", bench...); st != 0 {
+		t.Errorf("an empty window: status %d, %s%s", st, out, errs)
+	}
+	w.Mem.Zero(0, w.Mem.Size())
+	w.Mem.Store32(0, virtiomsg.Magic)
+	st, _, errs := b.run("", bench...)
+	sum := uint64(0)
+	for off := uint64(8); off < w.Mem.Size(); off += 8 {
+		sum |= w.Mem.Load64(off)
+	}
+	if st != exitUsage || !strings.Contains(errs, "agent") || sum != 0 {
+		t.Errorf("status %d, %q; the window was written: %v", st, errs, sum != 0)
+	}
+	if st, out, errs := b.run("", append(bench, "--force", "--offset", "4K")...); st != 0 || w.Mem.Load32(0) != virtiomsg.Magic {
+		t.Errorf("behind the link page: status %d, %s%s", st, out, errs)
 	}
 }
