@@ -23,12 +23,13 @@ type goldenImage struct {
 	refs *dma.TableRef
 }
 
+const imgBase dma.Addr = 0x0102_0304_0500_0000
+
 const (
-	imgBase   dma.Addr = 0x0102_0304_0500_0000
-	imgDriver          = 64
-	imgDevice          = 128
-	imgTables          = 256
-	imgSize            = 4096
+	imgDriver = 64
+	imgDevice = 128
+	imgTables = 256
+	imgSize   = 4096
 )
 
 func newImage(t *testing.T, kind mmio.Kind, fill map[uint64]string) *goldenImage {
