@@ -11,8 +11,8 @@ import (
 
 // Geometry of the plot, in pixels.
 const (
-	plotW, plotH               = 900, 560
-	plotL, plotR, plotT, plotB = 80, 240, 50, 60
+	plotW, plotH               = 980, 560
+	plotL, plotR, plotT, plotB = 80, 310, 50, 60
 )
 
 var colours = []string{"#1b6ca8", "#c8553d", "#2a9d5c", "#8a4fbf", "#d19a1d", "#4c4c4c", "#0e8f9c", "#b03a76"}
