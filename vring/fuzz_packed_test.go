@@ -111,6 +111,12 @@ func size1(size byte) byte { return size%64 + 1 }
 // FuzzPackedDevice: a driver side that writes anything anywhere, in any order of operations.
 func FuzzPackedDevice(f *testing.F) {
 	addPackedSeeds(f)
+	// Indirect tables of two entries, good and bad.
+	for _, cfg := range []byte{2, 3, 2 | 8, 2 | 12} {
+		for _, flags := range []byte{4, 5, 6} {
+			f.Add([]byte{6, cfg, 12, 0, 0, 0x80, 10, 0, 0, 12, 2, 5, 0x80, 20, 2, 1, 0, 0, 0x80, 102, flags, 3, 4, 8, 5, 1, 0, 7, 9, 12, 0, 0, 0x80, 10, 2, 0, 0, 0, 0x80, 102, flags, 3, 4, 8})
+		}
+	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		in := &reader{data}
 		fsize, cfg := in.u8(), in.u8()
@@ -137,7 +143,7 @@ func FuzzPackedDevice(f *testing.F) {
 			for _, c := range held {
 				flying += c.Count
 			}
-			switch op := in.u8() % 12; op {
+			switch op := in.u8() % 13; op {
 			case 0, 1, 2: // the next descriptor in order, marked as it ought to be, or nearly so
 				off := fr.DescOff + 16*uint64(at&^wrap)
 				fr.someDesc(in, off)
@@ -291,6 +297,9 @@ func FuzzPackedDevice(f *testing.F) {
 				if d.NeedCall() && broken != nil {
 					t.Fatal("a broken queue calls")
 				}
+			case 12:
+				fr.someDesc(in, fr.Payload+uint64(in.u8())*8) // of an indirect table
+				continue
 			case 11:
 				// A byte anywhere but in the device's own area.
 				if off := uint64(in.u16()) % uint64(len(fr.mem)); off < fr.DeviceOff || off >= fr.DeviceOff+4 {
