@@ -35,6 +35,8 @@ type Target struct {
 	Data     elf.Data
 	// Lean: the programs are boardlink-agent and boardlink-host instead of boardlink.
 	Lean bool
+	// AgentOnly: it is tried as board only, not as carrier.
+	AgentOnly bool
 	// Deny are the features that must not be negotiated with the emulated end.
 	Deny string
 }
@@ -43,6 +45,9 @@ type Target struct {
 var Targets = []Target{
 	{Name: "ppc64", Arch: "ppc64", Emulator: "ppc64", Machine: elf.EM_PPC64, Data: elf.ELFDATA2MSB},
 	{Name: "ppc-603e", Arch: "ppc", Triple: "powerpc-linux-gnu", Emulator: "ppc", CPU: "603e", Machine: elf.EM_PPC, Data: elf.ELFDATA2MSB, Lean: true},
+	{Name: "ppc-mpc8349", Arch: "ppc", Triple: "powerpc-linux-gnu", Emulator: "ppc", CPU: "mpc8349", Machine: elf.EM_PPC, Data: elf.ELFDATA2MSB, Lean: true},
+	{Name: "ppc-7448", Arch: "ppc", Triple: "powerpc-linux-gnu", Emulator: "ppc", CPU: "7448", Machine: elf.EM_PPC, Data: elf.ELFDATA2MSB, Lean: true, AgentOnly: true},
+	{Name: "ppc-e500mc", Arch: "ppc", Triple: "powerpc-linux-gnu", Emulator: "ppc", CPU: "e500mc", Machine: elf.EM_PPC, Data: elf.ELFDATA2MSB, Lean: true, AgentOnly: true},
 	{Name: "ppc64-e5500", Arch: "ppc64", Triple: "powerpc64-linux-gnu", Emulator: "ppc64", CPU: "e5500", Machine: elf.EM_PPC64, Data: elf.ELFDATA2MSB, Lean: true},
 	{Name: "ppc64-e6500", Arch: "ppc64", Triple: "powerpc64-linux-gnu", Emulator: "ppc64", CPU: "e6500", Machine: elf.EM_PPC64, Data: elf.ELFDATA2MSB, Lean: true},
 	// qemu-user 7.2 does not keep a store before a later load for this processor: no event index (docs/ports.md).
