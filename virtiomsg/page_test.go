@@ -88,6 +88,25 @@ func TestGoldenPage(t *testing.T) {
 	}
 }
 
+// TestGoldenFeatures: no features of the link are defined yet, so that the golden page shows none; the word is held against
+// bytes here.
+func TestGoldenFeatures(t *testing.T) {
+	da, _ := goldenDeclarations()
+	da.Features = 0x01020304
+	b := encodeBlock(board.Agent, &da)
+	if got := hex.EncodeToString(b[offFeatures : offFeatures+4]); got != "04030201" {
+		t.Errorf("written as %s", got)
+	}
+	words := make([]uint64, 0x20000/8)
+	mem := bytesOf(words)
+	copy(mem, goldenPage(t))
+	copy(mem[blockOff(board.Agent)+offFeatures:], []byte{4, 3, 2, 1})
+	got, err := ReadBlock(dma.Region{Mem: mmio.FromBytes(mem)}, board.Agent)
+	if err != nil || got.Declaration.Features != 0x01020304 {
+		t.Errorf("read as %#x, %v", got.Declaration.Features, err)
+	}
+}
+
 func TestCheck(t *testing.T) {
 	for name, c := range map[string]struct {
 		side board.Side
