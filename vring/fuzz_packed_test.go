@@ -114,7 +114,7 @@ func FuzzPackedDevice(f *testing.F) {
 	// Indirect tables of two entries, good and bad.
 	for _, cfg := range []byte{2, 3, 2 | 8, 2 | 12} {
 		for _, flags := range []byte{4, 5, 6} {
-			f.Add([]byte{6, cfg, 12, 0, 0, 0x80, 10, 0, 0, 12, 2, 5, 0x80, 20, 2, 1, 0, 0, 0x80, 102, flags, 3, 4, 8, 5, 1, 0, 7, 9, 12, 0, 0, 0x80, 10, 2, 0, 0, 0, 0x80, 102, flags, 3, 4, 8})
+			f.Add([]byte{6, cfg, 12, 0, 0, 0x80, 10, 0, 0, 12, 1, 5, 0x80, 20, 2, 1, 0, 0, 0x80, 102, flags, 3, 4, 8, 5, 1, 0, 7, 9, 12, 0, 0, 0x80, 10, 2, 0, 0, 0, 0x80, 102, flags, 3, 4, 8})
 		}
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -298,7 +298,7 @@ func FuzzPackedDevice(f *testing.F) {
 					t.Fatal("a broken queue calls")
 				}
 			case 12:
-				fr.someDesc(in, fr.Payload+uint64(in.u8())*8) // of an indirect table
+				fr.someDesc(in, fr.Payload+uint64(in.u8()%64)*16) // of an indirect table
 				continue
 			case 11:
 				// A byte anywhere but in the device's own area.

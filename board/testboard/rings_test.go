@@ -27,11 +27,12 @@ const (
 	bufSize    = 16
 )
 
-// ringTest is a split virtqueue between the agent (driver side) and the host (device side): each
+// ringTest is a virtqueue between the agent (driver side) and the host (device side): each
 // request carries a readable buffer and a writable one, which the device fills with what it
 // read, transformed.
 type ringTest struct {
 	push, eventIdx, indirect bool
+	packed, inOrder          bool
 	size                     uint16
 	transfers, batch         int
 	arm                      int    // completions to wait for (ArmCallAfter); 0: one
@@ -89,6 +90,12 @@ func (c *ringTest) name() string {
 	} else {
 		s += ",flags"
 	}
+	if c.packed {
+		s = "packed," + s
+	}
+	if c.inOrder {
+		s += ",in order"
+	}
 	if c.indirect {
 		s += ",indirect"
 	}
@@ -133,9 +140,9 @@ func (c *ringTest) read(e *ends) *dma.Region { // what the device side reads
 }
 
 func (c *ringTest) config(e *ends, side board.Side) vring.Config {
-	desc, driver, device := vring.SplitSizes(c.size)
+	desc, driver, device := c.sizes()
 	q := vring.Config{
-		Name: "test", Size: c.size, EventIdx: c.eventIdx, Indirect: c.indirect,
+		Name: "test", Size: c.size, EventIdx: c.eventIdx, Indirect: c.indirect, InOrder: c.inOrder,
 		Desc:   dma.Span{Region: c.read(e), Off: atDesc, Len: uint32(desc)},
 		Driver: dma.Span{Region: c.read(e), Off: atDriver, Len: uint32(driver)},
 		Device: dma.Span{Region: &e.window, Off: atDevice, Len: uint32(device)},
@@ -152,8 +159,29 @@ func (c *ringTest) config(e *ends, side board.Side) vring.Config {
 		q.Table = new(dma.TableRef)
 		q.Table.Store(t)
 	}
-	q.State = vring.State{Avail: c.start, Used: c.start}
+	q.State = vring.State{Avail: c.start, Used: c.start, Packed: c.packed && c.start != 0}
 	return q
+}
+
+func (c *ringTest) sizes() (desc, driver, device uint64) {
+	if c.packed {
+		return vring.PackedSizes(c.size)
+	}
+	return vring.SplitSizes(c.size)
+}
+
+func (c *ringTest) newDriver(q vring.Config) (vring.Driver, error) {
+	if c.packed {
+		return vring.NewPackedDriver(q)
+	}
+	return vring.NewSplitDriver(q)
+}
+
+func (c *ringTest) newDevice(q vring.Config) (vring.Device, error) {
+	if c.packed {
+		return vring.NewPackedDevice(q)
+	}
+	return vring.NewSplitDevice(q)
 }
 
 func (c *ringTest) request(e *ends, seq int) (readable, writable dma.Span) {
@@ -174,15 +202,22 @@ func pattern(seq int, answer bool) []byte {
 
 func (c *ringTest) setup(b *Board) {
 	var hostAcct, agentAcct dma.Account
-	desc, driver, device := vring.SplitSizes(c.size)
+	desc, driver, device := c.sizes()
 	of := board.Agent
 	if c.push {
 		of = board.Host
 	}
-	ringNames(b, of, desc, driver, c.size)
-	b.Name(board.Agent, atDevice, device, "used ring")
-	b.Name(board.Agent, atDevice, 4, "used flags|idx")
-	b.Name(board.Agent, atDevice+device-2, 2, "avail_event")
+	if c.packed {
+		b.Name(of, atDesc, desc, "desc")
+		b.Name(of, atDriver, driver, "driver event")
+		b.Name(board.Agent, atDevice, device, "device event")
+		b.Name(of, atReadable, 0x1000, "readable")
+	} else {
+		ringNames(b, of, desc, driver, c.size)
+		b.Name(board.Agent, atDevice, device, "used ring")
+		b.Name(board.Agent, atDevice, 4, "used flags|idx")
+		b.Name(board.Agent, atDevice+device-2, 2, "avail_event")
+	}
 	b.Name(board.Agent, atWritable, 0x1000, "writable")
 	b.Go(board.Host, "device", func(p *Proc) { c.device(p, c.regions(p, &hostAcct)) })
 	b.Go(board.Agent, "driver", func(p *Proc) { c.driver(p, c.regions(p, &agentAcct)) })
@@ -197,7 +232,7 @@ func (c *ringTest) setup(b *Board) {
 			if got, want := s.a.Writes, b.Writes(s.side); got != want {
 				return fmt.Errorf("the %v accounted %d writes across the bus, and did %d", s.side, got, want)
 			}
-			if c.push && s.a.Reads != 0 {
+			if c.push && !c.packed && s.a.Reads != 0 {
 				return fmt.Errorf("with push the %v read across the bus %d times, besides %d flushes", s.side, s.a.Reads, s.a.FlushReads)
 			}
 		}
@@ -223,7 +258,7 @@ type processor interface {
 }
 
 func (c *ringTest) driver(p processor, e *ends) {
-	q, err := vring.NewSplitDriver(c.config(e, board.Agent))
+	q, err := c.newDriver(c.config(e, board.Agent))
 	if err != nil {
 		p.Fail(err)
 	}
@@ -290,7 +325,7 @@ func (c *ringTest) driver(p processor, e *ends) {
 
 func (c *ringTest) device(p processor, e *ends) {
 	p.WaitDoorbell(1)
-	q, err := vring.NewSplitDevice(c.config(e, board.Host))
+	q, err := c.newDevice(c.config(e, board.Host))
 	if err != nil {
 		p.Fail(err)
 	}
@@ -357,6 +392,8 @@ func TestSplitRings(t *testing.T) {
 		{push: true, eventIdx: true, arm: 2},
 		{push: true, eventIdx: true, start: 65533},
 		{start: 65533},
+		{eventIdx: true, inOrder: true},
+		{push: true, inOrder: true},
 	} {
 		c := c
 		c.size, c.transfers, c.batch = 2, 5, 2
@@ -372,9 +409,9 @@ func TestSplitRings(t *testing.T) {
 	}
 }
 
-// TestSplitRingsMutated keeps things from the rings that they depend on: the search
-// must see it, or TestSplitRings means nothing.
-func TestSplitRingsMutated(t *testing.T) {
+// TestRingsMutated keeps things from the rings that they depend on: the search
+// must see it, or TestSplitRings and TestPackedRings mean nothing.
+func TestRingsMutated(t *testing.T) {
 	no := func(k mmio.Barrier) func(mmio.Barrier) bool { return func(b mmio.Barrier) bool { return b == k } }
 	tso := Options{HostWindow: mmio.WriteCombining, AgentWindow: mmio.WriteCombining, Ordering: TSO}
 	for _, c := range []struct {
@@ -393,10 +430,20 @@ func TestSplitRingsMutated(t *testing.T) {
 		{"no write barrier", harshest, ringTest{ignore: no(mmio.WriteBarrier)}, CheckFailure},
 		{"no write barrier, push", harshest, ringTest{push: true, ignore: no(mmio.WriteBarrier)}, CheckFailure},
 		{"no read barrier", Options{StaleLoads: true}, ringTest{push: true, ignore: no(mmio.ReadBarrier)}, CheckFailure},
+		{"packed, no arming, flags", Options{}, ringTest{packed: true, noArm: true}, LostWakeup},
+		{"packed, no arming, event index", Options{}, ringTest{packed: true, noArm: true, eventIdx: true}, LostWakeup},
+		{"packed, no read-back", Options{}, ringTest{packed: true, push: true, near: true, eventIdx: true}, LostWakeup},
+		{"packed, no full barrier, flags", tso, ringTest{packed: true, ignore: no(mmio.FullBarrier)}, LostWakeup},
+		{"packed, no full barrier, event index", tso, ringTest{packed: true, ignore: no(mmio.FullBarrier), eventIdx: true}, LostWakeup},
+		{"packed, no read barrier", Options{StaleLoads: true}, ringTest{packed: true, ignore: no(mmio.ReadBarrier)}, CheckFailure},
+		{"packed, no write barrier", harshest, ringTest{packed: true, ignore: no(mmio.WriteBarrier)}, CheckFailure},
 	} {
 		c := c
 		t.Run(c.name, func(t *testing.T) {
 			c.r.size, c.r.transfers, c.r.batch = 2, 3, 2
+			if c.r.packed {
+				c.r.size = 4
+			}
 			searches := map[string]Search{"systematic": {Options: c.o, Bound: 3, MaxSystematic: 60000, Seed: 1}}
 			if raceFactor == 1 {
 				searches["random"] = Search{Options: c.o, Bound: -1, Runs: 100000, Seed: 1}
@@ -412,5 +459,36 @@ func TestSplitRingsMutated(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestPackedRings: the packed ring in placement window, and with its descriptors in host memory, which nobody
+// chooses but which has to be right. A request takes two descriptors: some queues are of a size
+// that makes them cross the end.
+func TestPackedRings(t *testing.T) {
+	for _, c := range []ringTest{
+		{size: 4},
+		{size: 4, eventIdx: true},
+		{size: 3, eventIdx: true},
+		{size: 5, eventIdx: true, start: 4},
+		{size: 2, eventIdx: true, indirect: true},
+		{size: 4, eventIdx: true, inOrder: true},
+		{size: 3, inOrder: true, indirect: true},
+		{size: 8, eventIdx: true, arm: 2},
+		{size: 8, eventIdx: true, arm: 2, inOrder: true},
+		{size: 4, eventIdx: true, push: true},
+		{size: 4, push: true},
+	} {
+		c := c
+		c.packed, c.transfers, c.batch = true, 5, 2
+		if c.arm > 0 {
+			c.transfers = 8
+		}
+		for _, m := range machines {
+			m := m
+			t.Run(fmt.Sprintf("%s,%d,%s", c.name(), c.size, m.name), func(t *testing.T) {
+				Explore(t, Search{Options: m.o, Runs: runs(600), Bound: 2, MaxSystematic: runs(900)}, c.setup)
+			})
+		}
 	}
 }
