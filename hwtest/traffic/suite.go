@@ -198,6 +198,9 @@ func Run(ctx context.Context, pairs []Pair, cfg RunConfig) (Result, error) {
 					errs = append(errs, fmt.Errorf("%v: %w", d, err))
 				}
 				if ctx.Err() != nil {
+					if err == nil {
+						errs = append(errs, ctxErr(ctx, "traffic")) // cut off between two measurements
+					}
 					return r, oneLine(errs)
 				}
 			}
