@@ -12,7 +12,7 @@ import (
 // internal/runtests installs one of them.
 var gccgoNames = []string{"gccgo-12", "gccgo-13", "gccgo-14", "gccgo-15", "gccgo"}
 
-// oldModule writes a module of its own into a scratch directory: the packages below cmd
+// oldModule writes a module of its own into a scratch directory: the packages below cmd and the lean programs
 // without their tests, in a go.mod that says Go 1.18 and golang.org/x/sys v0.6.0. The
 // project's own go.mod cannot: its other modules want a newer x/sys.
 func oldModule(t *testing.T) (dir string, pkgs []string) {
@@ -22,7 +22,7 @@ func oldModule(t *testing.T) (dir string, pkgs []string) {
 		copyFile(t, filepath.Join("testdata", "go118", name), filepath.Join(dir, name))
 	}
 	for _, p := range tree(t) {
-		if top(p.rel()) == "cmd" || forCmd(p.rel()) || beside(p.rel()) {
+		if top(p.rel()) == "cmd" && !lean[p.rel()] || forCmd(p.rel()) || beside(p.rel()) {
 			continue
 		}
 		to := filepath.Join(dir, p.rel())

@@ -29,13 +29,21 @@ func top(rel string) string {
 }
 
 // subset tells whether a package has to stay within Go 1.18 and few imports: all
-// rooms below cmd.
+// rooms below cmd, and the lean programs.
 func subset(rel string) bool {
 	if forCmd(rel) {
 		return false
 	}
+	if lean[rel] {
+		return true
+	}
 	f, ok := floors[top(rel)]
 	return ok && f < floors["cmd"]
+}
+
+// lean are the packages of cmd that gccgo compiles for old PowerPC (docs/ports.md).
+var lean = map[string]bool{
+	"cmd/boardlink-agent": true, "cmd/boardlink-host": true, "cmd/internal/lean": true, "cmd/internal/ifaddr": true,
 }
 
 // forCmd tells whether a package is cmd's, though it lies in the room that it is about: it may use current Go and
