@@ -564,3 +564,51 @@ func TestMapRefuses(t *testing.T) {
 		}
 	}
 }
+
+// instant is a channel whose chains end at the next look: what Core itself costs.
+type instant struct{ n int }
+
+func (c *instant) Start(items []engine.Item) error { c.n += len(items); return nil }
+func (c *instant) State() (engine.State, uint64)   { return engine.Ended, 0 }
+func (c *instant) Stop() error                     { return nil }
+func (c *instant) Flows() engine.Flow              { return engine.AnyFlow }
+
+func instantMover(t testing.TB) (*dma.Mover, [2]*dma.Region, *instant) {
+	t.Helper()
+	m, err := engine.NewMap(0, engine.Window{Link: nearLink, Size: memSize, Bus: nearBus, Access: rw}, engine.Window{Link: farLink, Size: memSize, Bus: farBus, Side: engine.Far, Access: rw})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b := new(instant), new(instant)
+	e, err := engine.NewCore(engine.CoreConfig{Name: "instant", Channels: []engine.Channel{a, b}, Map: m, Chain: 8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := [2]*dma.Region{{Addr: nearLink, Mem: mmio.FromBytes(alignedBytes(memSize)), Access: rw}, {Addr: farLink, Mem: mmio.FromBytes(alignedBytes(memSize)), Access: rw}}
+	return dma.NewMover(dma.MoverConfig{Engine: e, Min: 1}), r, a
+}
+
+func TestCoreDoesNotAllocate(t *testing.T) {
+	m, r, c := instantMover(t)
+	if n := testing.AllocsPerRun(100, func() {
+		for i := uint64(0); i < 50; i++ {
+			m.Queue(dma.Span{Region: r[1], Off: i * 2048, Len: 1514}, dma.Span{Region: r[0], Off: i * 2048, Len: 1514})
+		}
+		m.Start()
+		m.Wait(m.Landed())
+	}); n != 0 || c.n == 0 {
+		t.Errorf("%v allocations for 50 copies, %d on the first channel", n, c.n)
+	}
+}
+
+// BenchmarkCore is the processor's part of one copy by an engine, registers apart, in batches of 32.
+func BenchmarkCore(b *testing.B) {
+	m, r, _ := instantMover(b)
+	i, last := uint64(0), uint64(0)
+	for b.Loop() {
+		last, _ = m.Queue(dma.Span{Region: r[1], Off: i % 64 * 2048, Len: 1514}, dma.Span{Region: r[0], Off: i % 64 * 2048, Len: 1514})
+		if i++; i%32 == 0 {
+			m.Wait(last)
+		}
+	}
+}
