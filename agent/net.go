@@ -37,6 +37,8 @@ type NetConfig struct {
 	Interface tunbridge.Config
 	// Deny are features not to be accepted.
 	Deny virtio.Features
+	// Ring is the kind of virtqueue: "split", "packed" (placement window only), or "auto", the default.
+	Ring string
 	// QueueSize is in descriptors, a power of two; 0 means 256. The host may ask for fewer.
 	QueueSize uint16
 	// RXBuffer is the size in bytes of one receive buffer where they can be merged; 0 chooses by the
@@ -92,6 +94,11 @@ type netQueue struct {
 // NewNet opens the interface, carrier off. Errors of the user's making satisfy
 // tunbridge.UserError.
 func NewNet(cfg NetConfig) (*Net, error) {
+	switch cfg.Ring {
+	case "", "auto", "split", "packed":
+	default:
+		return nil, fmt.Errorf("%s: a ring %q: it has to be auto, split or packed", cfg.Name, cfg.Ring)
+	}
 	if cfg.QueueSize == 0 {
 		cfg.QueueSize = defaultQueueSize
 	}
@@ -118,17 +125,28 @@ func (n *Net) Interface() *tunbridge.Iface { return n.ifc }
 
 // wanted returns what this side can use.
 func (n *Net) wanted() virtio.Features {
-	f := virtio.FeaturesOf(virtio.Version1, virtio.EventIdx, virtio.IndirectDesc,
+	f := virtio.FeaturesOf(virtio.Version1, virtio.EventIdx, virtio.IndirectDesc, virtio.InOrder,
 		virtio.NetMrgRxbuf, virtio.NetMTU, virtio.NetMAC, virtio.NetStatus)
+	if n.cfg.Ring == "packed" {
+		f.Set(virtio.RingPacked)
+	}
 	if n.ifc.Type() == tunbridge.TUN {
 		f.Set(virtio.NetRawIP)
 	}
 	return f.Or(virtio.FeaturesFromMask(tunbridge.OffloadFeatures(n.ifc.OffloadSupported())))
 }
 
-// choose returns the features to accept of those offered.
-func (n *Net) choose(offered virtio.Features) (virtio.Features, error) {
+// choose returns the features to accept of those offered, for placement push or window.
+func (n *Net) choose(offered virtio.Features, push bool) (virtio.Features, error) {
 	f := offered.And(n.wanted()).Without(n.cfg.Deny)
+	if n.cfg.Ring == "packed" {
+		if push {
+			return f, fmt.Errorf("%s: packed rings do not go with placement push: both sides write the one ring, and one of them would read it across the bus: use --placement window or --ring split", n.cfg.Name)
+		}
+		if !f.Has(virtio.RingPacked) {
+			return f, fmt.Errorf("%s: packed rings are asked for, and the host does not offer ring_packed (or it is denied here): use --ring split", n.cfg.Name)
+		}
+	}
 	if !f.Has(virtio.Version1) {
 		return f, fmt.Errorf("%s: the host does not offer version_1: it is no virtio 1.x device", n.cfg.Name)
 	}
@@ -202,7 +220,7 @@ func (n *Net) setUp(t transport, m layout, set uint32, notify func(error)) error
 	n.mu.Lock()
 	n.offered = offered
 	n.mu.Unlock()
-	acked, err := n.choose(offered)
+	acked, err := n.choose(offered, m.near != m.far)
 	if err != nil {
 		return err
 	}
@@ -325,7 +343,12 @@ func (n *Net) layOut(t transport, m layout, acked virtio.Features, stop *tunbrid
 			return queues, fmt.Errorf("%s: the host has no such queue (largest size %d)", name, limit)
 		}
 		c := vring.Config{Name: name, Size: size, EventIdx: acked.Has(virtio.EventIdx), Indirect: acked.Has(virtio.IndirectDesc)}
+		c.InOrder = acked.Has(virtio.InOrder)
+		packed := acked.Has(virtio.RingPacked)
 		desc, driver, device := vring.SplitSizes(size)
+		if packed {
+			desc, driver, device = vring.PackedSizes(size)
+		}
 		// Each area on cache lines of its own: both sides write near each other otherwise.
 		for _, a := range [...]struct {
 			span *dma.Span
@@ -338,7 +361,7 @@ func (n *Net) layOut(t transport, m layout, acked virtio.Features, stop *tunbrid
 			mem := a.span.Mem()
 			mem.Zero(0, a.n)
 		}
-		if queues[i].q, err = vring.NewSplitDriver(c); err != nil {
+		if queues[i].q, err = newDriverQueue(c, packed); err != nil {
 			return queues, err
 		}
 		if err = t.SetQueue(i, size, c.Desc.Addr(), c.Driver.Addr(), c.Device.Addr()); err != nil {
@@ -380,6 +403,14 @@ func (n *Net) layOut(t transport, m layout, acked virtio.Features, stop *tunbrid
 		}
 	}
 	return queues, nil
+}
+
+// newDriverQueue makes the driver side of a queue of the negotiated kind.
+func newDriverQueue(c vring.Config, packed bool) (vring.Driver, error) {
+	if packed {
+		return vring.NewPackedDriver(c)
+	}
+	return vring.NewSplitDriver(c)
 }
 
 // rxBuffers chooses size and number of receive buffers in so many bytes: large ones, so that a

@@ -98,7 +98,7 @@ func (n *Net) DeviceID() uint32 { return virtio.IDNet }
 
 // possible returns what this build and this kernel can do.
 func (n *Net) possible() virtio.Features {
-	f := virtio.FeaturesOf(virtio.Version1, virtio.EventIdx, virtio.IndirectDesc,
+	f := virtio.FeaturesOf(virtio.Version1, virtio.EventIdx, virtio.IndirectDesc, virtio.RingPacked, virtio.InOrder,
 		virtio.NetMrgRxbuf, virtio.NetMTU, virtio.NetStatus)
 	if n.cfg.BoardMAC != (tunbridge.MAC{}) && n.ifc.Type() == tunbridge.TAP {
 		f.Set(virtio.NetMAC)
@@ -174,14 +174,22 @@ func (n *Net) SetQueue(i int, q QueueConfig) error {
 		return fmt.Errorf("%s: there is no queue %d, only %d", n.cfg.Name, i, len(n.queues))
 	}
 	name := n.queueName(i)
-	if q.Size == 0 || q.Size&(q.Size-1) != 0 || q.Size > n.cfg.QueueMax {
-		return fmt.Errorf("%s: a queue size of %d: it has to be a power of two up to %d", name, q.Size, n.cfg.QueueMax)
+	n.mu.Lock()
+	packed := n.acked.Has(virtio.RingPacked)
+	n.mu.Unlock()
+	if q.Size == 0 || q.Size > n.cfg.QueueMax || !packed && q.Size&(q.Size-1) != 0 {
+		return fmt.Errorf("%s: a queue size of %d: it has to be up to %d, and of a split queue a power of two", name, q.Size, n.cfg.QueueMax)
 	}
 	t := n.table.Load()
 	desc, driver, device := vring.SplitSizes(q.Size)
+	access := dma.DeviceRead
+	if packed {
+		desc, driver, device = vring.PackedSizes(q.Size)
+		access |= dma.DeviceWrite
+	}
 	c := vring.Config{Name: name, Size: q.Size, Table: n.table, State: q.State}
 	var err error
-	if c.Desc, err = area(t, name, "descriptor", q.Desc, desc, dma.DeviceRead); err != nil {
+	if c.Desc, err = area(t, name, "descriptor", q.Desc, desc, access); err != nil {
 		return err
 	}
 	if c.Driver, err = area(t, name, "driver", q.Driver, driver, dma.DeviceRead); err != nil {
@@ -221,7 +229,8 @@ func (n *Net) Start() error {
 		q := &n.queues[i]
 		c := q.areas
 		c.EventIdx, c.Indirect = n.acked.Has(virtio.EventIdx), n.acked.Has(virtio.IndirectDesc)
-		dev, err := vring.NewSplitDevice(c)
+		c.InOrder = n.acked.Has(virtio.InOrder)
+		dev, err := newDeviceQueue(c, n.acked.Has(virtio.RingPacked))
 		if err != nil {
 			stop.Close()
 			return err
@@ -252,6 +261,14 @@ func (n *Net) Start() error {
 	}
 	n.carrier = true
 	return nil
+}
+
+// newDeviceQueue makes the device side of a queue of the negotiated kind.
+func newDeviceQueue(c vring.Config, packed bool) (vring.Device, error) {
+	if packed {
+		return vring.NewPackedDevice(c)
+	}
+	return vring.NewSplitDevice(c)
 }
 
 func (n *Net) run(p tunbridge.Pump, notify func(Event)) {

@@ -18,10 +18,11 @@ func main() {
 	queueSize := f.Set.Uint("queue-size", 256, "queue size, a power of two; the host may ask for less")
 	rxBuffer := f.Set.Uint("rx-buffer", 0, "size of a receive buffer in bytes (default: by the window, 16384 at most)")
 	placement := f.Set.String("placement", "auto", "where rings and buffers lie: window, push or auto")
-	f.Exit(run(f, os.Args[1:], queueSize, rxBuffer, placement))
+	ring := f.Set.String("ring", "auto", "kind of virtqueue: split, packed (with placement window only) or auto (split)")
+	f.Exit(run(f, os.Args[1:], queueSize, rxBuffer, placement, ring))
 }
 
-func run(f *lean.Flags, args []string, queueSize, rxBuffer *uint, placement *string) error {
+func run(f *lean.Flags, args []string, queueSize, rxBuffer *uint, placement, ring *string) error {
 	if err := f.Parse(args); err != nil {
 		return err
 	}
@@ -33,6 +34,15 @@ func run(f *lean.Flags, args []string, queueSize, rxBuffer *uint, placement *str
 	}
 	if p := *placement; p != "auto" && p != "window" && p != "push" {
 		return lean.Usagef("--placement %s: auto, window or push", p)
+	}
+	if r := *ring; r != "auto" && r != "split" && r != "packed" {
+		return lean.Usagef("--ring %s: auto, split or packed", r)
+	}
+	if *ring == "packed" {
+		if *placement == "push" {
+			return lean.Usagef("--ring packed: not with --placement push (both sides write the one ring, and one of them would read it across the bus)")
+		}
+		*placement = "window"
 	}
 	nets, err := f.Nets()
 	if err != nil {
@@ -54,7 +64,7 @@ func run(f *lean.Flags, args []string, queueSize, rxBuffer *uint, placement *str
 	}
 	for i := range nets {
 		n, err := agent.NewNet(agent.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: nets[i].Interface(),
-			Deny: deny, QueueSize: uint16(*queueSize), RXBuffer: uint32(*rxBuffer)})
+			Deny: deny, Ring: *ring, QueueSize: uint16(*queueSize), RXBuffer: uint32(*rxBuffer)})
 		if err != nil {
 			closeAll()
 			return err

@@ -409,6 +409,7 @@ type agentCmd struct {
 	endFlags
 	QueueSize uint16 `default:"256" help:"Queue size, a power of two; the host may ask for less."`
 	Placement string `enum:"auto,window,push" default:"auto" help:"Where rings and buffers lie (${enum}): window, all in the board's memory; push, each where its reader is; auto, push where the host offers memory for it."`
+	Ring      string `enum:"auto,split,packed" default:"auto" help:"Kind of virtqueue (${enum}): packed goes with placement window only; auto, split."`
 	RXBuffer  uint32 `name:"rx-buffer" placeholder:"BYTES" help:"Size of a receive buffer (default: by the window, 16384 at most)."`
 }
 
@@ -418,6 +419,12 @@ func (c *agentCmd) Run(s *streams) error {
 	}
 	if c.QueueSize < 2 || c.QueueSize > 32768 || c.QueueSize&(c.QueueSize-1) != 0 {
 		return usagef("--queue-size %d: a power of two from 2 to 32768", c.QueueSize)
+	}
+	if c.Ring == "packed" {
+		if c.Placement == "push" {
+			return usagef("--ring packed: not with --placement push (both sides write the one ring, and one of them would read it across the bus)")
+		}
+		c.Placement = "window"
 	}
 	if c.RXBuffer != 0 && (c.RXBuffer < 256 || c.RXBuffer > 1<<20) {
 		return usagef("--rx-buffer %d: 256 to 1048576", c.RXBuffer)
@@ -443,7 +450,7 @@ func (c *agentCmd) Run(s *streams) error {
 	}
 	for i, sp := range specs {
 		n, err := agent.NewNet(agent.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: sp.iface(&c.endFlags, board.Agent, i),
-			Deny: deny, QueueSize: c.QueueSize, RXBuffer: c.RXBuffer})
+			Deny: deny, Ring: c.Ring, QueueSize: c.QueueSize, RXBuffer: c.RXBuffer})
 		if err != nil {
 			closeAll()
 			return err

@@ -245,6 +245,9 @@ func TestBadInput(t *testing.T) {
 		{name: "serve vectors", args: "serve $D/s --vectors 0", want: "vectors"},
 		{name: "serve mode", args: "serve $D/s --mode 888", want: "--mode"},
 
+		{name: "agent packed push", args: "agent --board loopback:$D/s --ring packed --placement push", want: "--ring packed"},
+		{name: "agent ring", args: "agent --board loopback:$D/s --ring round", want: "--ring"},
+
 		{name: "status of nobody", args: "status $D/s", status: 1, want: "no program listens"},
 		{name: "status of a file", args: "status $D/s", status: 1, want: "no program listens", setup: file},
 		{name: "status of a stranger", args: "status $D/s", status: 1, want: "no boardlink program", setup: foreign("220 mail ESMTP\r\n", true)},

@@ -114,6 +114,9 @@ func TestModes(t *testing.T) {
 		{Link: "tun", Offload: false, MTU: 65000},
 		{Link: "tap", Offload: true, MTU: 1500, Placement: "window"},
 		{Link: "tun", Offload: false, MTU: 1500, Placement: "window"},
+		{Link: "tap", Offload: true, MTU: 1500, Placement: "window", AgentArgs: []string{"--ring", "packed"}},
+		{Link: "tun", Offload: false, MTU: 65000, Placement: "window", AgentArgs: []string{"--ring", "packed", "--queue-size", "64"}},
+		{Link: "tap", Offload: true, MTU: 1500, Memory: "uncached", Placement: "window", AgentArgs: []string{"--ring", "packed"}, HostArgs: []string{"--deny", "in_order,event_idx"}},
 		{Link: "tap", Offload: true, MTU: 1500, Memory: "uncached"},
 		{Link: "tap", Offload: true, MTU: 1500, Memory: "uncached", Placement: "window"},
 		{Link: "tap", Offload: true, MTU: 1500, Memory: "write-combining", Window: 2 << 20, Vectors: 1},
@@ -145,6 +148,9 @@ func TestModes(t *testing.T) {
 			want := "push"
 			if c.Placement == "window" || c.Window == 512<<10 || slices.Contains(c.HostArgs, "--no-pool") {
 				want = "window"
+			}
+			if got, want := slices.Contains(res.Setup.Negotiated, "ring_packed"), slices.Contains(c.AgentArgs, "packed"); got != want {
+				t.Errorf("packed rings: %v, want %v", got, want)
 			}
 			if res.Setup.Placement != want {
 				t.Errorf("placement %s, want %s", res.Setup.Placement, want)
