@@ -538,7 +538,7 @@ func TestOrder(t *testing.T) {
 	before := r.count("device_resets")
 	for name, f := range map[string]virtio.Features{
 		"none":              {},
-		"not offered":       virtio.FeaturesOf(virtio.Version1, virtio.RingPacked),
+		"not offered":       virtio.FeaturesOf(virtio.Version1, virtio.NetMQ),
 		"raw IP over a tap": virtio.FeaturesOf(virtio.Version1, virtio.NetRawIP),
 		"all":               {1<<32 - 1, 1<<32 - 1, 1<<32 - 1, 1<<32 - 1},
 	} {
