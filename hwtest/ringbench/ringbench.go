@@ -1,0 +1,760 @@
+//go:build linux
+
+// Package ringbench measures virtqueues between two processes: the driver side in this one, the device side in
+// one that it starts, over shared memory, each on a processor of its own.
+//
+// In the room: the processes, the loops of both sides, what is measured. Never in it: payload
+// (buffers are not touched), interfaces, printing.
+package ringbench
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"sort"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/mmio"
+	"github.com/boardlink/boardlink/vring"
+	"golang.org/x/sys/unix"
+)
+
+// Config says what to measure. The zero value of a field stands for its default.
+type Config struct {
+	// Peer is the command that runs Serve: the environment variable EnvPeer tells it what to do. Default: this program.
+	Peer []string `json:"-"`
+	// Ring is "split" (default) or "packed".
+	Ring string
+	// Placement is "local" (default): all memory is near both sides, as between processes of one machine, and
+	// nothing is counted. "window" and "push" are those of a board: what lies across is accounted, and
+	// taken by the paths for it.
+	Placement string
+	// Memory is how the device side sees memory across: "cached" (default), "write-combining" or "uncached".
+	Memory      string
+	Size        int  // descriptors; default 256
+	Batch       int  // buffers that either side moves at once; default 64
+	Outstanding int  // buffers under way at most; default Size
+	Sleep       bool // sleep on eventfds when there is nothing to do; else poll
+	Spins       int  // with Sleep: polls in vain before; default 200
+	EventIdx    bool // the event index is negotiated
+	InOrder     bool // VIRTIO_F_IN_ORDER is
+	// Write makes the buffers writable, and the device fill each to a length of its own, as frames are received; else they are
+	// read, as frames are sent.
+	Write bool
+	// Buffers of one run; default 100000. Runs: default 31: many short ones, so that other programs do not disturb all.
+	Buffers int
+	Runs    int
+	// CPU are the processors of driver and device side; both 0 leave the first two that this process may use, -1
+	// does not pin.
+	CPU [2]int
+}
+
+// Result is what was measured.
+type Result struct {
+	Ring, Placement, Memory  string
+	Size, Batch, Outstanding int
+	Sleep, EventIdx, InOrder bool
+	Write                    bool
+	Buffers                  int
+	CPU                      [2]int
+	// NS is the time for a buffer, there and back, RoundTripNS that of a cache line between the two processors, measured around
+	// each run; Ratio is the first in units of the second, run by run. All are medians; Best is the smallest Ratio: what remains where other
+	// programs disturb most runs.
+	NS          float64  `json:"ns_per_buffer"`
+	RoundTripNS float64  `json:"round_trip_ns"`
+	Ratio       float64  `json:"round_trips_per_buffer"`
+	Best        float64  `json:"best_round_trips_per_buffer"`
+	Runs        []Sample `json:"runs"`
+	// Each buffer's accesses across the bus, of the two sides, over all runs.
+	Driver Bus `json:"driver_bus"`
+	Device Bus `json:"device_bus"`
+	// With Sleep, how often each side slept for each buffer, and rang.
+	Sleeps float64 `json:"sleeps_per_buffer"`
+	Rings  float64 `json:"rings_per_buffer"`
+	Lost   uint64  `json:"lost_wakeups"` // found by a time-out of a second: a defect
+}
+
+// Sample is one of the runs.
+type Sample struct {
+	NS          float64 `json:"ns_per_buffer"`
+	RoundTripNS float64 `json:"round_trip_ns"`
+}
+
+// Bus is what went across, for each buffer.
+type Bus struct {
+	Reads      float64 `json:"reads"`
+	Writes     float64 `json:"writes"`
+	ReadBytes  float64 `json:"read_bytes"`
+	WriteBytes float64 `json:"write_bytes"`
+	FlushReads float64 `json:"flush_reads"`
+}
+
+// EnvPeer is the environment variable that carries the order of the process that runs Serve.
+const EnvPeer = "BOARDLINK_RINGBENCH"
+
+// Both memories lie in one file: the board's, then the host's, each with a link address.
+const (
+	memSize            = 8 << 20
+	boardBase dma.Addr = 0x1000_0000
+	hostBase  dma.Addr = 0x9_0000_0000
+	offPing            = 0 // of the board's: the words of the round trip, each on lines of its own
+	offPong            = 256
+	offDesc            = 4096
+	offDriver          = offDesc + 32768*16
+	offDevice          = offDriver + 1<<17
+	offData            = 2 << 20
+
+	pingRounds = 2000
+	patience   = 30 * time.Second
+)
+
+// files of the peer: memory, kick, call.
+const firstFD = 3
+
+func (c *Config) defaults() error {
+	set := func(p *int, v int) {
+		if *p == 0 {
+			*p = v
+		}
+	}
+	if c.Ring == "" {
+		c.Ring = "split"
+	}
+	if c.Placement == "" {
+		c.Placement = "local"
+	}
+	if c.Memory == "" {
+		c.Memory = "cached"
+	}
+	set(&c.Size, 256)
+	set(&c.Batch, 64)
+	set(&c.Outstanding, c.Size)
+	set(&c.Runs, 31)
+	set(&c.Buffers, 100000)
+	set(&c.Spins, 200)
+	switch {
+	case c.Ring != "split" && c.Ring != "packed":
+		return fmt.Errorf("ring %q: split or packed", c.Ring)
+	case c.Placement != "local" && c.Placement != "window" && c.Placement != "push":
+		return fmt.Errorf("placement %q: local, window or push", c.Placement)
+	case c.Memory != "cached" && c.Memory != "write-combining" && c.Memory != "uncached":
+		return fmt.Errorf("memory %q: cached, write-combining or uncached", c.Memory)
+	case c.Size < 1 || c.Size > vring.MaxSize || c.Ring == "split" && c.Size&(c.Size-1) != 0:
+		return fmt.Errorf("size %d: 1 to %d, and of a split ring a power of two", c.Size, vring.MaxSize)
+	case c.Batch < 1 || c.Batch > c.Size:
+		return fmt.Errorf("batch %d: 1 to the size of the ring (%d)", c.Batch, c.Size)
+	case c.Outstanding < c.Batch || c.Outstanding > c.Size:
+		return fmt.Errorf("%d outstanding: from a batch (%d) to the size of the ring (%d)", c.Outstanding, c.Batch, c.Size)
+	case c.Runs < 1 || c.Buffers < c.Batch:
+		return fmt.Errorf("%d runs of %d buffers: one at least, of a batch (%d) at least", c.Runs, c.Buffers, c.Batch)
+	}
+	c.Buffers -= c.Buffers % c.Batch
+	if c.CPU == ([2]int{}) {
+		cpus, err := processors()
+		if err != nil {
+			return err
+		}
+		if len(cpus) < 2 {
+			return errors.New("two processors are needed: the sides poll")
+		}
+		c.CPU = [2]int{cpus[0], cpus[1]}
+	}
+	return nil
+}
+
+// processors returns the processors that this process may use.
+func processors() (cpus []int, err error) {
+	var set unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &set); err != nil {
+		return nil, fmt.Errorf("sched_getaffinity: %w", err)
+	}
+	for i := 0; len(cpus) < set.Count(); i++ {
+		if set.IsSet(i) {
+			cpus = append(cpus, i)
+		}
+	}
+	return cpus, nil
+}
+
+// pin keeps the calling goroutine on a thread of its own, and that on a processor.
+func pin(cpu int) (unpin func(), err error) {
+	runtime.LockOSThread()
+	if cpu < 0 {
+		return runtime.UnlockOSThread, nil
+	}
+	var old, set unix.CPUSet
+	if err = unix.SchedGetaffinity(0, &old); err == nil {
+		set.Set(cpu)
+		err = unix.SchedSetaffinity(0, &set)
+	}
+	if err != nil {
+		runtime.UnlockOSThread()
+		return nil, fmt.Errorf("pin to processor %d: %w", cpu, err)
+	}
+	return func() {
+		// A thread that cannot be let go stays locked, and ends with its goroutine.
+		if unix.SchedSetaffinity(0, &old) == nil {
+			runtime.UnlockOSThread()
+		}
+	}, nil
+}
+
+// frames is how many different buffers there are, length the bytes of one.
+const frames = 65521
+
+func length(i int) uint32 { return 60 + uint32(i*37%1440) }
+
+// side is one process' view: its regions, its queue's configuration.
+type side struct {
+	c        *Config
+	mem      []byte
+	kick     int // eventfds
+	call     int
+	ping     mmio.RAM
+	account  *dma.Account
+	queue    vring.Config
+	deadline time.Time
+	gone     atomic.Bool // the peer
+	buffer   dma.Addr    // where the buffers lie
+
+	seq           uint32 // of the round trip
+	sleeps, rings uint64
+	lost          uint64
+}
+
+func newSide(c *Config, device bool, memfd, kick, call int) (*side, error) {
+	b, err := unix.Mmap(memfd, 0, 2*memSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
+	if err != nil {
+		return nil, fmt.Errorf("mmap: %w", err)
+	}
+	s := &side{c: c, mem: b, kick: kick, call: call, account: new(dma.Account), deadline: time.Now().Add(patience)}
+	s.ping, _ = mmio.FromBytes(b[:4096]).RAM()
+	kind := map[string]mmio.Kind{"cached": mmio.Cached, "write-combining": mmio.WriteCombining, "uncached": mmio.Uncached}[c.Memory]
+	region := func(name string, addr dma.Addr, off int, across bool) *dma.Region {
+		r := &dma.Region{Name: name, Addr: addr, Access: dma.DeviceRead | dma.DeviceWrite}
+		k := mmio.Cached
+		if across {
+			r.Across, r.Account, k = true, s.account, kind
+		}
+		r.Mem = mmio.NewMem(unsafe.Pointer(&b[off]), memSize, k)
+		return r
+	}
+	local := c.Placement == "local"
+	board := region("board", boardBase, 0, device && !local)
+	host := region("host", hostBase, memSize, !device && !local)
+	far := board
+	s.buffer = boardBase + offData
+	if c.Placement == "push" {
+		far = host
+		s.buffer = hostBase + offData
+	}
+	sizes := vring.SplitSizes
+	if c.Ring == "packed" {
+		sizes = vring.PackedSizes
+	}
+	desc, driver, dev := sizes(uint16(c.Size))
+	s.queue = vring.Config{Name: "bench", Size: uint16(c.Size), EventIdx: c.EventIdx, InOrder: c.InOrder,
+		Desc:   dma.Span{Region: far, Off: offDesc, Len: uint32(desc)},
+		Driver: dma.Span{Region: far, Off: offDriver, Len: uint32(driver)},
+		Device: dma.Span{Region: board, Off: offDevice, Len: uint32(dev)}}
+	if device {
+		t, err := dma.NewTable(*board, *host)
+		if err != nil {
+			return nil, err
+		}
+		s.queue.Table = new(dma.TableRef)
+		s.queue.Table.Store(t)
+	}
+	return s, nil
+}
+
+func (s *side) close() error { return unix.Munmap(s.mem) }
+
+var errPatience = errors.New("the other side does not answer")
+
+// late is asked now and then by whoever waits.
+func (s *side) late() error {
+	if s.gone.Load() || time.Now().After(s.deadline) {
+		return errPatience
+	}
+	return nil
+}
+
+// await polls a word of the other side for a value.
+func (s *side) await(off uint64, v uint32) error {
+	for i := 1; s.ping.Consume32(off) != v; i++ {
+		if i&(1<<20-1) == 0 {
+			if err := s.late(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// roundTrips passes a cache line to and fro and returns the nanoseconds of one round trip; the other side
+// echoes.
+func (s *side) roundTrips(lead bool) (float64, error) {
+	mine, theirs := uint64(offPing), uint64(offPong)
+	if !lead {
+		mine, theirs = theirs, mine
+	}
+	var start time.Time
+	for i := -10; i < pingRounds; i++ { // the first ones meet, and are not counted
+		if i == 0 {
+			start = time.Now()
+		}
+		s.seq++
+		if lead {
+			s.ping.Publish32(mine, s.seq)
+		}
+		if err := s.await(theirs, s.seq); err != nil {
+			return 0, err
+		}
+		if !lead {
+			s.ping.Publish32(mine, s.seq)
+		}
+	}
+	return float64(time.Since(start).Nanoseconds()) / pingRounds, nil
+}
+
+func (s *side) ring(fd int) error {
+	one := [8]byte{1} // whatever the byte order: not 0
+	_, err := unix.Write(fd, one[:])
+	s.rings++
+	return err
+}
+
+func (s *side) wait(fd int) error {
+	s.sleeps++
+	for {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(fds, 1000)
+		if n > 0 {
+			var b [8]byte
+			_, err = unix.Read(fd, b[:])
+			return err
+		}
+		if err == nil {
+			s.lost++
+			return s.late()
+		}
+		if err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+func (s *side) driver(q vring.Driver) error {
+	c := s.c
+	reqs := make([]vring.Request, c.Batch)
+	done := make([]vring.Completion, c.Batch)
+	// As frames that are sent: no descriptor is what it was one lap ago, so that what rings save by not
+	// writing what does not change is not measured. Their number is prime.
+	bufs := make([]vring.Buffer, frames)
+	for i := range bufs {
+		bufs[i] = vring.Buffer{Addr: s.buffer + dma.Addr(i*64), Len: length(i)}
+	}
+	readable := 1
+	if c.Write {
+		readable = 0
+	}
+	added, back, at, idle := 0, 0, 0, 0
+	for back < c.Buffers {
+		busy := false
+		if added < c.Buffers && added-back+c.Batch <= c.Outstanding {
+			for i := range reqs {
+				reqs[i].Bufs, reqs[i].Readable = bufs[at:at+1:at+1], readable
+				if at++; at == len(bufs) {
+					at = 0
+				}
+			}
+			n, err := q.Add(reqs)
+			if err != nil {
+				return err
+			}
+			if n != len(reqs) {
+				return fmt.Errorf("%d of %d buffers fit", n, len(reqs))
+			}
+			added += n
+			busy = true
+			if q.NeedKick() {
+				if err := s.ring(s.kick); err != nil {
+					return err
+				}
+			}
+		}
+		n, err := q.Reap(done)
+		if err != nil {
+			return err
+		}
+		back += n
+		if busy || n > 0 {
+			idle = 0
+			continue
+		}
+		idle++
+		if idle&(1<<18-1) == 0 {
+			if err := s.late(); err != nil {
+				return err
+			}
+		}
+		if !c.Sleep || idle < c.Spins {
+			relax()
+			continue
+		}
+		idle = 0
+		pending, err := q.ArmCall()
+		if err != nil {
+			return err
+		}
+		if !pending {
+			if err := s.wait(s.call); err != nil {
+				return err
+			}
+		}
+		q.DisarmCall()
+	}
+	return nil
+}
+
+func (s *side) device(q vring.Device) error {
+	c := s.c
+	var b vring.Batch
+	used := make([]vring.Used, 0, c.Batch)
+	idle := 0
+	for got := 0; got < c.Buffers; {
+		b.Chains, b.Spans, used = b.Chains[:0], b.Spans[:0], used[:0]
+		n, err := q.Pop(&b, c.Batch)
+		if err != nil {
+			return err
+		}
+		if n > 0 {
+			idle = 0
+			got += n
+			for i := range b.Chains {
+				ch := &b.Chains[i]
+				u := vring.Used{ID: ch.ID, Count: ch.Count}
+				if ch.WriteLen != 0 {
+					u.Len = ch.WriteLen - 1
+				}
+				used = append(used, u)
+			}
+			if err := q.Complete(used); err != nil {
+				return err
+			}
+			if q.NeedCall() {
+				if err := s.ring(s.call); err != nil {
+					return err
+				}
+			}
+			continue
+		}
+		idle++
+		if idle&(1<<18-1) == 0 {
+			if err := s.late(); err != nil {
+				return err
+			}
+		}
+		if !c.Sleep || idle < c.Spins {
+			relax()
+			continue
+		}
+		idle = 0
+		pending, err := q.ArmKick()
+		if err != nil {
+			return err
+		}
+		if !pending {
+			if err := s.wait(s.kick); err != nil {
+				return err
+			}
+		}
+		q.DisarmKick()
+	}
+	return nil
+}
+
+// pace is how often relax reads a word of its own.
+const pace = 16
+
+var idleWord uint64
+
+// relax lets a moment pass between two looks, so that the line is not taken from who writes it.
+func relax() {
+	for i := 0; i < pace; i++ {
+		mmio.Load64(unsafe.Pointer(&idleWord))
+	}
+}
+
+// told is what the peer reports.
+type told struct {
+	Account       dma.Account
+	Sleeps, Rings uint64
+	Lost          uint64
+	Err           string
+}
+
+// Ordered tells that this process is to run Serve and nothing else.
+func Ordered() bool { return os.Getenv(EnvPeer) != "" }
+
+// Serve is the device side: to be run by the process that Run starts.
+func Serve(out io.Writer) error {
+	var c Config
+	if err := json.Unmarshal([]byte(os.Getenv(EnvPeer)), &c); err != nil {
+		return fmt.Errorf("%s: %w", EnvPeer, err)
+	}
+	var t told
+	if err := serve(&c, &t); err != nil {
+		t.Err = err.Error()
+	}
+	return json.NewEncoder(out).Encode(t)
+}
+
+func serve(c *Config, t *told) error {
+	unpin, err := pin(c.CPU[1])
+	if err != nil {
+		return err
+	}
+	defer unpin()
+	s, err := newSide(c, true, firstFD, firstFD+1, firstFD+2)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	// The driver side sets up the ring; the first round trip says that it has.
+	if _, err := s.roundTrips(false); err != nil {
+		return err
+	}
+	var q vring.Device
+	if c.Ring == "packed" {
+		q, err = vring.NewPackedDevice(s.queue)
+	} else {
+		q, err = vring.NewSplitDevice(s.queue)
+	}
+	if err != nil {
+		return err
+	}
+	q.DisarmKick()
+	for i := 0; i <= c.Runs; i++ { // the first one warms up
+		s.deadline = time.Now().Add(patience)
+		if _, err := s.roundTrips(false); err != nil {
+			return err
+		}
+		if i == 1 {
+			s.start()
+		}
+		if err := s.device(q); err != nil {
+			return err
+		}
+		if _, err := s.roundTrips(false); err != nil {
+			return err
+		}
+	}
+	t.Account, t.Sleeps, t.Rings, t.Lost = s.counted(), s.sleeps, s.rings, s.lost
+	return nil
+}
+
+// start forgets what was counted while warming up. Nobody else counts meanwhile.
+func (s *side) start() {
+	s.sleeps, s.rings = 0, 0
+	*s.account = dma.Account{}
+}
+
+func (s *side) counted() dma.Account { return s.account.Load() }
+
+// Run measures. Errors name what is wrong with cfg, or with the machine.
+func Run(ctx context.Context, cfg Config) (*Result, error) {
+	c := cfg
+	if err := c.defaults(); err != nil {
+		return nil, err
+	}
+	order, err := json.Marshal(c)
+	if err != nil {
+		return nil, err
+	}
+	fd, err := unix.MemfdCreate("ringbench", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("memfd_create: %w", err)
+	}
+	files := []*os.File{os.NewFile(uintptr(fd), "memory")}
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
+	if err := files[0].Truncate(2 * memSize); err != nil {
+		return nil, err
+	}
+	for i := 0; i < 2; i++ {
+		e, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+		if err != nil {
+			return nil, fmt.Errorf("eventfd: %w", err)
+		}
+		files = append(files, os.NewFile(uintptr(e), "eventfd"))
+	}
+	if len(c.Peer) == 0 {
+		exe, err := os.Executable()
+		if err != nil {
+			return nil, err
+		}
+		// Behind the emulator that runs this program, where one does.
+		c.Peer = append(strings.Fields(os.Getenv("BOARDLINK_TEST_EXEC")), exe)
+	}
+	cctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	cmd := exec.CommandContext(cctx, c.Peer[0], c.Peer[1:]...)
+	cmd.Env = append(os.Environ(), EnvPeer+"="+string(order))
+	cmd.ExtraFiles = files
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	// The thread that starts the peer has to live as long: it dies with it.
+	started, result := make(chan error, 1), make(chan error, 1)
+	s, err := newSide(&c, false, fd, int(files[1].Fd()), int(files[2].Fd()))
+	if err != nil {
+		return nil, err
+	}
+	defer s.close()
+	r := &Result{Ring: c.Ring, Placement: c.Placement, Memory: c.Memory, Size: c.Size, Batch: c.Batch, Outstanding: c.Outstanding,
+		Sleep: c.Sleep, EventIdx: c.EventIdx, InOrder: c.InOrder, Write: c.Write, Buffers: c.Buffers, CPU: c.CPU}
+	go func() {
+		unpin, err := pin(-1)
+		if err != nil {
+			started <- err
+			return
+		}
+		defer unpin()
+		started <- cmd.Start()
+		result <- r.lead(&c, s)
+	}()
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("the peer %s: %w", c.Peer[0], err)
+	}
+	exited := make(chan error, 1)
+	go func() { exited <- cmd.Wait() }()
+	var leadErr, peerErr error
+	for left := 2; left > 0; left-- {
+		select {
+		case leadErr = <-result:
+			if leadErr != nil {
+				cancel()
+			}
+		case peerErr = <-exited:
+			// Before the last round trip: the other loop is not to wait for it.
+			s.gone.Store(peerErr != nil || out.Len() == 0 || !bytes.Contains(out.Bytes(), []byte(`"Err":""`)))
+		}
+	}
+	var t told
+	jerr := json.Unmarshal(out.Bytes(), &t)
+	switch {
+	case ctx.Err() != nil:
+		return nil, ctx.Err()
+	case jerr == nil && t.Err != "":
+		return nil, fmt.Errorf("device side: %s", t.Err)
+	case leadErr != nil:
+		return nil, fmt.Errorf("driver side: %w %s", leadErr, strings.TrimSpace(errOut.String()))
+	case peerErr != nil || jerr != nil:
+		return nil, fmt.Errorf("the peer: %v, %v: %s", peerErr, jerr, strings.TrimSpace(errOut.String()))
+	}
+	n := float64(c.Buffers) * float64(c.Runs)
+	r.Device = perBuffer(t.Account, n)
+	r.Sleeps = (r.Sleeps + float64(t.Sleeps)) / n
+	r.Rings = (r.Rings + float64(t.Rings)) / n
+	r.Lost += t.Lost
+	return r, nil
+}
+
+// lead is the driver side.
+func (r *Result) lead(c *Config, s *side) error {
+	unpin, err := pin(c.CPU[0])
+	if err != nil {
+		return err
+	}
+	defer unpin()
+	var q vring.Driver
+	if c.Ring == "packed" {
+		q, err = vring.NewPackedDriver(s.queue)
+	} else {
+		q, err = vring.NewSplitDriver(s.queue)
+	}
+	if err != nil {
+		return err
+	}
+	if _, err := s.roundTrips(true); err != nil {
+		return err
+	}
+	q.DisarmCall()
+	var ns, trip, ratio []float64
+	for i := 0; i <= c.Runs; i++ { // the first one warms up
+		s.deadline = time.Now().Add(patience)
+		before, err := s.roundTrips(true)
+		if err != nil {
+			return err
+		}
+		if i == 1 {
+			s.start()
+		}
+		start := time.Now()
+		if err := s.driver(q); err != nil {
+			return err
+		}
+		took := float64(time.Since(start).Nanoseconds()) / float64(c.Buffers)
+		after, err := s.roundTrips(true)
+		if err != nil {
+			return err
+		}
+		if i == 0 {
+			continue
+		}
+		rt := (before + after) / 2
+		r.Runs = append(r.Runs, Sample{took, rt})
+		ns, trip, ratio = append(ns, took), append(trip, rt), append(ratio, took/rt)
+	}
+	r.NS, r.RoundTripNS, r.Ratio = median(ns), median(trip), median(ratio)
+	r.Best = slices.Min(ratio)
+	r.Driver = perBuffer(s.counted(), float64(c.Buffers)*float64(c.Runs))
+	r.Sleeps, r.Rings, r.Lost = float64(s.sleeps), float64(s.rings), s.lost
+	return nil
+}
+
+func perBuffer(a dma.Account, n float64) Bus {
+	return Bus{Reads: float64(a.Reads) / n, Writes: float64(a.Writes) / n, ReadBytes: float64(a.ReadBytes) / n,
+		WriteBytes: float64(a.WriteBytes) / n, FlushReads: float64(a.FlushReads) / n}
+}
+
+func median(v []float64) float64 {
+	s := append([]float64(nil), v...)
+	sort.Float64s(s)
+	if n := len(s); n%2 == 0 {
+		return (s[n/2-1] + s[n/2]) / 2
+	}
+	return s[len(s)/2]
+}
+
+// String is the result in a line.
+func (r *Result) String() string {
+	how := "polling"
+	if r.Sleep {
+		how = "sleeping"
+	}
+	if r.InOrder {
+		how += ", in order"
+	}
+	return fmt.Sprintf("%s, %s, batch %d of %d, %s: %.1f ns a buffer, %.3f round trips of %.0f ns (at best %.3f); bus: %s reads, %s writes",
+		r.Ring, r.Placement, r.Batch, r.Outstanding, how, r.NS, r.Ratio, r.RoundTripNS, r.Best,
+		strconv.FormatFloat(r.Driver.Reads+r.Device.Reads, 'f', 2, 64), strconv.FormatFloat(r.Driver.Writes+r.Device.Writes, 'f', 2, 64))
+}
