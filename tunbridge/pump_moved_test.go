@@ -157,6 +157,9 @@ func TestMovedPumps(t *testing.T) {
 		"tun, write-combining":           {&engines{chip: "edma", min: 128}, func(c *rigConfig) { c.typ, c.kind = tunbridge.TUN, mmio.WriteCombining }},
 		"tiny queue":                     {&engines{chip: "fsl 83xx", min: 1}, func(c *rigConfig) { c.queue = 8 }},
 	} {
+		if testing.Short() && name != "edma, one in a thousand fails" && name != "fsl 83xx, some are stuck" {
+			continue
+		}
 		t.Run(name, func(t *testing.T) {
 			e := c.e
 			e.t = t

@@ -296,6 +296,9 @@ func TestPumps(t *testing.T) {
 		"tiny queue":    with(func(c *rigConfig) { c.queue = 8 }),
 		"lossy bells":   with(func(c *rigConfig) { c.lossy = true }),
 	} {
+		if testing.Short() && name != "offload" && name != "plain" && name != "uncached" && name != "small buffers" {
+			continue
+		}
 		t.Run(name, func(t *testing.T) {
 			r := newRig(t, c)
 			ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
