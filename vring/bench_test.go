@@ -64,31 +64,38 @@ func benchCycle(b *testing.B, p vringtest.Params, batch, bufs int) {
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(batch*bufs), "ns/buffer")
 }
 
-// BenchmarkCycle is add, kick check, pop, complete, call check and reap, on one processor.
+// BenchmarkCycle is add, kick check, pop, complete, call check and reap, on one processor. The buffers are those of one
+// lap before: compare kinds of ring with package hwtest/ringbench.
 func BenchmarkCycle(b *testing.B) {
-	for _, m := range vringtest.Memories[1:5] {
-		for _, batch := range []int{1, 64} {
-			p := vringtest.Params{Ring: vringtest.Split, Memory: m, EventIdx: true}
-			b.Run(fmt.Sprintf("%s/batch%d", m.Name, batch), func(b *testing.B) { benchCycle(b, p, batch, 1) })
+	for _, r := range vringtest.Rings {
+		for _, m := range vringtest.Memories[1:5] {
+			for _, batch := range []int{1, 64} {
+				p := vringtest.Params{Ring: r, Memory: m, EventIdx: true}
+				b.Run(fmt.Sprintf("%s/%s/batch%d", r.Name, m.Name, batch), func(b *testing.B) { benchCycle(b, p, batch, 1) })
+			}
 		}
+		mm := vringtest.Memories[1]
+		b.Run(r.Name+"/mmap64/flags", func(b *testing.B) {
+			benchCycle(b, vringtest.Params{Ring: r, Memory: mm}, 64, 1)
+		})
+		b.Run(r.Name+"/mmap64/inorder", func(b *testing.B) {
+			benchCycle(b, vringtest.Params{Ring: r, Memory: mm, EventIdx: true, InOrder: true}, 64, 1)
+		})
+		b.Run(r.Name+"/mmap64/chain2", func(b *testing.B) {
+			benchCycle(b, vringtest.Params{Ring: r, Memory: mm, EventIdx: true}, 64, 2)
+		})
+		b.Run(r.Name+"/mmap64/indirect2", func(b *testing.B) {
+			benchCycle(b, vringtest.Params{Ring: r, Memory: mm, EventIdx: true, Indirect: true}, 64, 2)
+		})
 	}
-	mm := vringtest.Memories[1]
-	b.Run("mmap64/flags", func(b *testing.B) {
-		benchCycle(b, vringtest.Params{Ring: vringtest.Split, Memory: mm}, 64, 1)
-	})
-	b.Run("mmap64/chain2", func(b *testing.B) {
-		benchCycle(b, vringtest.Params{Ring: vringtest.Split, Memory: mm, EventIdx: true}, 64, 2)
-	})
-	b.Run("mmap64/indirect2", func(b *testing.B) {
-		benchCycle(b, vringtest.Params{Ring: vringtest.Split, Memory: mm, EventIdx: true, Indirect: true}, 64, 2)
-	})
 }
 
 // BenchmarkPingPong passes batches between two goroutines that poll.
 func BenchmarkPingPong(b *testing.B) {
-	for _, batch := range []int{1, 64} {
-		b.Run(fmt.Sprintf("batch%d", batch), func(b *testing.B) {
-			p := vringtest.Params{Ring: vringtest.Split, Memory: vringtest.Memories[1], EventIdx: true}
+	for i := 0; i < 4; i++ {
+		ring, batch := vringtest.Rings[i>>1], []int{1, 64}[i&1]
+		b.Run(fmt.Sprintf("%s/batch%d", ring.Name, batch), func(b *testing.B) {
+			p := vringtest.Params{Ring: ring, Memory: vringtest.Memories[1], EventIdx: true}
 			r := vringtest.NewRig(b, p, 256, 65536)
 			drv, dev := r.Pair(b)
 			reqs := requests(r, batch, 1)

@@ -71,8 +71,8 @@ type Result struct {
 	Buffers                  int
 	CPU                      [2]int
 	// NS is the time for a buffer, there and back, RoundTripNS that of a cache line between the two processors, measured around
-	// each run; Ratio is the first in units of the second, run by run. All are medians; Best is the smallest Ratio: what remains where other
-	// programs disturb most runs.
+	// each run; Ratio is the first in units of the second, run by run. All are medians; Best is the fastest run in units of the median round trip:
+	// what remains where other programs disturb most runs.
 	NS          float64  `json:"ns_per_buffer"`
 	RoundTripNS float64  `json:"round_trip_ns"`
 	Ratio       float64  `json:"round_trips_per_buffer"`
@@ -720,12 +720,15 @@ func (r *Result) lead(c *Config, s *side) error {
 		if i == 0 {
 			continue
 		}
-		rt := (before + after) / 2
+		rt := before // the one that was disturbed less
+		if after < rt {
+			rt = after
+		}
 		r.Runs = append(r.Runs, Sample{took, rt})
 		ns, trip, ratio = append(ns, took), append(trip, rt), append(ratio, took/rt)
 	}
 	r.NS, r.RoundTripNS, r.Ratio = median(ns), median(trip), median(ratio)
-	r.Best = slices.Min(ratio)
+	r.Best = slices.Min(ns) / r.RoundTripNS
 	r.Driver = perBuffer(s.counted(), float64(c.Buffers)*float64(c.Runs))
 	r.Sleeps, r.Rings, r.Lost = float64(s.sleeps), float64(s.rings), s.lost
 	return nil
