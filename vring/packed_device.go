@@ -117,7 +117,9 @@ func (q *PackedDevice) Pop(b *Batch, max int) (int, error) {
 	direct, ram := q.desc.direct, q.desc.ram
 	chains, spans := b.Chains, b.Spans
 	limit := len(spans) + int(q.size)
-	size := uint32(q.size)
+	// The loop works on locals, as SplitDevice.Pop does.
+	size, slots, log := uint32(q.size), q.slots, q.log
+	flying, popped := q.flying, q.popped
 	at := q.avail // of the descriptor words[0]
 	var words []uint64
 	var bytes uint64
@@ -126,7 +128,7 @@ func (q *PackedDevice) Pop(b *Batch, max int) (int, error) {
 	for n < max && len(spans) < limit {
 		if len(words) == 0 {
 			want := max - n
-			if free := int(q.size - q.flying); want > free {
+			if free := int(q.size - flying); want > free {
 				want = free
 			}
 			words = q.p.words[:want]
@@ -150,7 +152,7 @@ func (q *PackedDevice) Pop(b *Batch, max int) (int, error) {
 		*c = Chain{Count: 1, First: int32(kept)}
 		if flags&(descNext|descIndirect) == 0 {
 			id, length := uint16(w>>32), uint32(w)
-			if uint32(id) >= size || q.slots[id].count != 0 {
+			if int(id) >= len(slots) || slots[id].count != 0 {
 				bad = q.badID(at, id)
 			} else {
 				var addr uint64
@@ -186,7 +188,7 @@ func (q *PackedDevice) Pop(b *Batch, max int) (int, error) {
 			}
 		} else {
 			b.Spans = spans
-			words, bad = q.walk(b, c, at, words)
+			words, bad = q.walk(b, c, at, words, q.size-flying)
 			spans = b.Spans
 			bytes += uint64(c.ReadLen) + uint64(c.WriteLen)
 		}
@@ -195,15 +197,21 @@ func (q *PackedDevice) Pop(b *Batch, max int) (int, error) {
 			spans = spans[:kept]
 			break
 		}
-		q.slots[c.ID] = heldSlot{full: c.WriteLen, count: c.Count}
-		q.log[q.popped] = c.ID
-		if q.popped++; q.popped == len(q.log) {
-			q.popped = 0
+		s := &slots[c.ID]
+		s.full, s.count = c.WriteLen, c.Count
+		log[popped] = c.ID
+		if popped++; popped == len(log) {
+			popped = 0
 		}
-		q.flying += c.Count
-		at = q.forward(at, c.Count)
+		flying += c.Count
+		if p := uint32(at&^wrapBit) + uint32(c.Count); p < size {
+			at += c.Count
+		} else {
+			at = q.forward(at, c.Count)
+		}
 		n++
 	}
+	q.flying, q.popped = flying, popped
 	b.Chains, b.Spans = chains, spans
 	q.avail = at
 	q.held += n
@@ -230,12 +238,12 @@ func (q *PackedDevice) badID(at, id uint16) *Error {
 }
 
 // walk takes the chain c that starts at position at, whose descriptors were scanned to words as far as
-// they go, and returns the words behind it.
-func (q *PackedDevice) walk(b *Batch, c *Chain, at uint16, words []uint64) ([]uint64, *Error) {
+// they go, of at most free descriptors, and returns the words behind it.
+func (q *PackedDevice) walk(b *Batch, c *Chain, at uint16, words []uint64, free uint16) ([]uint64, *Error) {
 	head := at &^ wrapBit
 	c.Count = 0
 	for {
-		if c.Count == q.size-q.flying {
+		if c.Count == free {
 			return nil, &Error{Code: ErrLoop, Head: head, Desc: at &^ wrapBit, Value: uint64(c.Count) + 1, Limit: uint64(c.Count)}
 		}
 		if len(words) == 0 {

@@ -16,7 +16,8 @@ type PackedDriver struct {
 	driverSide
 	p     packed
 	slots []packedSlot // by buffer id
-	free  []uint16     // free buffer ids, a stack: those used last are in the caches
+	ids   []uint16     // free buffer ids, a stack: those used last are in the caches ...
+	nids  int          // ... and how many there are
 	nfree int          // free descriptors
 
 	avail, used uint16 // positions with wrap counters
@@ -56,11 +57,11 @@ func NewPackedDriver(c Config) (*PackedDriver, error) {
 	}
 	size := int(c.Size)
 	q.slots = make([]packedSlot, size)
-	q.free = make([]uint16, size)
-	for i := range q.free {
-		q.free[i] = uint16(size - 1 - i)
+	q.ids = make([]uint16, size)
+	for i := range q.ids {
+		q.ids[i] = uint16(size - 1 - i)
 	}
-	q.nfree = size
+	q.nids, q.nfree = size, size
 	q.p.words = make([]uint64, size)
 	q.p.anyhow = c.State != State{}
 	if q.inOrder {
@@ -94,9 +95,11 @@ func (q *PackedDriver) Add(reqs []Request) (int, error) {
 	var head begun
 	n := 0
 	before := q.nfree
+	// The loop works on locals, as SplitDevice.Pop does; chain does not, and is given them back.
 	direct, ram := q.desc.direct, q.desc.ram
-	slots, size := q.slots, uint32(q.size)
+	slots, ids, size := q.slots, q.ids, uint32(q.size)
 	pos, mark := uint32(q.avail&^wrapBit), availMark(q.avail)
+	nfree, nids, flying := q.nfree, q.nids, q.flying
 	for n < len(reqs) {
 		r := &reqs[n]
 		if len(r.Bufs) == 1 && q.indirectMin != 1 {
@@ -105,11 +108,12 @@ func (q *PackedDriver) Add(reqs []Request) (int, error) {
 				_, err = q.check(r)
 				break
 			}
-			if q.nfree == 0 {
+			if nfree == 0 {
 				break
 			}
-			id := q.take()
-			q.nfree--
+			nids-- // there is an id for each free descriptor
+			id := ids[nids]
+			nfree--
 			flags, writable := mark, uint32(0)
 			if r.Readable == 0 {
 				flags, writable = mark|descWrite, b.Len
@@ -132,16 +136,18 @@ func (q *PackedDriver) Add(reqs []Request) (int, error) {
 				pos, mark = 0, mark^descMark
 			}
 			if q.inOrder {
-				q.queue(id)
+				q.queue(id, flying)
 			}
-			q.flying++
+			flying++
 			bytes += uint64(b.Len)
 		} else {
 			var total uint64
 			if total, err = q.check(r); err != nil {
 				break
 			}
+			q.nfree, q.nids, q.flying = nfree, nids, flying
 			h, count := q.chain(r, n == 0, pos, mark)
+			nfree, nids, flying = q.nfree, q.nids, q.flying
 			if count == 0 {
 				break
 			}
@@ -156,6 +162,7 @@ func (q *PackedDriver) Add(reqs []Request) (int, error) {
 		n++
 	}
 	if n > 0 {
+		q.nfree, q.nids, q.flying = nfree, nids, flying
 		q.avail = uint16(pos)
 		if mark == descAvail {
 			q.avail |= wrapBit
@@ -172,16 +179,9 @@ func (q *PackedDriver) Add(reqs []Request) (int, error) {
 	return n, err
 }
 
-// take takes a free buffer id: there is one for each free descriptor.
-func (q *PackedDriver) take() uint16 {
-	id := q.free[len(q.free)-1]
-	q.free = q.free[:len(q.free)-1]
-	return id
-}
-
-// queue adds an id to those in flight in order.
-func (q *PackedDriver) queue(id uint16) {
-	i := q.first + q.flying
+// queue adds an id to those in flight in order, of which there are as many as given.
+func (q *PackedDriver) queue(id uint16, flying int) {
+	i := q.first + flying
 	if i >= len(q.order) {
 		i -= len(q.order)
 	}
@@ -204,11 +204,12 @@ func (q *PackedDriver) chain(r *Request, first bool, pos uint32, mark uint16) (h
 	for i := r.Readable; i < n; i++ {
 		writable += r.Bufs[i].Len
 	}
-	id := q.take()
+	q.nids--
+	id := q.ids[q.nids]
 	q.nfree -= need
 	q.slots[id] = packedSlot{token: r.Token, writable: writable, count: uint16(need)}
 	if q.inOrder {
-		q.queue(id)
+		q.queue(id, q.flying)
 	}
 	q.flying++
 	var addr uint64
@@ -284,13 +285,14 @@ func (q *PackedDriver) Reap(done []Completion) (int, error) {
 	}
 	var bad *Error
 	var bytes uint64
-	slots := q.slots
+	slots, ids := q.slots, q.ids
+	nfree, nids, flying := q.nfree, q.nids, q.flying
 	at := q.used
 	n := 0
-	for n < len(done) && q.flying > 0 && bad == nil {
+	for n < len(done) && flying > 0 && bad == nil {
 		max := len(done) - n
-		if max > q.flying {
-			max = q.flying
+		if max > flying {
+			max = flying
 		}
 		words := q.p.words[:max]
 		words = words[:q.scan(&q.p, words, at, true)]
@@ -316,15 +318,17 @@ func (q *PackedDriver) Reap(done []Completion) (int, error) {
 			bytes += uint64(length)
 			count := s.count
 			s.count = 0
-			q.free = append(q.free, id) // never above its capacity: the id was in flight
-			q.nfree += int(count)
-			q.flying--
+			ids[nids] = id // there is room: the id was in flight
+			nids++
+			nfree += int(count)
+			flying--
 			at = q.forward(at, count)
 			if count != 1 {
 				break // what was scanned next is the rest of the chain
 			}
 		}
 	}
+	q.nfree, q.nids, q.flying = nfree, nids, flying
 	q.used = at
 	q.reaped(n, bytes)
 	if bad != nil {
@@ -374,7 +378,8 @@ func (q *PackedDriver) reapInOrder(done []Completion) (int, error) {
 		q.used = q.forward(q.used, s.count)
 		q.nfree += int(s.count)
 		s.count = 0
-		q.free = append(q.free, id)
+		q.ids[q.nids] = id
+		q.nids++
 		q.flying--
 	}
 	q.reaped(n, bytes)
