@@ -120,10 +120,11 @@ type testCase struct {
 	side      board.Side
 	memory    string // "" is cached
 	placement string
+	ring      string // "" is split
 }
 
 func (c testCase) String() string {
-	return strings.TrimSpace(c.Name + " " + c.side.String() + " " + c.memory + " " + c.placement)
+	return strings.TrimSpace(c.Name + " " + c.side.String() + " " + strings.Join(strings.Fields(c.memory+" "+c.placement+" "+c.ring), " "))
 }
 
 func cases() []testCase {
@@ -135,7 +136,8 @@ func cases() []testCase {
 		}
 		// The copy loops for device memory, in both byte orders and both sizes of a word.
 		if m.Name == "ppc64" || m.Name == "ppc-603e" || m.Name == "386" {
-			out = append(out, testCase{m, board.Agent, "uncached", "push"}, testCase{m, board.Host, "uncached", "window"})
+			out = append(out, testCase{m, board.Agent, "uncached", "push", ""}, testCase{m, board.Host, "uncached", "window", ""})
+			out = append(out, testCase{m, board.Agent, "", "window", "packed"}, testCase{m, board.Host, "", "window", "packed"})
 		}
 	}
 	return out
@@ -152,6 +154,9 @@ func TestCross(t *testing.T) {
 			c.Command[m.side.Other()] = nativeCommand(t, m.side.Other())
 			if m.Deny != "" {
 				c.HostArgs = []string{"--deny", m.Deny}
+			}
+			if m.ring != "" {
+				c.AgentArgs = []string{"--ring", m.ring}
 			}
 			t.Parallel() // the programs are built: from here on most is waiting
 			cross(t, m, c)
@@ -240,6 +245,9 @@ func negotiated(t *testing.T, r *trial.Rig, m testCase) {
 			on[f] = true
 		}
 		want := []string{"version_1", "event_idx", "indirect_desc", "mrg_rxbuf"}
+		if on["ring_packed"] != (m.ring == "packed") {
+			t.Errorf("%s: packed ring negotiated: %v, asked for: %q", s, on["ring_packed"], m.ring)
+		}
 		if m.memory == "" {
 			want = append(want, "csum", "guest_csum", "host_tso4", "guest_tso4")
 		}
