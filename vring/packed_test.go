@@ -32,7 +32,7 @@ type praw struct {
 
 // desc writes a descriptor with the given flags besides those that mark it.
 func (r praw) desc(pos uint16, addr dma.Addr, n uint32, id, flags uint16) {
-	raw{r.Rig}.descAt(r.DescOff+16*uint64(pos), addr, n, id, flags) // id and flags stand in the places of flags and next
+	raw(r).descAt(r.DescOff+16*uint64(pos), addr, n, id, flags) // id and flags stand in the places of flags and next
 }
 
 // avail writes a descriptor that is available in a lap with the given wrap counter.
@@ -72,15 +72,6 @@ func (r praw) get(pos uint16) (d pdesc) {
 
 func (r praw) driverEvent(at, flags uint16) { r.Mem.Store32(r.DriverOff, uint32(at)|uint32(flags)<<16) }
 func (r praw) deviceEvent(at, flags uint16) { r.Mem.Store32(r.DeviceOff, uint32(at)|uint32(flags)<<16) }
-func (r praw) getDriverEvent() (at, flags uint16) {
-	w := r.Mem.Load32(r.DriverOff)
-	return uint16(w), uint16(w >> 16)
-}
-func (r praw) getDeviceEvent() (at, flags uint16) {
-	w := r.Mem.Load32(r.DeviceOff)
-	return uint16(w), uint16(w >> 16)
-}
-
 func packed(m vringtest.Memory, event, ind bool) vringtest.Params {
 	return vringtest.Params{Ring: vringtest.Packed, Memory: m, EventIdx: event, Indirect: ind}
 }
@@ -471,7 +462,7 @@ func TestPackedIndirectIgnoresNext(t *testing.T) {
 		r, d := packedDevice(t, packed(m, false, true), 4)
 		for i := uint64(0); i < 4; i++ {
 			flags := uint16([]int{next, indirect | 0x7ff8, next | write, write | indirect}[i])
-			raw{r.Rig}.descAt(r.Payload+4096+16*i, r.Addr(100*i), uint32(i)+1, 0xeeee, flags)
+			raw(r).descAt(r.Payload+4096+16*i, r.Addr(100*i), uint32(i)+1, 0xeeee, flags)
 		}
 		r.avail(0, true, r.Addr(4096), 64, 3, indirect|write)
 		var b vring.Batch
@@ -508,7 +499,7 @@ func TestPackedDriverErrors(t *testing.T) {
 				p := packed(m, true, false)
 				p.InOrder = inOrder
 				r, d := packedDriver(t, p, 4)
-				reqs := []vring.Request{request(raw{r.Rig}, 1, 0, 10), request(raw{r.Rig}, 2, 1, 10)}
+				reqs := []vring.Request{request(raw(r), 1, 0, 10), request(raw(r), 2, 1, 10)}
 				if n, err := d.Add(reqs); n != 2 || err != nil {
 					t.Fatal(n, err)
 				}
@@ -536,7 +527,7 @@ func TestPackedDriverErrors(t *testing.T) {
 // The length of a used descriptor without WRITE is reserved (2.8.4).
 func TestPackedReservedLength(t *testing.T) {
 	r, d := packedDriver(t, packed(vringtest.Heap, true, false), 4)
-	if n, err := d.Add([]vring.Request{request(raw{r.Rig}, 1, 0, 10)}); n != 1 || err != nil {
+	if n, err := d.Add([]vring.Request{request(raw(r), 1, 0, 10)}); n != 1 || err != nil {
 		t.Fatal(n, err)
 	}
 	r.Mem.Store32(r.DescOff+8, 0xffffffff)
