@@ -525,6 +525,9 @@ func TestLaps(t *testing.T) {
 		if p.Memory.Name != "mmap" || testing.Short() {
 			laps = 3000 // the wrap of the index is covered by the start
 		}
+		if vring.RaceEnabled && p.Memory.Name != vringtest.Heap.Name {
+			laps = 500
+		}
 		sizes := []uint16{1, 2, 4, 16}
 		if p.Ring.Packed {
 			sizes = []uint16{1, 3, 4, 17}
