@@ -496,6 +496,7 @@ func TestTwoProcesses(t *testing.T) {
 				fmt.Sprintf("-vring.indirect=%v", c.ind), fmt.Sprintf("-vring.sleep=%v", c.sleep), fmt.Sprintf("-vring.kind=%d", c.kind), fmt.Sprintf("-vring.spins=%d", c.spins),
 				"-vring.ring="+c.ring, fmt.Sprintf("-vring.inorder=%v", c.order))
 			cmd.ExtraFiles = files
+			cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // else a second for each child
 			cmd.Stderr = os.Stderr
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)

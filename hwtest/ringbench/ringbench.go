@@ -81,6 +81,9 @@ type Result struct {
 	// Each buffer's accesses across the bus, of the two sides, over all runs.
 	Driver Bus `json:"driver_bus"`
 	Device Bus `json:"device_bus"`
+	// Idle is how often a side looked for each buffer and found nothing: polling, each look across the bus is a read
+	// that is counted above.
+	Idle float64 `json:"idle_polls_per_buffer"`
 	// With Sleep, how often each side slept for each buffer, and rang.
 	Sleeps float64 `json:"sleeps_per_buffer"`
 	Rings  float64 `json:"rings_per_buffer"`
@@ -232,7 +235,7 @@ type side struct {
 
 	seq           uint32 // of the round trip
 	sleeps, rings uint64
-	lost          uint64
+	lost, idle    uint64
 }
 
 func newSide(c *Config, device bool, memfd, kick, call int) (*side, error) {
@@ -504,7 +507,7 @@ func relax() {
 type told struct {
 	Account       dma.Account
 	Sleeps, Rings uint64
-	Lost          uint64
+	Lost, Idle    uint64
 	Err           string
 }
 
@@ -555,7 +558,7 @@ func serve(c *Config, t *told) error {
 			return err
 		}
 		if i == 1 {
-			s.start()
+			s.start(q.Stats())
 		}
 		if err := s.device(q); err != nil {
 			return err
@@ -564,14 +567,20 @@ func serve(c *Config, t *told) error {
 			return err
 		}
 	}
-	t.Account, t.Sleeps, t.Rings, t.Lost = s.counted(), s.sleeps, s.rings, s.lost
+	t.Account, t.Sleeps, t.Rings, t.Lost, t.Idle = s.counted(), s.sleeps, s.rings, s.lost, idle(q.Stats())-s.idle
 	return nil
 }
 
 // start forgets what was counted while warming up. Nobody else counts meanwhile.
-func (s *side) start() {
-	s.sleeps, s.rings = 0, 0
+func (s *side) start(q *vring.Stats) {
+	s.sleeps, s.rings, s.idle = 0, 0, idle(q)
 	*s.account = dma.Account{}
+}
+
+// idle returns how often a side has looked in vain.
+func idle(q *vring.Stats) uint64 {
+	c := q.Load()
+	return c.IndexReads - c.IndexMoved
 }
 
 func (s *side) counted() dma.Account { return s.account.Load() }
@@ -674,6 +683,7 @@ func Run(ctx context.Context, cfg Config) (*Result, error) {
 	r.Device = perBuffer(t.Account, n)
 	r.Sleeps = (r.Sleeps + float64(t.Sleeps)) / n
 	r.Rings = (r.Rings + float64(t.Rings)) / n
+	r.Idle = (r.Idle + float64(t.Idle)) / n
 	r.Lost += t.Lost
 	return r, nil
 }
@@ -706,7 +716,7 @@ func (r *Result) lead(c *Config, s *side) error {
 			return err
 		}
 		if i == 1 {
-			s.start()
+			s.start(q.Stats())
 		}
 		start := time.Now()
 		if err := s.driver(q); err != nil {
@@ -731,6 +741,7 @@ func (r *Result) lead(c *Config, s *side) error {
 	r.Best = slices.Min(ns) / r.RoundTripNS
 	r.Driver = perBuffer(s.counted(), float64(c.Buffers)*float64(c.Runs))
 	r.Sleeps, r.Rings, r.Lost = float64(s.sleeps), float64(s.rings), s.lost
+	r.Idle = float64(idle(q.Stats()) - s.idle)
 	return nil
 }
 

@@ -22,6 +22,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	os.Setenv("GORACE", "atexit_sleep_ms=0") // of the peers: else a second each
 	goleak.VerifyTestMain(m)
 }
 
@@ -116,6 +117,7 @@ func BenchmarkTwoProcesses(b *testing.B) {
 						b.ReportMetric(r.RoundTripNS, "ns/roundtrip")
 						b.ReportMetric(r.Ratio, "roundtrips/buffer")
 						b.ReportMetric(r.Best, "best-roundtrips/buffer")
+						b.ReportMetric(r.Idle, "idle-polls/buffer")
 						b.ReportMetric(r.Driver.Reads+r.Device.Reads, "reads/buffer")
 						b.ReportMetric(r.Driver.Writes+r.Device.Writes, "writes/buffer")
 					})
