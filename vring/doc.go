@@ -1,5 +1,5 @@
 // Package vring is the virtqueues: driver side and device side of the split ring
-// (virtio 1.2, 2.7), the packed ring later, in batches.
+// and of the packed ring (virtio 1.2, 2.7 and 2.8), in batches.
 //
 // In the room: rings in memory, their indices, the suppression of notifications, the
 // checks of everything that a peer wrote. Never in it: a device, a file descriptor, a
