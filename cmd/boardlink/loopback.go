@@ -114,7 +114,7 @@ func printTrial(s *streams, r *trial.Result) {
 	row("udp, 64 bytes", "%.0f kpps board to host, %.0f host to board", r.UDP64Kpps.BoardToHost, r.UDP64Kpps.HostToBoard)
 	row("corrupt", "%d", r.Corrupt)
 	row("bus, a frame", "%.2f reads, %.2f writes, %.0f bytes read, %.0f written, both sides", r.Bus.ReadsPerFrame, r.Bus.WritesPerFrame, r.Bus.ReadBytesPerFrame, r.Bus.WriteBytesPerFrame)
-	row("doorbells", "%.3f a frame", r.DoorbellsPerFrame)
+	row("doorbells", "%.3f a frame, %d rescued by polling", r.DoorbellsPerFrame, r.Rescued)
 	w.Flush()
 }
 

@@ -21,6 +21,7 @@ type Result struct {
 	Frames            uint64  `json:"frames"`               // that crossed the link, both ways
 	GSOFrames         uint64  `json:"gso_frames"`           // of them, super-packets
 	Dropped           uint64  `json:"dropped"`              // frames that an interface refused
+	Rescued           uint64  `json:"rescued"`              // sleeps of both sides that the poll fallback ended, and a doorbell should have
 	Setup             Setup   `json:"setup"`
 }
 
@@ -47,7 +48,7 @@ type Setup struct {
 
 // totals are a program's counters, summed over its links.
 type totals struct {
-	frames, gso, rings, syscalls, dropped uint64
+	frames, gso, rings, syscalls, dropped, rescued uint64
 	bus                                   map[string]uint64
 }
 
@@ -64,6 +65,7 @@ func sum(p status.Program) totals {
 				t.rings += q.Pump["rings"]
 				t.syscalls += q.Pump["syscalls"]
 				t.dropped += q.Pump["dropped"]
+				t.rescued += q.Doorbell["rescued"]
 			}
 		}
 	}
@@ -131,6 +133,7 @@ func (res *Result) figures(before, after [2]totals) {
 	res.Frames = h.frames - h0.frames
 	res.GSOFrames = h.gso - h0.gso
 	res.Dropped = h.dropped - h0.dropped + a.dropped - a0.dropped
+	res.Rescued = h.rescued - h0.rescued + a.rescued - a0.rescued
 	if res.Frames == 0 {
 		return
 	}

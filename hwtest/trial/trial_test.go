@@ -159,9 +159,9 @@ func TestModes(t *testing.T) {
 			if (res.Bus.ReadsPerFrame == 0) != (want == "push") {
 				t.Errorf("placement %s: %f reads across the bus a frame", want, res.Bus.ReadsPerFrame)
 			}
-			t.Logf("ping %.0f us, tcp %.1f/%.1f Gbit/s, udp %.0f/%.0f kpps, %.1f reads, %.1f writes, %.3f doorbells a frame", res.RTT.P50,
+			t.Logf("ping %.0f us, tcp %.1f/%.1f Gbit/s, udp %.0f/%.0f kpps, %.1f reads, %.1f writes, %.3f doorbells a frame, %d rescued", res.RTT.P50,
 				res.TCPGbps.BoardToHost, res.TCPGbps.HostToBoard, res.UDP64Kpps.BoardToHost, res.UDP64Kpps.HostToBoard,
-				res.Bus.ReadsPerFrame, res.Bus.WritesPerFrame, res.DoorbellsPerFrame)
+				res.Bus.ReadsPerFrame, res.Bus.WritesPerFrame, res.DoorbellsPerFrame, res.Rescued)
 		})
 	}
 }
