@@ -49,7 +49,7 @@ type Setup struct {
 // totals are a program's counters, summed over its links.
 type totals struct {
 	frames, gso, rings, syscalls, dropped, rescued uint64
-	bus                                   map[string]uint64
+	bus                                            map[string]uint64
 }
 
 func sum(p status.Program) totals {
