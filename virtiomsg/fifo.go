@@ -141,7 +141,3 @@ func (c *Consumer) Get(s *Slot) (bool, error) {
 	f.w.store32(f.off+fifoTail, f.own)
 	return true, nil
 }
-
-// wasFull tells whether the FIFO was full when its head was last read, and the message just taken
-// was the first since.
-func (c *Consumer) wasFull() bool { return c.f.seen-c.f.own == c.f.slots-1 }

@@ -696,9 +696,9 @@ func (l *Link) Recv(s *Slot) (bool, error) {
 	}
 	if ok {
 		atomic.AddUint64(&l.stats.Received, 1)
-		if l.rx.wasFull() {
-			l.ring = true // the producer may be waiting
-		}
+		// The producer may be waiting for room: the head that was read before cannot tell, it may have
+		// filled the FIFO since.
+		l.ring = true
 	}
 	return ok, nil
 }
