@@ -240,8 +240,7 @@ func programs(t *testing.T, m *vm.VM) {
 	if out, err = m.Run(ctx, "tool", "pour", strconv.Itoa(many)); err != nil || len(out.Stdout) != many {
 		t.Errorf("pour: %d bytes, want %d: %v", len(out.Stdout), many, err)
 	}
-	// No more than pipes hold: with 220 KB there and back at once, emulation was seen once to stop for good.
-	in := bytes.Repeat([]byte("in and out\n"), 2000)
+	in := bytes.Repeat([]byte("in and out\n"), 20000)
 	cctx, stop := context.WithTimeout(ctx, time.Minute)
 	out, err = m.RunCmd(cctx, vm.Cmd{Args: []string{"tool", "cat"}, Stdin: bytes.NewReader(in)})
 	stop()

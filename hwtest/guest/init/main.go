@@ -318,7 +318,7 @@ func (s *server) start(f *guest.Frame) (err error) {
 		if f.Stdin {
 			p.stdin, files[1] = files[1], nil
 			p.in = make(chan []byte, 1024)
-			go p.feed()
+			go p.feed(p.in)
 		}
 	}
 	s.mu.Unlock()
@@ -337,11 +337,12 @@ func (s *server) start(f *guest.Frame) (err error) {
 }
 
 // feed writes standard input; a process that does not read must not hold up the port.
-func (p *proc) feed() {
+// It is given its channel: the field is gone as soon as the end of the input has come.
+func (p *proc) feed(in <-chan []byte) {
 	defer p.stdin.Close()
-	for b := range p.in {
+	for b := range in {
 		if _, err := p.stdin.Write(b); err != nil {
-			for range p.in {
+			for range in {
 			}
 			return
 		}
