@@ -227,10 +227,10 @@ func TestWorks(t *testing.T) {
 	// A configuration that changes while the device runs.
 	r.config.LinkUp = false
 	r.event(r.status)
-	r.Until(5*time.Second, "the carrier goes", func() bool { return !r.dev().Carrier })
+	r.Until(20*time.Second, "the carrier goes", func() bool { return !r.dev().Carrier })
 	r.config.LinkUp, r.config.MAC = true, [6]byte{2, 0, 0, 0, 0, 7}
 	r.event(r.status)
-	r.Until(5*time.Second, "the carrier and a new MAC address come", func() bool { return r.dev().Carrier && r.ifc.MAC() == tunbridge.MAC{2, 0, 0, 0, 0, 7} })
+	r.Until(20*time.Second, "the carrier and a new MAC address come", func() bool { return r.dev().Carrier && r.ifc.MAC() == tunbridge.MAC{2, 0, 0, 0, 0, 7} })
 	if r.running != 1 || r.Downs != 0 {
 		t.Errorf("brought up %d times, link down %d times", r.running, r.Downs)
 	}
@@ -299,7 +299,7 @@ func TestBadValues(t *testing.T) {
 			r := newRig(t, nil)
 			good := *r
 			c.do(r)
-			r.Until(5*time.Second, "the agent fails", func() bool { return r.count("failures") >= 3 })
+			r.Until(20*time.Second, "the agent fails", func() bool { return r.count("failures") >= 3 })
 			if e := r.dev().LastError; !strings.Contains(e, c.want) || !strings.Contains(r.log.String(), c.want) {
 				t.Errorf("error %q, want %q in it; log:\n%s", e, c.want, r.log)
 			}
@@ -376,7 +376,7 @@ func TestPool(t *testing.T) {
 	if _, err := r.Link.Redeclare(d); err != nil {
 		t.Fatal(err)
 	}
-	r.Until(5*time.Second, "the agent fails", func() bool { return r.count("failures") >= 2 })
+	r.Until(20*time.Second, "the agent fails", func() bool { return r.count("failures") >= 2 })
 	if e := r.dev().LastError; !strings.Contains(e, "pool") {
 		t.Errorf("error %q", e)
 	}
@@ -448,9 +448,9 @@ func TestNonsenseEvents(t *testing.T) {
 			downs, received := r.Downs, r.count("link_received")
 			r.Send(c.m)
 			if c.resets {
-				r.Until(5*time.Second, "the link is reset", func() bool { return r.Downs > downs })
+				r.Until(20*time.Second, "the link is reset", func() bool { return r.Downs > downs })
 			} else {
-				r.Until(5*time.Second, "the agent takes it", func() bool { return r.count("link_received") > received })
+				r.Until(20*time.Second, "the agent takes it", func() bool { return r.count("link_received") > received })
 				r.For(5 * time.Millisecond)
 				if r.Downs != downs || !r.dev().Carrier {
 					t.Errorf("the link went down %d times, carrier %v", r.Downs-downs, r.dev().Carrier)
@@ -463,7 +463,7 @@ func TestNonsenseEvents(t *testing.T) {
 	// A device that goes and comes back.
 	running := r.running
 	r.Send(encode(func(m *virtiomsg.Slot) { (&virtiomsg.DeviceEvent{Dev: dev, State: virtiomsg.DeviceRemoved}).Encode(m) }))
-	r.Until(5*time.Second, "the device is brought up again", func() bool { return r.running > running })
+	r.Until(20*time.Second, "the device is brought up again", func() bool { return r.running > running })
 	r.waitRunning()
 }
 
@@ -485,7 +485,7 @@ func TestSilence(t *testing.T) {
 	for _, m := range late[:1] { // of before the reset
 		r.Send(m)
 	}
-	r.Until(5*time.Second, "a late answer is counted", func() bool { return r.count("unexpected") > 0 })
+	r.Until(20*time.Second, "a late answer is counted", func() bool { return r.count("unexpected") > 0 })
 	if n := r.count("failures"); n != 1 {
 		t.Errorf("%d failures", n)
 	}
@@ -520,7 +520,7 @@ func TestWrongTokens(t *testing.T) {
 		return true
 	}
 	r.waitRunning()
-	r.Until(5*time.Second, "they are counted", func() bool { return r.count("unexpected") == uint64(n) })
+	r.Until(20*time.Second, "they are counted", func() bool { return r.count("unexpected") == uint64(n) })
 	if r.Downs != 0 || r.running != 1 {
 		t.Errorf("down %d times, brought up %d times", r.Downs, r.running)
 	}
@@ -623,8 +623,8 @@ func TestUsedErrors(t *testing.T) {
 			w.Mem.Barrier(mmio.WriteBarrier)
 			w.Mem.Store16(off+2, c.idx)
 			r.Ring(dev, 0)
-			r.Until(5*time.Second, "the agent finds it", func() bool { return r.count("broken") == 1 })
-			r.Until(5*time.Second, "the device is reset", func() bool { return r.resets > resets })
+			r.Until(20*time.Second, "the agent finds it", func() bool { return r.count("broken") == 1 })
+			r.Until(20*time.Second, "the device is reset", func() bool { return r.resets > resets })
 			r.waitRunning()
 			if !strings.Contains(r.log.String(), c.want) {
 				t.Errorf("the log does not tell of %q:\n%s", c.want, r.log)

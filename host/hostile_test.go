@@ -243,7 +243,7 @@ func frame(n byte) []byte {
 // drops what is sent without a word.
 func (r *rig) kernelUp() {
 	r.t.Helper()
-	r.Until(5*time.Second, "the kernel sees the carrier", func() bool {
+	r.Until(20*time.Second, "the kernel sees the carrier", func() bool {
 		l, err := r.nl.LinkByIndex(r.net.Interface().Index())
 		return err == nil && l.Attrs().OperState == netlink.OperUp
 	})
@@ -267,7 +267,7 @@ func (r *rig) works() {
 	}
 	r.Ring(dev, 1)
 	var done [1]vring.Completion
-	r.Until(5*time.Second, "a frame is taken from the queue", func() bool {
+	r.Until(20*time.Second, "a frame is taken from the queue", func() bool {
 		n, err := tx.Reap(done[:])
 		if err != nil {
 			r.t.Fatal(err)
@@ -275,7 +275,7 @@ func (r *rig) works() {
 		return n == 1
 	})
 	got := make([]byte, 2048)
-	r.Until(5*time.Second, "a frame comes out of the tap", func() bool {
+	r.Until(20*time.Second, "a frame comes out of the tap", func() bool {
 		n, _ := unix.Read(r.sock, got)
 		return n > 14 && got[14] == 1
 	})
@@ -288,7 +288,7 @@ func (r *rig) works() {
 		r.t.Fatal(err)
 	}
 	for {
-		r.Until(5*time.Second, "a frame comes through the queue", func() bool {
+		r.Until(20*time.Second, "a frame comes through the queue", func() bool {
 			n, err := rx.Reap(done[:])
 			if err != nil {
 				r.t.Fatal(err)
@@ -310,7 +310,7 @@ func (r *rig) works() {
 // needsReset waits until the device says that it is broken, and why.
 func (r *rig) needsReset(want string) {
 	r.t.Helper()
-	r.Until(5*time.Second, "NEEDS_RESET is told", func() bool {
+	r.Until(20*time.Second, "NEEDS_RESET is told", func() bool {
 		for _, m := range r.Events {
 			var e virtiomsg.ConfigEvent
 			if err := e.Decode(&m); err == nil && e.Status&virtio.StatusNeedsReset != 0 {
@@ -395,7 +395,7 @@ func TestMalformedMessages(t *testing.T) {
 				if !r.Send(m) {
 					t.Fatal("not sent")
 				}
-				r.Until(5*time.Second, "the host defends itself", func() bool { return r.Downs > downs || r.count("device_resets") > resets })
+				r.Until(20*time.Second, "the host defends itself", func() bool { return r.Downs > downs || r.count("device_resets") > resets })
 				if bus := strings.HasPrefix(g.name, "bus"); bus != (r.Downs > downs) {
 					t.Errorf("the link went down %d times", r.Downs-downs)
 				} else if !bus {
@@ -437,7 +437,7 @@ func TestUnknownMessages(t *testing.T) {
 	} {
 		before := r.count(c.counter)
 		r.Send(c.m)
-		r.Until(5*time.Second, c.counter+" counts", func() bool { return r.count(c.counter) == before+1 })
+		r.Until(20*time.Second, c.counter+" counts", func() bool { return r.count(c.counter) == before+1 })
 	}
 	r.works()
 	if n := r.count("device_resets"); n != 0 || r.Downs != 0 {
