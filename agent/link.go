@@ -137,6 +137,7 @@ func (l *Link) Status() status.Link {
 	for _, d := range l.devs {
 		s.Devices = append(s.Devices, d.n.Status())
 	}
+	session.SumBus(&s)
 	return s
 }
 

@@ -7,6 +7,7 @@ import (
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/pci"
+	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
@@ -89,6 +90,7 @@ type netQueue struct {
 	pump  tunbridge.Pump
 	stats *tunbridge.Stats
 	bells *doorbell.Counters
+	bus   *dma.QueueAccount
 }
 
 // NewNet opens the interface, carrier off. Errors of the user's making satisfy
@@ -115,7 +117,7 @@ func NewNet(cfg NetConfig) (*Net, error) {
 	}
 	n := &Net{cfg: cfg, ifc: ifc}
 	for i := range n.queues {
-		n.queues[i].stats, n.queues[i].bells = new(tunbridge.Stats), new(doorbell.Counters)
+		n.queues[i].stats, n.queues[i].bells, n.queues[i].bus = new(tunbridge.Stats), new(doorbell.Counters), new(dma.QueueAccount)
 	}
 	return n, nil
 }
@@ -361,6 +363,8 @@ func (n *Net) layOut(t transport, m layout, acked virtio.Features, stop *tunbrid
 			mem := a.span.Mem()
 			mem.Zero(0, a.n)
 		}
+		b := queues[i].bus
+		c.Desc, c.Driver, c.Device = c.Desc.Accounted(&b.Descriptor), c.Driver.Accounted(&b.Driver), c.Device.Accounted(&b.Device)
 		if queues[i].q, err = newDriverQueue(c, packed); err != nil {
 			return queues, err
 		}
@@ -385,7 +389,7 @@ func (n *Net) layOut(t transport, m layout, acked virtio.Features, stop *tunbrid
 			if err != nil {
 				return queues, err
 			}
-			if q.pump, err = tunbridge.NewDriverRX(pc, q.q, mem, size, merge); err != nil {
+			if q.pump, err = tunbridge.NewDriverRX(pc, q.q, mem.Accounted(&q.bus.Payload), size, merge); err != nil {
 				return queues, err
 			}
 			continue
@@ -398,7 +402,7 @@ func (n *Net) layOut(t transport, m layout, acked virtio.Features, stop *tunbrid
 		if err != nil {
 			return queues, err
 		}
-		if q.pump, err = tunbridge.NewDriverTX(pc, q.q, mem); err != nil {
+		if q.pump, err = tunbridge.NewDriverTX(pc, q.q, mem.Accounted(&q.bus.Payload)); err != nil {
 			return queues, err
 		}
 	}
@@ -506,6 +510,7 @@ func (n *Net) Status() status.Device {
 		qs.Pump = make(map[string]uint64)
 		q.stats.Each(func(name string, v uint64) { qs.Pump[name] = v })
 		qs.Doorbell = status.Counters(q.bells.Snapshot())
+		session.QueueBus(&qs, q.bus, q.stats.Frames())
 		s.Queues = append(s.Queues, qs)
 	}
 	return s

@@ -40,3 +40,48 @@ func (a *Account) Load() Account {
 		FlushReads:    atomic.LoadUint64(&a.FlushReads),
 	}
 }
+
+// QueueAccount counts what one side's accesses for one virtqueue come to, by what they are for. It must be
+// allocated on its own (64-bit alignment on 32-bit machines); its counters are updated by the queue's loop alone, so
+// that no two processors pass a cache line to and fro for the sake of accounting.
+type QueueAccount struct {
+	Descriptor Account // the descriptor area, and indirect tables
+	Driver     Account // the driver area
+	Device     Account // the device area
+	Payload    Account // buffers, with the headers in them
+
+	_ [256 - 4*7*8]byte // an allocation of 256 bytes shares no cache line with another
+}
+
+// Accounted returns the span with a for account. Where its region does not count, nothing does: then, and where a is nil,
+// the span is returned as it is. It allocates.
+func (s Span) Accounted(a *Account) Span {
+	if a == nil || s.Region == nil || s.Region.Account == nil {
+		return s
+	}
+	r := *s.Region
+	r.Account = a
+	s.Region = &r
+	return s
+}
+
+// Accounted returns a view of r: at any time the table that r holds, with a for account in each region that counts. Loading it
+// allocates after r has changed, and not else.
+func (r *TableRef) Accounted(a *Account) *TableRef { return &TableRef{from: r, account: a} }
+
+// view is a table as a TableRef of Accounted has it.
+type view struct{ from, t *Table }
+
+// accounted returns the table with a for account in the regions that count.
+func (t *Table) accounted(a *Account) *Table {
+	if t == nil {
+		return nil
+	}
+	o := &Table{bounds: t.bounds, regions: t.Regions()}
+	for i := range o.regions {
+		if o.regions[i].Account != nil {
+			o.regions[i].Account = a
+		}
+	}
+	return o
+}

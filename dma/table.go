@@ -216,16 +216,33 @@ func (t *Table) refuse(addr Addr, n uint32, need Access) error {
 // TableRef holds the current Table; it may be replaced while queues run. The zero
 // TableRef holds none. It must not be copied after its first use.
 type TableRef struct {
-	v atomic.Value
+	v       atomic.Value
+	from    *TableRef // of a view: what it is a view of
+	account *Account
 }
 
 // Load returns the current table, nil where none was stored. Take it once for a batch, so
 // that the whole batch sees one table.
 func (r *TableRef) Load() *Table {
-	t, _ := r.v.Load().(*Table)
-	return t
+	if r.from == nil {
+		t, _ := r.v.Load().(*Table)
+		return t
+	}
+	t := r.from.Load()
+	if v, ok := r.v.Load().(view); ok && v.from == t {
+		return v.t
+	}
+	// Who loads at the same time may do the same: both tables are good.
+	v := view{t, t.accounted(r.account)}
+	r.v.Store(v)
+	return v.t
 }
 
 // Store replaces the table. Queues may go on using the old one until their batch ends:
-// keep its memory mapped until they have.
-func (r *TableRef) Store(t *Table) { r.v.Store(t) }
+// keep its memory mapped until they have. A view cannot be stored to: that is a programmer's error, and panics.
+func (r *TableRef) Store(t *Table) {
+	if r.from != nil {
+		panic("dma: a table is stored to a view")
+	}
+	r.v.Store(t)
+}

@@ -100,6 +100,7 @@ func (l *Link) Status() status.Link {
 			s.Placement = "push"
 		}
 	}
+	session.SumBus(&s)
 	return s
 }
 

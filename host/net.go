@@ -7,6 +7,7 @@ import (
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/pci"
+	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
@@ -65,6 +66,7 @@ type netQueue struct {
 	// What the loops count lives as long as the model.
 	stats *tunbridge.Stats
 	bells *doorbell.Counters
+	bus   *dma.QueueAccount
 }
 
 var _ Backend = (*Net)(nil)
@@ -81,7 +83,7 @@ func NewNet(cfg NetConfig) (*Net, error) {
 	}
 	n := &Net{cfg: cfg, ifc: ifc}
 	for i := range n.queues {
-		n.queues[i].stats, n.queues[i].bells = new(tunbridge.Stats), new(doorbell.Counters)
+		n.queues[i].stats, n.queues[i].bells, n.queues[i].bus = new(tunbridge.Stats), new(doorbell.Counters), new(dma.QueueAccount)
 	}
 	if err := ifc.SetCarrier(false); err != nil {
 		ifc.Close()
@@ -198,6 +200,9 @@ func (n *Net) SetQueue(i int, q QueueConfig) error {
 	if c.Device, err = area(t, name, "device", q.Device, device, dma.DeviceWrite); err != nil {
 		return err
 	}
+	a := n.queues[i].bus
+	c.Desc, c.Driver, c.Device = c.Desc.Accounted(&a.Descriptor), c.Driver.Accounted(&a.Driver), c.Device.Accounted(&a.Device)
+	c.Table = n.table.Accounted(&a.Payload)
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.queues[i].cfg, n.queues[i].areas, n.queues[i].set = q, c, true
@@ -355,6 +360,7 @@ func (n *Net) Status() status.Device {
 		qs.Pump = make(map[string]uint64)
 		q.stats.Each(func(name string, v uint64) { qs.Pump[name] = v })
 		qs.Doorbell = status.Counters(q.bells.Snapshot())
+		session.QueueBus(&qs, q.bus, q.stats.Frames())
 		s.Queues = append(s.Queues, qs)
 	}
 	return s

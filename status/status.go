@@ -82,6 +82,10 @@ type Queue struct {
 	Ring     map[string]uint64 `json:"ring,omitempty"`     // of the virtqueue
 	Pump     map[string]uint64 `json:"pump,omitempty"`     // of the loop that moves frames
 	Doorbell map[string]uint64 `json:"doorbell,omitempty"` // of the bell that the loop sleeps on
+	// Bus is what this side's accesses across the bus for this queue come to, BusPerPacket the same for each frame that the loop
+	// has moved; nil where they are not counted. Link.Bus includes them.
+	Bus          *Bus         `json:"bus,omitempty"`
+	BusPerPacket *BusPerFrame `json:"bus_per_packet,omitempty"`
 }
 
 // Counters returns the uint64 fields of the struct v under their names, in snake case.

@@ -105,7 +105,13 @@ func (q *deviceSide) fetchTable(head, at uint16, addr dma.Addr, length uint32) (
 	tab := q.tab[:length]
 	for i, n := 0, uint32(0); i < len(q.pieces); i++ {
 		p := &q.pieces[i]
-		p.CopyOut(tab[n:n+p.Len], 0)
+		reads := p.Region.Mem.CopyOut(tab[n:n+p.Len], p.Off)
+		if a := p.Region.Account; a != nil {
+			if q.desc.account != nil {
+				a = q.desc.account // these are descriptors, wherever they lie
+			}
+			a.AddReads(reads, uint64(p.Len))
+		}
 		n += p.Len
 	}
 	return tab, nil
