@@ -20,6 +20,7 @@ import (
 	_ "github.com/boardlink/boardlink/board/loopback" //
 	_ "github.com/boardlink/boardlink/board/mpc83xx"  //
 	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
+	"github.com/boardlink/boardlink/hwtest/benchkit"
 	_ "github.com/boardlink/boardlink/pci/uio"  // ways to open a PCI function
 	_ "github.com/boardlink/boardlink/pci/vfio" //
 	"github.com/boardlink/boardlink/tunbridge"
@@ -86,6 +87,7 @@ func decodeBoard(b []byte, c *generic.Config) error {
 }
 
 func main() {
+	benchkit.Peer() // this program is the other side of its benchmarks
 	generic.Decode = decodeBoard
 	log.SetOutput(io.Discard) // net/http's: what strangers answer is told in our own words
 	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))

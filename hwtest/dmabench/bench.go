@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/hwtest/benchkit"
 	"github.com/boardlink/boardlink/pci"
 )
 
@@ -112,6 +113,8 @@ type Result struct {
 	Ratio   *Ratio  `json:"device_copy_ratio_64k,omitempty"`
 	Corrupt int     `json:"corrupt"` // copies that did not arrive as they were sent, or touched more
 	Seconds float64 `json:"seconds"`
+	// Environment is the caller's to fill in.
+	Environment *benchkit.Environment `json:"environment,omitempty"`
 }
 
 // Names of the variants that loopback and every board have.

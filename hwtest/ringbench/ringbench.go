@@ -8,25 +8,19 @@
 package ringbench
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
-	"os/exec"
-	"runtime"
 	"slices"
-	"sort"
 	"strconv"
-	"strings"
 	"sync/atomic"
-	"syscall"
 	"time"
 	"unsafe"
 
 	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/hwtest/benchkit"
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/vring"
 	"golang.org/x/sys/unix"
@@ -34,7 +28,7 @@ import (
 
 // Config says what to measure. The zero value of a field stands for its default.
 type Config struct {
-	// Peer is the command that runs Serve: the environment variable EnvPeer tells it what to do. Default: this program.
+	// Peer is the command that becomes the other side (benchkit.Peer). Default: this program.
 	Peer []string `json:"-"`
 	// Ring is "split" (default) or "packed".
 	Ring string
@@ -64,12 +58,18 @@ type Config struct {
 
 // Result is what was measured.
 type Result struct {
-	Ring, Placement, Memory  string
-	Size, Batch, Outstanding int
-	Sleep, EventIdx, InOrder bool
-	Write                    bool
-	Buffers                  int
-	CPU                      [2]int
+	Ring        string `json:"ring"`
+	Placement   string `json:"placement"`
+	Memory      string `json:"memory"`
+	Size        int    `json:"size"`
+	Batch       int    `json:"batch"`
+	Outstanding int    `json:"outstanding"`
+	Sleep       bool   `json:"sleep"`
+	EventIdx    bool   `json:"event_idx"`
+	InOrder     bool   `json:"in_order"`
+	Write       bool   `json:"write"`
+	Buffers     int    `json:"buffers"`
+	CPU         [2]int `json:"cpu"`
 	// NS is the time for a buffer, there and back, RoundTripNS that of a cache line between the two processors, measured around
 	// each run; Ratio is the first in units of the second, run by run. All are medians; Best is the fastest run in units of the median round trip:
 	// what remains where other programs disturb most runs.
@@ -103,19 +103,16 @@ type Bus struct {
 	ReadBytes  float64 `json:"read_bytes"`
 	WriteBytes float64 `json:"write_bytes"`
 	FlushReads float64 `json:"flush_reads"`
+	// Areas is the same, by area: "descriptor", "driver", "device". There is no payload.
+	Areas map[string]Bus `json:"areas,omitempty"`
 }
-
-// EnvPeer is the environment variable that carries the order of the process that runs Serve.
-const EnvPeer = "BOARDLINK_RINGBENCH"
 
 // Both memories lie in one file: the board's, then the host's, each with a link address.
 const (
 	memSize            = 8 << 20
 	boardBase dma.Addr = 0x1000_0000
 	hostBase  dma.Addr = 0x9_0000_0000
-	offPing            = 0 // of the board's: the words of the round trip, each on lines of its own
-	offPong            = 256
-	offDesc            = 4096
+	offDesc            = 4096 // of the board's: behind the round trip's line
 	offDriver          = offDesc + 32768*16
 	offDevice          = offDriver + 1<<17
 	offData            = 2 << 20
@@ -123,9 +120,6 @@ const (
 	pingRounds = 2000
 	patience   = 30 * time.Second
 )
-
-// files of the peer: memory, kick, call.
-const firstFD = 3
 
 func (c *Config) defaults() error {
 	set := func(p *int, v int) {
@@ -166,7 +160,7 @@ func (c *Config) defaults() error {
 	}
 	c.Buffers -= c.Buffers % c.Batch
 	if c.CPU == ([2]int{}) {
-		cpus, err := processors()
+		cpus, err := benchkit.CPUs()
 		if err != nil {
 			return err
 		}
@@ -176,43 +170,6 @@ func (c *Config) defaults() error {
 		c.CPU = [2]int{cpus[0], cpus[1]}
 	}
 	return nil
-}
-
-// processors returns the processors that this process may use.
-func processors() (cpus []int, err error) {
-	var set unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &set); err != nil {
-		return nil, fmt.Errorf("sched_getaffinity: %w", err)
-	}
-	for i := 0; len(cpus) < set.Count(); i++ {
-		if set.IsSet(i) {
-			cpus = append(cpus, i)
-		}
-	}
-	return cpus, nil
-}
-
-// pin keeps the calling goroutine on a thread of its own, and that on a processor.
-func pin(cpu int) (unpin func(), err error) {
-	runtime.LockOSThread()
-	if cpu < 0 {
-		return runtime.UnlockOSThread, nil
-	}
-	var old, set unix.CPUSet
-	if err = unix.SchedGetaffinity(0, &old); err == nil {
-		set.Set(cpu)
-		err = unix.SchedSetaffinity(0, &set)
-	}
-	if err != nil {
-		runtime.UnlockOSThread()
-		return nil, fmt.Errorf("pin to processor %d: %w", cpu, err)
-	}
-	return func() {
-		// A thread that cannot be let go stays locked, and ends with its goroutine.
-		if unix.SchedSetaffinity(0, &old) == nil {
-			runtime.UnlockOSThread()
-		}
-	}, nil
 }
 
 // frames is how many different buffers there are, length the bytes of one.
@@ -226,14 +183,13 @@ type side struct {
 	mem      []byte
 	kick     int // eventfds
 	call     int
-	ping     mmio.RAM
-	account  *dma.Account
+	line     *benchkit.Line
+	bus      *dma.QueueAccount
 	queue    vring.Config
 	deadline time.Time
 	gone     atomic.Bool // the peer
 	buffer   dma.Addr    // where the buffers lie
 
-	seq           uint32 // of the round trip
 	sleeps, rings uint64
 	lost, idle    uint64
 }
@@ -243,14 +199,16 @@ func newSide(c *Config, device bool, memfd, kick, call int) (*side, error) {
 	if err != nil {
 		return nil, fmt.Errorf("mmap: %w", err)
 	}
-	s := &side{c: c, mem: b, kick: kick, call: call, account: new(dma.Account), deadline: time.Now().Add(patience)}
-	s.ping, _ = mmio.FromBytes(b[:4096]).RAM()
+	s := &side{c: c, mem: b, kick: kick, call: call, bus: new(dma.QueueAccount), deadline: time.Now().Add(patience)}
+	ram, _ := mmio.FromBytes(b[:benchkit.LineBytes]).RAM()
+	s.line = benchkit.NewLine(ram, !device)
+	s.line.Late = s.late
 	kind := map[string]mmio.Kind{"cached": mmio.Cached, "write-combining": mmio.WriteCombining, "uncached": mmio.Uncached}[c.Memory]
 	region := func(name string, addr dma.Addr, off int, across bool) *dma.Region {
 		r := &dma.Region{Name: name, Addr: addr, Access: dma.DeviceRead | dma.DeviceWrite}
 		k := mmio.Cached
 		if across {
-			r.Across, r.Account, k = true, s.account, kind
+			r.Across, r.Account, k = true, new(dma.Account), kind // the areas have accounts of their own
 		}
 		r.Mem = mmio.NewMem(unsafe.Pointer(&b[off]), memSize, k)
 		return r
@@ -270,9 +228,9 @@ func newSide(c *Config, device bool, memfd, kick, call int) (*side, error) {
 	}
 	desc, driver, dev := sizes(uint16(c.Size))
 	s.queue = vring.Config{Name: "bench", Size: uint16(c.Size), EventIdx: c.EventIdx, InOrder: c.InOrder,
-		Desc:   dma.Span{Region: far, Off: offDesc, Len: uint32(desc)},
-		Driver: dma.Span{Region: far, Off: offDriver, Len: uint32(driver)},
-		Device: dma.Span{Region: board, Off: offDevice, Len: uint32(dev)}}
+		Desc:   dma.Span{Region: far, Off: offDesc, Len: uint32(desc)}.Accounted(&s.bus.Descriptor),
+		Driver: dma.Span{Region: far, Off: offDriver, Len: uint32(driver)}.Accounted(&s.bus.Driver),
+		Device: dma.Span{Region: board, Off: offDevice, Len: uint32(dev)}.Accounted(&s.bus.Device)}
 	if device {
 		t, err := dma.NewTable(*board, *host)
 		if err != nil {
@@ -294,44 +252,6 @@ func (s *side) late() error {
 		return errPatience
 	}
 	return nil
-}
-
-// await polls a word of the other side for a value.
-func (s *side) await(off uint64, v uint32) error {
-	for i := 1; s.ping.Consume32(off) != v; i++ {
-		if i&(1<<20-1) == 0 {
-			if err := s.late(); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-// roundTrips passes a cache line to and fro and returns the nanoseconds of one round trip; the other side
-// echoes.
-func (s *side) roundTrips(lead bool) (float64, error) {
-	mine, theirs := uint64(offPing), uint64(offPong)
-	if !lead {
-		mine, theirs = theirs, mine
-	}
-	var start time.Time
-	for i := -10; i < pingRounds; i++ { // the first ones meet, and are not counted
-		if i == 0 {
-			start = time.Now()
-		}
-		s.seq++
-		if lead {
-			s.ping.Publish32(mine, s.seq)
-		}
-		if err := s.await(theirs, s.seq); err != nil {
-			return 0, err
-		}
-		if !lead {
-			s.ping.Publish32(mine, s.seq)
-		}
-	}
-	return float64(time.Since(start).Nanoseconds()) / pingRounds, nil
 }
 
 func (s *side) ring(fd int) error {
@@ -505,41 +425,36 @@ func relax() {
 
 // told is what the peer reports.
 type told struct {
-	Account       dma.Account
+	Bus           dma.QueueAccount
 	Sleeps, Rings uint64
 	Lost, Idle    uint64
-	Err           string
 }
 
-// Ordered tells that this process is to run Serve and nothing else.
-func Ordered() bool { return os.Getenv(EnvPeer) != "" }
-
-// Serve is the device side: to be run by the process that Run starts.
-func Serve(out io.Writer) error {
-	var c Config
-	if err := json.Unmarshal([]byte(os.Getenv(EnvPeer)), &c); err != nil {
-		return fmt.Errorf("%s: %w", EnvPeer, err)
-	}
-	var t told
-	if err := serve(&c, &t); err != nil {
-		t.Err = err.Error()
-	}
-	return json.NewEncoder(out).Encode(t)
+func init() {
+	// The device side's process. Its files: memory, kick, call.
+	benchkit.Register("ring", func(order []byte) (any, error) {
+		var c Config
+		if err := json.Unmarshal(order, &c); err != nil {
+			return nil, err
+		}
+		var t told
+		return &t, serve(&c, &t)
+	})
 }
 
 func serve(c *Config, t *told) error {
-	unpin, err := pin(c.CPU[1])
+	unpin, err := benchkit.Pin(c.CPU[1])
 	if err != nil {
 		return err
 	}
 	defer unpin()
-	s, err := newSide(c, true, firstFD, firstFD+1, firstFD+2)
+	s, err := newSide(c, true, benchkit.FirstFD, benchkit.FirstFD+1, benchkit.FirstFD+2)
 	if err != nil {
 		return err
 	}
 	defer s.close()
 	// The driver side sets up the ring; the first round trip says that it has.
-	if _, err := s.roundTrips(false); err != nil {
+	if _, err := s.line.RoundTrips(pingRounds); err != nil {
 		return err
 	}
 	var q vring.Device
@@ -554,7 +469,7 @@ func serve(c *Config, t *told) error {
 	q.DisarmKick()
 	for i := 0; i <= c.Runs; i++ { // the first one warms up
 		s.deadline = time.Now().Add(patience)
-		if _, err := s.roundTrips(false); err != nil {
+		if _, err := s.line.RoundTrips(pingRounds); err != nil {
 			return err
 		}
 		if i == 1 {
@@ -563,18 +478,18 @@ func serve(c *Config, t *told) error {
 		if err := s.device(q); err != nil {
 			return err
 		}
-		if _, err := s.roundTrips(false); err != nil {
+		if _, err := s.line.RoundTrips(pingRounds); err != nil {
 			return err
 		}
 	}
-	t.Account, t.Sleeps, t.Rings, t.Lost, t.Idle = s.counted(), s.sleeps, s.rings, s.lost, idle(q.Stats())-s.idle
+	t.Bus, t.Sleeps, t.Rings, t.Lost, t.Idle = *s.bus, s.sleeps, s.rings, s.lost, idle(q.Stats())-s.idle
 	return nil
 }
 
 // start forgets what was counted while warming up. Nobody else counts meanwhile.
 func (s *side) start(q *vring.Stats) {
 	s.sleeps, s.rings, s.idle = 0, 0, idle(q)
-	*s.account = dma.Account{}
+	*s.bus = dma.QueueAccount{}
 }
 
 // idle returns how often a side has looked in vain.
@@ -583,16 +498,10 @@ func idle(q *vring.Stats) uint64 {
 	return c.IndexReads - c.IndexMoved
 }
 
-func (s *side) counted() dma.Account { return s.account.Load() }
-
 // Run measures. Errors name what is wrong with cfg, or with the machine.
 func Run(ctx context.Context, cfg Config) (*Result, error) {
 	c := cfg
 	if err := c.defaults(); err != nil {
-		return nil, err
-	}
-	order, err := json.Marshal(c)
-	if err != nil {
 		return nil, err
 	}
 	fd, err := unix.MemfdCreate("ringbench", unix.MFD_CLOEXEC)
@@ -615,24 +524,6 @@ func Run(ctx context.Context, cfg Config) (*Result, error) {
 		}
 		files = append(files, os.NewFile(uintptr(e), "eventfd"))
 	}
-	if len(c.Peer) == 0 {
-		exe, err := os.Executable()
-		if err != nil {
-			return nil, err
-		}
-		// Behind the emulator that runs this program, where one does.
-		c.Peer = append(strings.Fields(os.Getenv("BOARDLINK_TEST_EXEC")), exe)
-	}
-	cctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	cmd := exec.CommandContext(cctx, c.Peer[0], c.Peer[1:]...)
-	cmd.Env = append(os.Environ(), EnvPeer+"="+string(order))
-	cmd.ExtraFiles = files
-	var out, errOut bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &errOut
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	// The thread that starts the peer has to live as long: it dies with it.
-	started, result := make(chan error, 1), make(chan error, 1)
 	s, err := newSide(&c, false, fd, int(files[1].Fd()), int(files[2].Fd()))
 	if err != nil {
 		return nil, err
@@ -640,47 +531,40 @@ func Run(ctx context.Context, cfg Config) (*Result, error) {
 	defer s.close()
 	r := &Result{Ring: c.Ring, Placement: c.Placement, Memory: c.Memory, Size: c.Size, Batch: c.Batch, Outstanding: c.Outstanding,
 		Sleep: c.Sleep, EventIdx: c.EventIdx, InOrder: c.InOrder, Write: c.Write, Buffers: c.Buffers, CPU: c.CPU}
-	go func() {
-		unpin, err := pin(-1)
-		if err != nil {
-			started <- err
-			return
-		}
-		defer unpin()
-		started <- cmd.Start()
-		result <- r.lead(&c, s)
-	}()
-	if err := <-started; err != nil {
-		return nil, fmt.Errorf("the peer %s: %w", c.Peer[0], err)
+	p, err := benchkit.Start(ctx, "ring", &c, files, c.Peer)
+	if err != nil {
+		return nil, err
 	}
-	exited := make(chan error, 1)
-	go func() { exited <- cmd.Wait() }()
-	var leadErr, peerErr error
-	for left := 2; left > 0; left-- {
-		select {
-		case leadErr = <-result:
-			if leadErr != nil {
-				cancel()
-			}
-		case peerErr = <-exited:
-			// Before the last round trip: the other loop is not to wait for it.
-			s.gone.Store(peerErr != nil || out.Len() == 0 || !bytes.Contains(out.Bytes(), []byte(`"Err":""`)))
-		}
-	}
+	defer p.Stop()
+	result := make(chan error, 1)
+	go func() { result <- r.lead(&c, s) }()
 	var t told
-	jerr := json.Unmarshal(out.Bytes(), &t)
-	switch {
-	case ctx.Err() != nil:
+	select {
+	case err = <-result:
+		if err != nil {
+			p.Stop()
+			err = fmt.Errorf("driver side: %w", err)
+		} else if err = p.Wait(&t); err != nil {
+			err = fmt.Errorf("device side: %w", err)
+		}
+	case <-p.Gone():
+		// This side may still be behind the last round trip, or wait for ever.
+		if err = p.Wait(&t); err != nil {
+			err = fmt.Errorf("device side: %w", err)
+			s.gone.Store(true)
+		}
+		if lerr := <-result; err == nil && lerr != nil {
+			err = fmt.Errorf("driver side: %w", lerr)
+		}
+	}
+	if ctx.Err() != nil {
 		return nil, ctx.Err()
-	case jerr == nil && t.Err != "":
-		return nil, fmt.Errorf("device side: %s", t.Err)
-	case leadErr != nil:
-		return nil, fmt.Errorf("driver side: %w %s", leadErr, strings.TrimSpace(errOut.String()))
-	case peerErr != nil || jerr != nil:
-		return nil, fmt.Errorf("the peer: %v, %v: %s", peerErr, jerr, strings.TrimSpace(errOut.String()))
+	}
+	if err != nil {
+		return nil, err
 	}
 	n := float64(c.Buffers) * float64(c.Runs)
-	r.Device = perBuffer(t.Account, n)
+	r.Device = perQueue(&t.Bus, n)
 	r.Sleeps = (r.Sleeps + float64(t.Sleeps)) / n
 	r.Rings = (r.Rings + float64(t.Rings)) / n
 	r.Idle = (r.Idle + float64(t.Idle)) / n
@@ -690,7 +574,7 @@ func Run(ctx context.Context, cfg Config) (*Result, error) {
 
 // lead is the driver side.
 func (r *Result) lead(c *Config, s *side) error {
-	unpin, err := pin(c.CPU[0])
+	unpin, err := benchkit.Pin(c.CPU[0])
 	if err != nil {
 		return err
 	}
@@ -704,14 +588,14 @@ func (r *Result) lead(c *Config, s *side) error {
 	if err != nil {
 		return err
 	}
-	if _, err := s.roundTrips(true); err != nil {
+	if _, err := s.line.RoundTrips(pingRounds); err != nil {
 		return err
 	}
 	q.DisarmCall()
 	var ns, trip, ratio []float64
 	for i := 0; i <= c.Runs; i++ { // the first one warms up
 		s.deadline = time.Now().Add(patience)
-		before, err := s.roundTrips(true)
+		before, err := s.line.RoundTrips(pingRounds)
 		if err != nil {
 			return err
 		}
@@ -723,7 +607,7 @@ func (r *Result) lead(c *Config, s *side) error {
 			return err
 		}
 		took := float64(time.Since(start).Nanoseconds()) / float64(c.Buffers)
-		after, err := s.roundTrips(true)
+		after, err := s.line.RoundTrips(pingRounds)
 		if err != nil {
 			return err
 		}
@@ -737,26 +621,31 @@ func (r *Result) lead(c *Config, s *side) error {
 		r.Runs = append(r.Runs, Sample{took, rt})
 		ns, trip, ratio = append(ns, took), append(trip, rt), append(ratio, took/rt)
 	}
-	r.NS, r.RoundTripNS, r.Ratio = median(ns), median(trip), median(ratio)
+	r.NS, r.RoundTripNS, r.Ratio = benchkit.Median(ns), benchkit.Median(trip), benchkit.Median(ratio)
 	r.Best = slices.Min(ns) / r.RoundTripNS
-	r.Driver = perBuffer(s.counted(), float64(c.Buffers)*float64(c.Runs))
+	r.Driver = perQueue(s.bus, float64(c.Buffers)*float64(c.Runs))
 	r.Sleeps, r.Rings, r.Lost = float64(s.sleeps), float64(s.rings), s.lost
 	r.Idle = float64(idle(q.Stats()) - s.idle)
 	return nil
 }
 
+func perQueue(a *dma.QueueAccount, n float64) Bus {
+	b := Bus{Areas: make(map[string]Bus)}
+	for name, acc := range map[string]dma.Account{"descriptor": a.Descriptor, "driver": a.Driver, "device": a.Device} {
+		p := perBuffer(acc, n)
+		b.Areas[name] = p
+		b.Reads += p.Reads
+		b.Writes += p.Writes
+		b.ReadBytes += p.ReadBytes
+		b.WriteBytes += p.WriteBytes
+		b.FlushReads += p.FlushReads
+	}
+	return b
+}
+
 func perBuffer(a dma.Account, n float64) Bus {
 	return Bus{Reads: float64(a.Reads) / n, Writes: float64(a.Writes) / n, ReadBytes: float64(a.ReadBytes) / n,
 		WriteBytes: float64(a.WriteBytes) / n, FlushReads: float64(a.FlushReads) / n}
-}
-
-func median(v []float64) float64 {
-	s := append([]float64(nil), v...)
-	sort.Float64s(s)
-	if n := len(s); n%2 == 0 {
-		return (s[n/2-1] + s[n/2]) / 2
-	}
-	return s[len(s)/2]
 }
 
 // String is the result in a line.

@@ -10,19 +10,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/boardlink/boardlink/hwtest/benchkit"
 	"github.com/boardlink/boardlink/hwtest/ringbench"
 	"go.uber.org/goleak"
 )
 
 func TestMain(m *testing.M) {
-	if ringbench.Ordered() {
-		if err := ringbench.Serve(os.Stdout); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
 	os.Setenv("GORACE", "atexit_sleep_ms=0") // of the peers: else a second each
+	benchkit.Peer()
 	goleak.VerifyTestMain(m)
 }
 
