@@ -101,6 +101,10 @@ type Config struct {
 	MAC MAC
 	// MTU is in bytes, MinMTU to MaxMTU; 0 leaves what is set (1500 if new).
 	MTU int
+	// Queues is how many queues to open, at most MaxQueues; 0 means 1. Where the kernel has no multi-queue devices, or the
+	// interface was made with a single queue, there is one: Iface.Queues tells, and Warnings says why. An interface that was made with
+	// several is attached to with as many as are asked for.
+	Queues int
 }
 
 // validate reports what is wrong with c whatever the machine.
@@ -115,6 +119,9 @@ func (c Config) validate() error {
 	}
 	if err := checkMTU(c.Name, c.Type, c.MTU); c.MTU != 0 && err != nil {
 		return err
+	}
+	if c.Queues < 0 || c.Queues > MaxQueues {
+		return configError(c.Name, nil, "%d queues are out of bounds: 1 to %d", c.Queues, MaxQueues)
 	}
 	if c.MAC != (MAC{}) {
 		return checkMAC(c.Name, c.Type, c.MAC)
@@ -161,8 +168,12 @@ func checkMAC(name string, t LinkType, m MAC) error {
 // One goroutine may read, one may write and others may call the methods that set and
 // get, all at the same time. Close must follow the last Read, ReadV, Write and WriteV: their
 // goroutines have ended. The descriptor never blocks: wait with poll on FD.
+//
+// With several queues each is an Iface (see Queue), which one goroutine may read and one may write.
 type Iface struct {
 	fd        int
+	first     *Iface // queue 0, which has what belongs to the interface
+	multi     bool   // it was made with IFF_MULTI_QUEUE
 	hdrLen    int
 	typ       LinkType
 	supported Offload
@@ -175,6 +186,9 @@ type Iface struct {
 	name string
 	mac  MAC
 	mtu  int
+
+	queues []*Iface // of the first: all of them
+	inUse  int      // of them, from the first on
 }
 
 // Open creates the interface that cfg describes in the calling thread's network namespace, or
@@ -190,6 +204,7 @@ func Open(cfg Config) (*Iface, error) {
 		return nil, fmt.Errorf("tunbridge: interface %q: control socket: %w", cfg.Name, err)
 	}
 	it := &Iface{fd: -1, ctl: ctl, typ: cfg.Type}
+	it.first, it.queues, it.inUse = it, []*Iface{it}, 1
 	if err := it.open(cfg); err != nil {
 		it.Close()
 		return nil, err
@@ -211,6 +226,9 @@ func (it *Iface) open(cfg Config) error {
 			return err
 		}
 	}
+	if err := it.openQueues(cfg); err != nil {
+		return err
+	}
 
 	// The carrier waits for the peer. What a former owner left queued may be made for
 	// other offloads than ours: it goes. The order matters, the queue is emptied when
@@ -227,7 +245,9 @@ func (it *Iface) open(cfg Config) error {
 	if err := ioctlIfreq(it.ctl, unix.SIOCGIFINDEX, r); err != nil {
 		return it.failed("SIOCGIFINDEX", err)
 	}
-	it.index = int(*r.i32())
+	for _, q := range it.queues {
+		q.index = int(*r.i32())
+	}
 	if err := it.getMTU(); err != nil {
 		return it.failed("SIOCGIFMTU", err)
 	}
@@ -273,12 +293,11 @@ func (it *Iface) openVnet(cfg Config) error {
 		it.warn("no offload: the kernel's tun driver has no IFF_VNET_HDR")
 		return nil
 	}
-	r := newIfreq(cfg.Name)
-	*r.u16() = cfg.Type.flag() | unix.IFF_NO_PI | unix.IFF_VNET_HDR | iffNoCarrier
-	if err := ioctlIfreq(fd, unix.TUNSETIFF, r); err != nil {
-		return setiffError(it.ctl, cfg.Name, cfg.Type, err)
+	name, err := it.setiff(fd, cfg, unix.IFF_VNET_HDR)
+	if err != nil {
+		return err
 	}
-	name := r.ifName()
+	r := new(ifreq)
 
 	if err := ioctlSetInt(fd, unix.TUNSETVNETHDRSZ, HeaderLen); err != nil {
 		it.warn("no offload: the kernel cannot set the header's length (TUNSETVNETHDRSZ: %v)", err)
@@ -313,11 +332,11 @@ func (it *Iface) openVnet(cfg Config) error {
 	return nil
 }
 
-// openPlain opens the device through the water package. water opens without O_CLOEXEC and
-// leaks its descriptor where TUNSETIFF fails, so everything that can fail is tried
+// openPlain opens the device through the water package, unless it has several queues: water's has
+// one. water opens without O_CLOEXEC and leaks its descriptor where TUNSETIFF fails, so everything that can fail is tried
 // before it, and fork is held off until the descriptor is ours.
 func (it *Iface) openPlain(cfg Config) error {
-	if err := tryPlain(it.ctl, cfg, it.attached); err != nil {
+	if done, err := it.tryPlain(cfg); done || err != nil {
 		return err
 	}
 	wc := water.Config{DeviceType: water.TAP}
@@ -363,23 +382,31 @@ func (it *Iface) openPlain(cfg Config) error {
 
 // tryPlain finds out whether water would succeed, without creating an interface: it
 // attaches to an existing one and lets go of it; without one, TUNSETIFF with no type
-// answers EPERM to those who must not create it and EINVAL to the others.
-func tryPlain(ctl int, cfg Config, attach bool) error {
+// answers EPERM to those who must not create it and EINVAL to the others. A device of several queues
+// it opens for good, which done tells.
+func (it *Iface) tryPlain(cfg Config) (done bool, err error) {
 	fd, err := openTun(cfg.Name)
 	if err != nil {
-		return err
+		return false, err
 	}
-	defer unix.Close(fd)
+	defer func() {
+		if !done {
+			unix.Close(fd)
+		}
+	}()
+	if it.attached || cfg.Queues > 1 {
+		name, err := it.setiff(fd, cfg, 0)
+		if err == nil && it.multi {
+			it.fd, it.name, done = fd, name, true
+		}
+		return done, err
+	}
 	r := newIfreq(cfg.Name)
 	*r.u16() = unix.IFF_NO_PI
-	if attach {
-		*r.u16() |= cfg.Type.flag() | iffNoCarrier
+	if err := ioctlIfreq(fd, unix.TUNSETIFF, r); err != nil && err != unix.EINVAL {
+		return false, setiffError(it.ctl, cfg.Name, cfg.Type, err)
 	}
-	err = ioctlIfreq(fd, unix.TUNSETIFF, r)
-	if err == nil || !attach && err == unix.EINVAL {
-		return nil
-	}
-	return setiffError(ctl, cfg.Name, cfg.Type, err)
+	return false, nil
 }
 
 // openTun opens the clone device.
@@ -440,7 +467,7 @@ func setiffError(ctl int, name string, t LinkType, err error) error {
 			if err := checkKind(ctl, name, t); err != nil {
 				return err
 			}
-			return configError(name, errno, "there is such an interface already, and it is no %v of a single queue: choose another name, or remove it (ip link del %s)", t, name)
+			return configError(name, errno, "there is such an interface already, and it is no %v that can be attached to: choose another name, or remove it (ip link del %s)", t, name)
 		}
 		return configError(name, errno, "the kernel refuses the interface's name or type (%v)", t)
 	}
@@ -448,7 +475,10 @@ func setiffError(ctl int, name string, t LinkType, err error) error {
 }
 
 func (it *Iface) warn(format string, args ...interface{}) {
-	it.warnings = append(it.warnings, fmt.Sprintf(format, args...))
+	w := fmt.Sprintf(format, args...)
+	if n := len(it.warnings); n == 0 || it.warnings[n-1] != w {
+		it.warnings = append(it.warnings, w)
+	}
 }
 
 // failed wraps the errno of a request about the interface.
@@ -458,6 +488,7 @@ func (it *Iface) failed(op string, err error) error {
 
 // Name returns the interface's name; it follows a renaming.
 func (it *Iface) Name() string {
+	it = it.first
 	it.mu.Lock()
 	defer it.mu.Unlock()
 	it.refresh()
@@ -492,7 +523,7 @@ func (it *Iface) HeaderLen() int { return it.hdrLen }
 func (it *Iface) Attached() bool { return it.attached }
 
 // Warnings returns what Open could not do and did without, a line each.
-func (it *Iface) Warnings() []string { return it.warnings }
+func (it *Iface) Warnings() []string { return it.first.warnings }
 
 // OffloadSupported returns what SetOffload takes, and what frames written may leave to the
 // kernel: nothing in plain mode.
@@ -514,6 +545,7 @@ func (o Offload) tunFlags() uintptr {
 // away, switch the carrier off and call Drain after it. It refuses what
 // OffloadSupported lacks, and what Usable would cut.
 func (it *Iface) SetOffload(o Offload) error {
+	it = it.first
 	if o&^it.supported != 0 {
 		return fmt.Errorf("tunbridge: interface %q: offload %v is not supported here, only %v", it.Name(), o&^it.supported, it.supported)
 	}
@@ -534,6 +566,7 @@ func (it *Iface) SetOffload(o Offload) error {
 // SetCarrier switches the carrier: off, the kernel sends nothing more through the
 // interface and reports it as not running; its addresses stay.
 func (it *Iface) SetCarrier(on bool) error {
+	it = it.first
 	it.mu.Lock()
 	defer it.mu.Unlock()
 	if it.fd < 0 {
@@ -551,6 +584,7 @@ func (it *Iface) SetCarrier(on bool) error {
 
 // MTU returns the interface's MTU in bytes, as it is now.
 func (it *Iface) MTU() int {
+	it = it.first
 	it.mu.Lock()
 	defer it.mu.Unlock()
 	it.refresh()
@@ -569,6 +603,7 @@ func (it *Iface) getMTU() error {
 
 // SetMTU sets the MTU, in bytes.
 func (it *Iface) SetMTU(mtu int) error {
+	it = it.first
 	it.mu.Lock()
 	defer it.mu.Unlock()
 	if it.fd < 0 {
@@ -602,6 +637,7 @@ func (it *Iface) setMTU(mtu int) error {
 
 // MAC returns the address of a TAP, as it is now; zero for a TUN.
 func (it *Iface) MAC() MAC {
+	it = it.first
 	it.mu.Lock()
 	defer it.mu.Unlock()
 	if it.typ == TAP && it.fd >= 0 {
@@ -621,6 +657,7 @@ func (it *Iface) getMAC() error {
 
 // SetMAC sets the address of a TAP.
 func (it *Iface) SetMAC(m MAC) error {
+	it = it.first
 	it.mu.Lock()
 	defer it.mu.Unlock()
 	if it.fd < 0 {
@@ -665,6 +702,7 @@ func (it *Iface) setMAC(m MAC) error {
 
 // SetUp sets the interface up or down. Down loses its IPv6 addresses.
 func (it *Iface) SetUp(up bool) error {
+	it = it.first
 	it.mu.Lock()
 	defer it.mu.Unlock()
 	if it.fd < 0 {
@@ -762,9 +800,10 @@ func (it *Iface) Write(p []byte) (int, error) {
 	}
 }
 
-// Drain throws away what waits to be read and returns the number of frames. Nobody may
+// Drain throws away what waits to be read in all queues and returns the number of frames. Nobody may
 // read at the same time.
 func (it *Iface) Drain() int {
+	it = it.first
 	it.mu.Lock()
 	defer it.mu.Unlock()
 	return it.drain()
@@ -777,24 +816,37 @@ const maxDrain = 1 << 16
 func (it *Iface) drain() int {
 	var buf [64]byte // the kernel cuts the rest
 	n := 0
-	for i := 0; i < maxDrain; i++ {
-		_, err := it.Read(buf[:])
-		if err != nil && !errors.Is(err, ErrDropped) {
-			break
+	for _, q := range it.queues {
+		for i := 0; i < maxDrain; i++ {
+			_, err := q.Read(buf[:])
+			if err != nil && !errors.Is(err, ErrDropped) {
+				break
+			}
+			n++
 		}
-		n++
 	}
 	return n
 }
 
 // Close gives the interface up: it disappears, unless it is persistent; then its carrier
-// goes. A second Close does nothing.
+// goes. A second Close does nothing, and neither does one of a queue but the first.
 func (it *Iface) Close() error {
+	if it.first != it {
+		return nil
+	}
 	it.mu.Lock()
 	defer it.mu.Unlock()
 	var err error
+	for _, q := range it.queues[1:] {
+		if q.fd >= 0 {
+			err = unix.Close(q.fd)
+			q.fd = -1
+		}
+	}
 	if it.fd >= 0 {
-		err = unix.Close(it.fd)
+		if cerr := unix.Close(it.fd); cerr != nil {
+			err = cerr
+		}
 		it.fd = -1
 	}
 	if it.ctl >= 0 {
@@ -820,14 +872,22 @@ func Remove(name string) error {
 		return configError(name, os.ErrNotExist, "there is no such interface")
 	}
 	var first error
-	for _, t := range [...]LinkType{TAP, TUN} {
+	for _, f := range [...]uint16{unix.IFF_TAP, unix.IFF_TUN, unix.IFF_TAP | unix.IFF_MULTI_QUEUE, unix.IFF_TUN | unix.IFF_MULTI_QUEUE} {
+		t := TAP
+		if f&unix.IFF_TUN != 0 {
+			t = TUN
+		}
 		fd, err := openTun(name)
 		if err != nil {
 			return err
 		}
 		r := newIfreq(name)
-		*r.u16() = t.flag() | unix.IFF_NO_PI | iffNoCarrier
+		*r.u16() = f | unix.IFF_NO_PI | iffNoCarrier
 		if err = ioctlIfreq(fd, unix.TUNSETIFF, r); err == nil {
+			if n, qerr := kernelQueues(name); f&unix.IFF_MULTI_QUEUE != 0 && qerr == nil && n > 1 {
+				unix.Close(fd)
+				return setiffError(ctl, name, t, unix.EBUSY)
+			}
 			err = ioctlValue(fd, unix.TUNSETPERSIST, 0)
 			unix.Close(fd)
 			if err != nil {
@@ -848,5 +908,5 @@ func Remove(name string) error {
 			return configError(name, first, "the interface is not a tap or tun (its driver is %s): it is left alone", driver)
 		}
 	}
-	return configError(name, first, "the interface is not a tap or tun of a single queue: it is left alone (ip link del %s removes it)", name)
+	return configError(name, first, "the interface is not a tap or tun that can be attached to: it is left alone (ip link del %s removes it)", name)
 }

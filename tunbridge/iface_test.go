@@ -636,20 +636,26 @@ func TestIfaceConflicts(t *testing.T) {
 			lacking(t, l.Attrs().Name, err)
 		}
 	}
-	// A multi-queue tap of somebody else.
-	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
+	// Multi-queue taps of somebody else: one that is left, one that is held.
+	for _, name := range []string{"mq0", "mqb"} {
+		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := newIfreq(name)
+		*r.u16() = unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_MULTI_QUEUE
+		if err := ioctlIfreq(fd, unix.TUNSETIFF, r); err != nil {
+			t.Fatal(err)
+		}
+		if name == "mqb" {
+			t.Cleanup(func() { unix.Close(fd) })
+			continue
+		}
+		if err := ioctlValue(fd, unix.TUNSETPERSIST, 1); err != nil {
+			t.Fatal(err)
+		}
+		unix.Close(fd)
 	}
-	r := newIfreq("mq0")
-	*r.u16() = unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_MULTI_QUEUE
-	if err := ioctlIfreq(fd, unix.TUNSETIFF, r); err != nil {
-		t.Fatal(err)
-	}
-	if err := ioctlValue(fd, unix.TUNSETPERSIST, 1); err != nil {
-		t.Fatal(err)
-	}
-	unix.Close(fd)
 	for _, typ := range []LinkType{TAP, TUN} {
 		mustOpen(t, Config{Name: typ.String() + "p", Type: typ, Persist: true}).Close()
 		mustOpen(t, Config{Name: typ.String() + "b", Type: typ})
@@ -669,7 +675,8 @@ func TestIfaceConflicts(t *testing.T) {
 			{"tunp", TAP, "a tun and not a tap", nil},
 			{"tapb", TAP, "another process", unix.EBUSY},
 			{"tunb", TUN, "another process", unix.EBUSY},
-			{"mq0", TAP, "single queue", unix.EINVAL},
+			{"mq0", TUN, "a tap and not a tun", nil},
+			{"mqb", TAP, "another process", unix.EBUSY},
 		} {
 			it, err := Open(Config{Name: c.name, Type: c.typ, Offload: offload, MTU: 1234})
 			if err == nil {
@@ -686,11 +693,14 @@ func TestIfaceConflicts(t *testing.T) {
 			}
 		}
 	}
-	for _, name := range []string{"veth0", "lo", "mq0", "tapb"} {
+	for _, name := range []string{"veth0", "lo", "mqb", "tapb"} {
 		wantUserError(t, Remove(name), name)
 		if kernelLink(t, name) == nil {
 			t.Errorf("Remove removed %s", name)
 		}
+	}
+	if err := Remove("mq0"); err != nil || kernelLink(t, "mq0") != nil {
+		t.Errorf("Remove of a persistent interface of several queues: %v", err)
 	}
 	checkFDs(t, fds)
 }
