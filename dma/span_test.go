@@ -290,3 +290,70 @@ func BenchmarkSpan(b *testing.B) {
 		})
 	}
 }
+
+// TestAccounted: a span and a view of a table count where they are told to, and nowhere else.
+func TestAccounted(t *testing.T) {
+	var link dma.Account
+	q := new(dma.QueueAccount)
+	counted := &dma.Region{Name: "far", Addr: 0x1000, Mem: mapped(256, mmio.Uncached), Access: rw, Across: true, Account: &link}
+	near := &dma.Region{Name: "near", Addr: 0x2000, Mem: mapped(256, mmio.Cached), Access: rw}
+
+	s := dma.Span{Region: counted, Off: 8, Len: 16}.Accounted(&q.Device)
+	s.CopyIn(0, make([]byte, 16))
+	if q.Device.Load() != (dma.Account{Writes: 2, WriteBytes: 16}) || link.Load() != (dma.Account{}) {
+		t.Errorf("counted %+v, the region's %+v", q.Device.Load(), link.Load())
+	}
+	if counted.Account != &link || s.Addr() != 0x1008 {
+		t.Error("the region has changed")
+	}
+	for _, s := range []dma.Span{{Region: near, Len: 1}, {Region: counted, Len: 1}, {}} {
+		a := &q.Device
+		if s.Region == counted {
+			a = nil
+		}
+		if s.Accounted(a) != s {
+			t.Errorf("%+v is not itself", s)
+		}
+	}
+
+	var ref dma.TableRef
+	views := []*dma.TableRef{ref.Accounted(&q.Payload), ref.Accounted(&q.Driver)}
+	views = append(views, views[0].Accounted(&q.Descriptor))
+	want := []*dma.Account{&q.Payload, &q.Driver, &q.Descriptor}
+	for _, v := range views {
+		if v.Load() != nil {
+			t.Error("a view of nothing holds a table")
+		}
+	}
+	for n := 1; n < 3; n++ {
+		regions := []dma.Region{*counted, *near}[:n]
+		ref.Store(table(t, regions...))
+		for i, v := range views {
+			tab := v.Load()
+			if tab == ref.Load() || tab != v.Load() {
+				t.Error("a view holds another table each time, or the table itself")
+			}
+			rs := tab.Regions()
+			if len(rs) != n || rs[0].Account != want[i] || rs[0].Addr != counted.Addr {
+				t.Errorf("view %d: %+v", i, rs)
+			}
+			if n == 2 && rs[1] != *near {
+				t.Errorf("view %d: %+v, want %+v", i, rs[1], *near)
+			}
+			checkTranslate(t, tab, 0x1010, 32, dma.DeviceRead)
+			if a := testing.AllocsPerRun(50, func() { v.Load() }); a != 0 {
+				t.Errorf("view %d: loading allocates %v times", i, a)
+			}
+		}
+	}
+	ref.Store(nil)
+	if views[2].Load() != nil {
+		t.Error("a view of nothing holds a table")
+	}
+	defer func() {
+		if recover() == nil {
+			t.Error("a view can be stored to")
+		}
+	}()
+	views[0].Store(nil)
+}

@@ -11,6 +11,7 @@ import (
 	"github.com/boardlink/boardlink/agent"
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/board/testboard"
+	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/hwtest/netns"
 	"github.com/boardlink/boardlink/hwtest/peer"
@@ -44,6 +45,7 @@ type end interface {
 // link is a host and an agent that run in this process, over a board on which writes take their time.
 type link struct {
 	t         *testing.T
+	pair      *testboard.Pair
 	spec      string
 	placement string
 	ns        [2]*netns.NS
@@ -59,7 +61,7 @@ func newLink(t *testing.T, o testboard.PairOptions, placement string) *link {
 	t.Helper()
 	needRoot(t)
 	l := &link{t: t, placement: placement}
-	_, l.spec = peer.NewBoard(t, o)
+	l.pair, l.spec = peer.NewBoard(t, o)
 	for s := range l.ns {
 		var err error
 		if l.ns[s], err = netns.New(); err != nil {
@@ -94,14 +96,14 @@ func (l *link) start(s board.Side) {
 				return err
 			}
 			ifc = n.Interface()
-			l.ends[s] = host.NewLink(host.Config{Name: "h", Board: l.spec, Devices: map[uint16]host.Backend{0: n}, Log: &l.log, Beat: beat, LostBeats: lost})
+			l.ends[s] = host.NewLink(host.Config{Name: "h", Board: l.spec, Options: board.Options{Account: new(dma.Account)}, Devices: map[uint16]host.Backend{0: n}, Log: &l.log, Beat: beat, LostBeats: lost})
 		} else {
 			n, err := agent.NewNet(agent.NetConfig{Name: "net0", Interface: c, QueueSize: 64})
 			if err != nil {
 				return err
 			}
 			ifc = n.Interface()
-			l.ends[s] = agent.NewLink(agent.Config{Name: "a", Board: l.spec, Placement: l.placement, Devices: []*agent.Net{n}, Log: &l.log, Beat: beat, LostBeats: lost})
+			l.ends[s] = agent.NewLink(agent.Config{Name: "a", Board: l.spec, Options: board.Options{Account: new(dma.Account)}, Placement: l.placement, Devices: []*agent.Net{n}, Log: &l.log, Beat: beat, LostBeats: lost})
 		}
 		h, err := netlink.NewHandle()
 		if err != nil {
@@ -220,6 +222,64 @@ func TestEnds(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestBus: what the ends account is what the bus saw, and with placement push none of it is a read for a frame, in any area and
+// direction: the reads are those of the control plane, and one before a sleep.
+func TestBus(t *testing.T) {
+	for _, placement := range []string{"window", "push"} {
+		t.Run(placement, func(t *testing.T) {
+			t.Parallel()
+			ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+			defer cancel()
+			l := newLink(t, testboard.PairOptions{MaxDelay: 50 * time.Microsecond}, placement)
+			l.start(board.Host)
+			l.start(board.Agent)
+			l.waitUp()
+			l.works(ctx)
+			var before [2]status.Link
+			for s, e := range l.ends {
+				before[s] = e.Status()
+			}
+			if _, err := traffic.TCP(ctx, l.at(board.Agent), l.at(board.Host), traffic.TCPConfig{Duration: 100 * time.Millisecond, Grace: 20 * time.Second}); err != nil {
+				t.Error(err)
+			}
+			l.end(board.Agent)
+			l.end(board.Host)
+			for s, e := range l.ends {
+				side := board.Side(s)
+				st := e.Status()
+				if got, want := st.Bus["reads"]+st.Bus["flush_reads"]+st.Bus["control_reads"], l.pair.Reads(side); got != want {
+					t.Errorf("the %s accounts %d reads and did %d: %v", side, got, want, st.Bus)
+				}
+				for i, q := range st.Devices[0].Queues {
+					b := q.Bus
+					if b == nil {
+						if placement == "push" || side == board.Host {
+							t.Errorf("the %s, %s: nothing is accounted", side, q.Name)
+						}
+						continue
+					}
+					was := before[s].Devices[0].Queues[i].Bus
+					if b.Driver.Writes+b.Device.Writes == 0 || was.Total().Writes >= b.Total().Writes {
+						t.Errorf("the %s, %s: %+v after %+v", side, q.Name, *b, *was)
+					}
+					if placement == "window" {
+						if b.Device.Reads != 0 || b.Descriptor.Reads == 0 || b.Driver.Reads == 0 || (b.Payload.Reads != 0) != (q.Name == "tx0") {
+							t.Errorf("the %s, %s: %+v", side, q.Name, *b)
+						}
+						continue
+					}
+					if n := b.Total().Reads; n != 0 {
+						t.Errorf("the %s, %s reads %d times: %+v", side, q.Name, n, *b)
+					}
+					if n := b.Total().FlushReads; n != q.Ring["flush_reads"] || n > q.Ring["arms"] || n == 0 && q.Ring["arms"] != 0 {
+						t.Errorf("the %s, %s: %d reads to flush in %v", side, q.Name, n, q.Ring)
+					}
+				}
+			}
+		})
 	}
 }
 

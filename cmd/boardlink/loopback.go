@@ -16,6 +16,7 @@ import (
 	"github.com/boardlink/boardlink/hwtest/netns"
 	"github.com/boardlink/boardlink/hwtest/traffic"
 	"github.com/boardlink/boardlink/hwtest/trial"
+	"github.com/boardlink/boardlink/status"
 )
 
 type loopbackCmd struct {
@@ -113,9 +114,35 @@ func printTrial(s *streams, r *trial.Result) {
 	row("tcp", "%.2f Gbit/s board to host, %.2f host to board, every byte checked", r.TCPGbps.BoardToHost, r.TCPGbps.HostToBoard)
 	row("udp, 64 bytes", "%.0f kpps board to host, %.0f host to board", r.UDP64Kpps.BoardToHost, r.UDP64Kpps.HostToBoard)
 	row("corrupt", "%d", r.Corrupt)
-	row("bus, a frame", "%.2f reads, %.2f writes, %.0f bytes read, %.0f written, both sides", r.Bus.ReadsPerFrame, r.Bus.WritesPerFrame, r.Bus.ReadBytesPerFrame, r.Bus.WriteBytesPerFrame)
+	row("bus, a frame", "%.2f reads, %.2f writes, %.0f bytes read, %.0f written, %.3f reads to flush, both sides", r.Bus.Reads, r.Bus.Writes, r.Bus.ReadBytes, r.Bus.WriteBytes, r.Bus.FlushReads)
+	for _, d := range []struct {
+		name string
+		w    *trial.Way
+	}{{"board to host", &r.Bus.BoardToHost}, {"host to board", &r.Bus.HostToBoard}} {
+		idle := ""
+		if d.w.IdlePolls != 0 {
+			idle = fmt.Sprintf("; of the reads %.2f polls in vain", d.w.IdlePolls)
+		}
+		row("bus, "+d.name, "%s%s", busAreas(d.w.BusPerFrame), idle)
+	}
 	row("doorbells", "%.3f a frame, %d rescued by polling", r.DoorbellsPerFrame, r.Rescued)
 	w.Flush()
+}
+
+// busAreas tells where the accesses across the bus for a frame go.
+func busAreas(b status.BusPerFrame) string {
+	var at []string
+	for _, a := range []struct {
+		name string
+		p    status.PerFrame
+	}{{"descriptors", b.Areas.Descriptor}, {"driver area", b.Areas.Driver}, {"device area", b.Areas.Device}, {"payload", b.Areas.Payload}} {
+		if a.p.Reads == 0 && a.p.Writes == 0 {
+			at = append(at, a.name+" none")
+			continue
+		}
+		at = append(at, fmt.Sprintf("%s %.2f reads %.2f writes", a.name, a.p.Reads, a.p.Writes))
+	}
+	return strings.Join(at, ", ")
 }
 
 func sizeString(n uint64) string {

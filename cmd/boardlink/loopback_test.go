@@ -57,7 +57,8 @@ func TestLoopbackJSON(t *testing.T) {
 				t.Fatalf("%v:\n%s", err, out)
 			}
 			for _, name := range []string{"ping.sent", "rtt_us.p50", "rtt_us.p99", "tcp_gbps.board_to_host", "tcp_gbps.host_to_board",
-				"udp64_kpps.board_to_host", "udp64_kpps.host_to_board", "bus.reads_per_packet", "bus.writes_per_packet", "doorbells_per_packet"} {
+				"udp64_kpps.board_to_host", "udp64_kpps.host_to_board", "bus.reads_per_packet", "bus.writes_per_packet", "doorbells_per_packet",
+				"bus.board_to_host.areas.descriptor.reads_per_packet", "bus.host_to_board.areas.payload.write_bytes_per_packet", "bus.host_to_board.idle_polls_per_packet"} {
 				if number(t, v, name) < 0 {
 					t.Errorf("%s is below 0", name)
 				}
@@ -99,7 +100,7 @@ func TestLoopbackText(t *testing.T) {
 		}
 		column = m[6]
 	}
-	for _, n := range []string{"link", "features", "ping", "tcp", "udp, 64 bytes", "corrupt"} {
+	for _, n := range []string{"link", "features", "ping", "tcp", "udp, 64 bytes", "corrupt", "bus, a frame", "bus, board to host", "bus, host to board"} {
 		if !names[n] {
 			t.Errorf("no row %q in:\n%s", n, out)
 		}

@@ -106,6 +106,9 @@ func (c *statusCmd) print(s *streams, p *status.Program) {
 				c.counters(w, "      frames", q.Pump)
 				c.counters(w, "      ring", q.Ring)
 				c.counters(w, "      doorbell", q.Doorbell)
+				if b := q.BusPerPacket; b != nil && b.Frames != 0 {
+					fmt.Fprintf(w, "      bus, a frame\t%s\n", busAreas(*b))
+				}
 			}
 		}
 	}

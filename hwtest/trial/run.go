@@ -5,6 +5,7 @@ package trial
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/boardlink/boardlink/board"
@@ -27,12 +28,19 @@ type Result struct {
 
 // Bus is what the accesses of both sides across the bus come to, each frame.
 type Bus struct {
-	ReadsPerFrame      float64 `json:"reads_per_packet"`
-	WritesPerFrame     float64 `json:"writes_per_packet"`
-	ReadBytesPerFrame  float64 `json:"read_bytes_per_packet"`
-	WriteBytesPerFrame float64 `json:"write_bytes_per_packet"`
-	FlushReadsPerFrame float64 `json:"flush_reads_per_packet"`
-	ControlReads       uint64  `json:"control_reads"`
+	status.PerFrame
+	ControlReads uint64 `json:"control_reads"`
+	// By direction of the frames, and of what a frame takes, by area: the queue's own accesses for it, and those of polls that found nothing.
+	BoardToHost Way `json:"board_to_host"`
+	HostToBoard Way `json:"host_to_board"`
+}
+
+// Way is one direction of frames.
+type Way struct {
+	status.BusPerFrame
+	// IdlePolls is how many of the reads of the driver area (of a packed ring: of the descriptor area) found nothing new: the side across
+	// looks again and again before it sleeps. They are not what a frame costs, but bus time all the same.
+	IdlePolls float64 `json:"idle_polls_per_packet"`
 }
 
 // Setup is how the link was set up.
@@ -50,6 +58,14 @@ type Setup struct {
 type totals struct {
 	frames, gso, rings, syscalls, dropped, rescued uint64
 	bus                                            map[string]uint64
+	ways                                           [2]way // board to host, host to board
+}
+
+// way is one direction.
+type way struct {
+	frames uint64
+	bus    status.Bus
+	idle   int64 // polls across the bus that found nothing
 }
 
 func sum(p status.Program) totals {
@@ -60,6 +76,17 @@ func sum(p status.Program) totals {
 		}
 		for _, d := range l.Devices {
 			for _, q := range d.Queues {
+				w := &t.ways[1]
+				if strings.HasPrefix(q.Name, "tx") {
+					w = &t.ways[0]
+				}
+				w.frames += q.Pump["frames"]
+				if q.Bus != nil {
+					w.bus = w.bus.Plus(*q.Bus)
+				}
+				if l.Placement == "window" && p.Side == board.Host.String() {
+					w.idle += int64(q.Ring["index_reads"]) - int64(q.Ring["index_moved"])
+				}
 				t.frames += q.Pump["frames"]
 				t.gso += q.Pump["gso_frames"]
 				t.rings += q.Pump["rings"]
@@ -139,9 +166,16 @@ func (res *Result) figures(before, after [2]totals) {
 	}
 	per := func(n uint64) float64 { return float64(n) / float64(res.Frames) }
 	bus := func(k string) uint64 { return h.bus[k] - h0.bus[k] + a.bus[k] - a0.bus[k] }
-	res.Bus = Bus{ReadsPerFrame: per(bus("reads")), WritesPerFrame: per(bus("writes")),
-		ReadBytesPerFrame: per(bus("read_bytes")), WriteBytesPerFrame: per(bus("write_bytes")),
-		FlushReadsPerFrame: per(bus("flush_reads")), ControlReads: bus("control_reads")}
+	all := status.Traffic{Reads: bus("reads"), ReadBytes: bus("read_bytes"), Writes: bus("writes"), WriteBytes: bus("write_bytes"), FlushReads: bus("flush_reads")}
+	res.Bus = Bus{PerFrame: all.PerFrame(res.Frames), ControlReads: bus("control_reads")}
+	for i, w := range []*Way{&res.Bus.BoardToHost, &res.Bus.HostToBoard} {
+		// Frames are the host's; accesses those of both sides.
+		n := h.ways[i].frames - h0.ways[i].frames
+		w.BusPerFrame = h.ways[i].bus.Minus(h0.ways[i].bus).Plus(a.ways[i].bus.Minus(a0.ways[i].bus)).PerFrame(n)
+		if n != 0 {
+			w.IdlePolls = float64(h.ways[i].idle-h0.ways[i].idle) / float64(n)
+		}
+	}
 	res.DoorbellsPerFrame = per(h.rings - h0.rings + a.rings - a0.rings)
 	res.SyscallsPerFrame = per(h.syscalls - h0.syscalls + a.syscalls - a0.syscalls)
 }

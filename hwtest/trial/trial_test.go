@@ -102,6 +102,45 @@ func getStatus(t testing.TB, r *trial.Rig, s board.Side) status.Program {
 	return p
 }
 
+// checkBus: with placement push nobody reads, whatever the area and the direction; in placement window each read is one of the
+// host's, of what the board has to say: descriptors, the driver area, and frames from the board.
+func checkBus(t *testing.T, placement string, packed bool, b trial.Bus) {
+	t.Helper()
+	for _, w := range []struct {
+		name    string
+		b       trial.Way
+		toBoard bool
+	}{{"board to host", b.BoardToHost, false}, {"host to board", b.HostToBoard, true}} {
+		a := w.b.Areas
+		for _, r := range []struct {
+			area          string
+			p             status.PerFrame
+			reads, writes bool // in placement window
+		}{
+			{"descriptor", a.Descriptor, true, packed},
+			{"driver", a.Driver, true, false},
+			{"device", a.Device, false, true},
+			{"payload", a.Payload, !w.toBoard, w.toBoard},
+		} {
+			if placement == "push" {
+				r.reads, r.writes = false, true
+				if r.area == "descriptor" && w.toBoard {
+					r.writes = r.p.Writes != 0 // the same buffers again and again: what has not changed is not written
+				}
+			} else if packed && r.area == "device" {
+				r.writes = r.p.Writes != 0 // event suppression: written before sleeping only
+			}
+			if (r.p.Reads != 0) != r.reads || (r.p.Writes != 0) != r.writes ||
+				(r.p.ReadBytes != 0) != r.reads || (r.p.WriteBytes != 0) != r.writes {
+				t.Errorf("%s, %s, %s: %+v a frame; reads expected: %v, writes: %v", placement, w.name, r.area, r.p, r.reads, r.writes)
+			}
+		}
+		if w.b.Frames == 0 || placement == "push" && w.b.IdlePolls != 0 || w.b.IdlePolls > w.b.Reads {
+			t.Errorf("%s: %+v", w.name, w.b)
+		}
+	}
+}
+
 // The main job, in every mode that an operator can choose.
 func TestModes(t *testing.T) {
 	needRoot(t)
@@ -142,7 +181,7 @@ func TestModes(t *testing.T) {
 			if (res.GSOFrames != 0) != c.Offload {
 				t.Errorf("%d super-packets with offload=%v", res.GSOFrames, c.Offload)
 			}
-			if res.Bus.WritesPerFrame == 0 || res.DoorbellsPerFrame == 0 {
+			if res.Bus.Writes == 0 || res.DoorbellsPerFrame == 0 {
 				t.Errorf("nothing was counted: %+v, %f doorbells", res.Bus, res.DoorbellsPerFrame)
 			}
 			want := "push"
@@ -156,12 +195,13 @@ func TestModes(t *testing.T) {
 				t.Errorf("placement %s, want %s", res.Setup.Placement, want)
 			}
 			// What placement push is for: nothing is read across the bus but the flush before a sleep.
-			if (res.Bus.ReadsPerFrame == 0) != (want == "push") {
-				t.Errorf("placement %s: %f reads across the bus a frame", want, res.Bus.ReadsPerFrame)
+			if (res.Bus.Reads == 0) != (want == "push") {
+				t.Errorf("placement %s: %f reads across the bus a frame", want, res.Bus.Reads)
 			}
+			checkBus(t, want, slices.Contains(c.AgentArgs, "packed"), res.Bus)
 			t.Logf("ping %.0f us, tcp %.1f/%.1f Gbit/s, udp %.0f/%.0f kpps, %.1f reads, %.1f writes, %.3f doorbells a frame, %d rescued", res.RTT.P50,
 				res.TCPGbps.BoardToHost, res.TCPGbps.HostToBoard, res.UDP64Kpps.BoardToHost, res.UDP64Kpps.HostToBoard,
-				res.Bus.ReadsPerFrame, res.Bus.WritesPerFrame, res.DoorbellsPerFrame, res.Rescued)
+				res.Bus.Reads, res.Bus.Writes, res.DoorbellsPerFrame, res.Rescued)
 		})
 	}
 }
