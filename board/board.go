@@ -7,6 +7,8 @@
 package board
 
 import (
+	"errors"
+
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/mmio"
@@ -39,7 +41,8 @@ type Options struct {
 	// Kind overrides how memory across the bus is seen, the window at the host, the pool at
 	// the agent (tests force the device-memory path on RAM); nil leaves it to the board.
 	Kind *mmio.Kind
-	// Account turns on accounting of accesses across the bus.
+	// Account turns on accounting of accesses across the bus. Virtqueues have accounts of their own (dma.QueueAccount) where it is set: it
+	// keeps what is done for anything else.
 	Account *dma.Account
 	// Logf, if set, hears of peers that come and go, and of lost connections. It may be
 	// called from several goroutines.
@@ -106,6 +109,42 @@ type Pooled interface {
 	// address. On the host's end it is local memory; on the agent's end it lies across the
 	// bus, and may be more than what the host declares in the link page.
 	Pool() (dma.Region, bool)
+}
+
+// ErrNoEngine: the board has no DMA engine for this side that is free and goes in the wanted direction.
+var ErrNoEngine = errors.New("board: no DMA engine is free")
+
+// WindowPart is a part of the window, and the link address that copies call its first byte by.
+type WindowPart struct {
+	Link         dma.Addr
+	Offset, Size uint64 // in the window, in bytes
+}
+
+// EngineConfig says what a DMA engine is opened for.
+type EngineConfig struct {
+	// ToBoard: copies go from this side's memory to the window; else the other way.
+	ToBoard bool
+	// Window are the parts of the window that the engine may touch. Everything else there is refused before it is
+	// programmed.
+	Window []WindowPart
+	// Size is how much memory of this side the engine is to reach, in bytes; Link is the link address of its first byte,
+	// where no part of the window lies.
+	Size uint64
+	Link dma.Addr
+}
+
+// Engined is a Board with a DMA engine that this side drives.
+type Engined interface {
+	Board
+	// Engine opens an engine, or some channels of one, for one user: in one direction, with memory of this side that it
+	// reaches. Close of the engine takes that memory away from the board and gives it back; the span is not valid any
+	// more then. Close all before the Board.
+	//
+	// Errors: ErrNoEngine where none is left; others tell what is in the way.
+	//
+	// Where Close fails with dma.ErrRunaway, bus mastering is off, and the Board is lost (Vanishing): it does not open again before
+	// its engine stands still, which may take a reset.
+	Engine(c EngineConfig) (dma.Engine, dma.Span, error)
 }
 
 // SelfRinging is a Board that can ring this side's own vectors: the way over the bus and back, to try the wiring.

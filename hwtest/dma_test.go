@@ -62,21 +62,28 @@ func BenchmarkDMA(b *testing.B) {
 					continue
 				}
 				b.Run(fmt.Sprintf("%s/%s/%d", v.Name, d, size), func(b *testing.B) {
-					c := dma.Copy{Dst: v.Board.Sub(0, size), Src: v.Host.Sub(0, size)}
-					if d == dmabench.BoardToHost {
-						c.Dst, c.Src = c.Src, c.Dst
+					between := func(host dma.Span) dma.Copy {
+						if d == dmabench.BoardToHost {
+							return dma.Copy{Dst: host.Sub(0, size), Src: v.Board.Sub(0, size)}
+						}
+						return dma.Copy{Dst: v.Board.Sub(0, size), Src: host.Sub(0, size)}
 					}
 					b.SetBytes(int64(size))
 					if v.Engine == nil {
+						c := between(v.Host)
 						for b.Loop() {
 							dma.CopySpan(c.Dst, c.Src)
 						}
 						return
 					}
-					e, err := v.Engine(d)
+					e, mem, err := v.Engine(d)
 					if err != nil {
 						b.Fatal(err)
 					}
+					if mem.Region == nil {
+						mem = v.Host
+					}
+					c := between(mem)
 					m := dma.NewMover(dma.MoverConfig{Engine: e, Min: 1})
 					batch := []dma.Copy{c}
 					for b.Loop() {

@@ -4,6 +4,9 @@ import (
 	"fmt"
 	"math/bits"
 
+	"github.com/boardlink/boardlink/board/internal/fn"
+	"github.com/boardlink/boardlink/dma/engine/dwedma"
+	"github.com/boardlink/boardlink/dma/engine/fsl"
 	"github.com/boardlink/boardlink/mmio"
 )
 
@@ -29,6 +32,8 @@ type Host struct {
 	Interrupt *Interrupt `toml:"interrupt"`
 	// Pool is memory of the carrier that the board may write and read; nil: none.
 	Pool *Pool `toml:"pool"`
+	// Engine is the board's DMA controller, as far as the carrier drives it; nil: none.
+	Engine *Engine `toml:"engine"`
 }
 
 // Agent is how the board reaches its own memory and registers.
@@ -132,6 +137,32 @@ type Pool struct {
 	BusAddress uint64 `toml:"bus_address"`
 }
 
+// Engine is a DMA controller whose registers the carrier reaches in a BAR.
+type Engine struct {
+	Place // of its registers; at the host
+	// Kind is "fsl83xx", "fsl85xx", "dw-edma" or "dw-hdma".
+	Kind string `toml:"kind"`
+	// ToHost and ToBoard are the channels for each direction, from 0 on; nobody else may use them. Of the fsl kinds a
+	// channel may stand in both. DesignWare's to_host are its write channels, to_board its read channels.
+	ToHost  []int `toml:"to_host"`
+	ToBoard []int `toml:"to_board"`
+	// WindowAddress is the board's own address of the window's first byte; 0: Window.BusAddress, which has to be given then.
+	WindowAddress uint64 `toml:"window_address"`
+	// BusOffset is what the board's outbound window adds to addresses on the PCI bus; HighestAddress the highest PCI bus address
+	// that it leads to, 0: any.
+	BusOffset      uint64 `toml:"bus_offset"`
+	HighestAddress uint64 `toml:"highest_address"`
+	// Descriptors is memory of the board for the controller's descriptors; nil: they lie in the carrier's memory, which the fsl kinds can.
+	Descriptors *Descriptors `toml:"descriptors"`
+}
+
+// Descriptors is memory of the board in a BAR, outside of the window.
+type Descriptors struct {
+	Place
+	Size       uint64 `toml:"size"`        // 512 bytes for each channel
+	BusAddress uint64 `toml:"bus_address"` // the board's own address of its first byte, a multiple of 64
+}
+
 // ConfigError is a key of a Config that makes no sense.
 type ConfigError struct {
 	Key    string // "host.window.size"
@@ -159,6 +190,11 @@ func (c *Config) Validate() error {
 		v := validator{"host", true}
 		if err := v.side(&c.Host.Window, c.Host.Ring, c.Host.Interrupt, c.Host.Pool); err != nil {
 			return err
+		}
+		if c.Host.Engine != nil {
+			if err := v.engine(c.Host.Engine, &c.Host.Window); err != nil {
+				return err
+			}
 		}
 	}
 	if c.Agent != nil {
@@ -466,6 +502,78 @@ func (v validator) pool(p *Pool) error {
 		return v.bad("pool.bus_address", "%#x is no multiple of 0x1000, or the offset %#x none of 8", p.BusAddress, p.Offset)
 	case !v.host && p.BusAddress+p.Size-1 < p.BusAddress:
 		return v.bad("pool.bus_address", "%#x: the pool would pass 2^64", p.BusAddress)
+	}
+	return nil
+}
+
+// engineChannels is how many channels of each direction a make has.
+var engineChannels = map[string]int{string(fn.FSL83xx): fsl.MaxChannels, string(fn.FSL85xx): fsl.MaxChannels,
+	string(fn.DWeDMA): dwedma.MaxChannels, string(fn.DWHDMA): dwedma.MaxChannels}
+
+func (e *Engine) isDW() bool { return e.Kind == string(fn.DWeDMA) || e.Kind == string(fn.DWHDMA) }
+
+// registers is how many bytes of registers the channels take.
+func (e *Engine) registers() uint64 {
+	n := 0
+	for _, l := range [][]int{e.ToHost, e.ToBoard} {
+		for _, c := range l {
+			if c >= n {
+				n = c + 1
+			}
+		}
+	}
+	switch fn.EngineMake(e.Kind) {
+	case fn.DWeDMA:
+		return dwedma.RegsSize(dwedma.EDMA, n)
+	case fn.DWHDMA:
+		return dwedma.RegsSize(dwedma.HDMA, n)
+	}
+	return uint64(n) * fsl.ChannelSize
+}
+
+func (v validator) engine(e *Engine, w *Window) error {
+	if err := v.place("engine", &e.Place); err != nil {
+		return err
+	}
+	n, ok := engineChannels[e.Kind]
+	if !ok {
+		return v.bad("engine.kind", "%q: fsl83xx, fsl85xx, dw-edma or dw-hdma is wanted", e.Kind)
+	}
+	for _, l := range []struct {
+		key      string
+		channels []int
+	}{{"engine.to_host", e.ToHost}, {"engine.to_board", e.ToBoard}} {
+		used := 0
+		for _, c := range l.channels {
+			if c < 0 || c >= n || used>>uint(c)&1 != 0 {
+				return v.bad(l.key, "channel %d: channels are 0 to %d, each once", c, n-1)
+			}
+			used |= 1 << uint(c)
+		}
+	}
+	switch {
+	case len(e.ToHost)+len(e.ToBoard) == 0:
+		return v.bad("engine.to_host", "is missing: the channels that the carrier may use, in to_host and to_board")
+	case e.Offset&7 != 0 || e.Offset > 1<<62:
+		return v.bad("engine.offset", "%#x is no multiple of 8", e.Offset)
+	case e.WindowAddress&0x3f != 0:
+		return v.bad("engine.window_address", "%#x is no multiple of 64", e.WindowAddress)
+	case e.WindowAddress == 0 && w.BusAddress == 0:
+		return v.bad("engine.window_address", "is missing: the board's own address of the window (or host.window.bus_address)")
+	case e.BusOffset&0xfff != 0:
+		return v.bad("engine.bus_offset", "%#x is no multiple of 0x1000", e.BusOffset)
+	case e.Descriptors == nil && e.isDW():
+		return v.bad("engine.descriptors", "is missing: a DesignWare controller has its lists in the board's memory")
+	}
+	d := e.Descriptors
+	if d == nil {
+		return nil
+	}
+	if err := v.place("engine.descriptors", &d.Place); err != nil {
+		return err
+	}
+	if d.Size == 0 || d.Size > 1<<20 || d.Offset&7 != 0 || d.Offset > 1<<62 || d.BusAddress&0x3f != 0 {
+		return v.bad("engine.descriptors", "size %#x, offset %#x, bus_address %#x: up to 1 MiB, a multiple of 8, and one of 64 are wanted", d.Size, d.Offset, d.BusAddress)
 	}
 	return nil
 }

@@ -53,8 +53,11 @@ func init() {
 // Board is an end of a link over a described board.
 type Board struct {
 	fn.Base
-	demux *fn.Demux
+	demux   *fn.Demux
+	engines *fn.Engines // nil: none
 }
+
+var _ board.Engined = (*Board)(nil)
 
 // Demux returns what takes the doorbells' interrupt, for its counters; nil where there is no cause register.
 func (b *Board) Demux() *fn.Demux { return b.demux }
@@ -132,9 +135,7 @@ func Open(arg string, o board.Options) (*Board, error) {
 		return nil, a.Bad("%s: there is no [host]", file)
 	}
 	a.What = addr
-	if c.Host.Pool != nil {
-		a.DMAMask = c.Host.Pool.HighestAddress
-	}
+	a.DMAMask = c.Host.dmaMask()
 	f, err := a.Open(o)
 	if err != nil {
 		return nil, err
@@ -146,7 +147,7 @@ func Open(arg string, o board.Options) (*Board, error) {
 // be valid. noInterrupts makes this side poll.
 func New(spec string, f pci.Function, c *Config, o board.Options, noInterrupts bool) (*Board, error) {
 	b := &Board{}
-	b.Spec, b.EventC, b.GoneF = spec, f.Events(), f.Gone
+	b.Spec, b.Fn, b.EventC, b.GoneF = spec, f, f.Events(), f.Gone
 	b.OnClose(f.Close)
 	var err error
 	if ferr := pci.Guard(func() { err = b.openHost(f, c, o, noInterrupts) }); ferr != nil {
@@ -210,6 +211,11 @@ func (b *Board) openHost(f pci.Function, c *Config, o board.Options, noInterrupt
 	}
 	if p := h.Pool; p != nil {
 		if err := b.openPool(f, p); err != nil {
+			return err
+		}
+	}
+	if e := h.Engine; e != nil {
+		if err := b.openEngine(f, c, at); err != nil {
 			return err
 		}
 	}
@@ -360,6 +366,58 @@ func (b *Board) openPool(f pci.Function, p *Pool) error {
 	}
 	b.Host = dma.Region{Name: "pool", Addr: bus, Mem: mmio.FromBytes(mem), Access: dma.DeviceRead | dma.DeviceWrite}
 	return nil
+}
+
+// dmaMask is the highest bus address that memory for the board may have; 0: any.
+func (h *Host) dmaMask() uint64 {
+	mask := uint64(0)
+	if h.Pool != nil {
+		mask = h.Pool.HighestAddress
+	}
+	if h.Engine != nil && h.Engine.HighestAddress != 0 && (mask == 0 || h.Engine.HighestAddress < mask) {
+		mask = h.Engine.HighestAddress
+	}
+	return mask
+}
+
+// openEngine finds the DMA controller.
+func (b *Board) openEngine(f pci.Function, c *Config, at find) error {
+	e := c.Host.Engine
+	ec := fn.EngineConfig{Spec: b.Spec, F: f, Make: fn.EngineMake(e.Kind), ToHost: e.ToHost, ToBoard: e.ToBoard,
+		WindowBus: e.WindowAddress, Mask: e.HighestAddress}
+	if ec.WindowBus == 0 {
+		ec.WindowBus = c.Host.Window.BusAddress
+	}
+	ec.Far = func(bus, size uint64) (uint64, error) {
+		a := bus + e.BusOffset
+		if a < bus || a+size-1 < a {
+			return 0, fmt.Errorf("host.engine.bus_offset: %#x added to the bus address %#x passes 2^64", e.BusOffset, bus)
+		}
+		return a, nil
+	}
+	var err error
+	if ec.Regs, err = at("engine", e.Place, e.registers(), mmio.Uncached); err != nil {
+		return err
+	}
+	if d := e.Descriptors; d != nil {
+		if ec.Desc, err = at("engine.descriptors", d.Place, d.Size, mmio.Uncached); err != nil {
+			return err
+		}
+		ec.DescBus = d.BusAddress
+	}
+	if b.engines, err = fn.NewEngines(ec); err != nil {
+		return err
+	}
+	b.GoneF = b.engines.Gone(b.GoneF)
+	return nil
+}
+
+// Engine implements board.Engined. A description without [host.engine] has none.
+func (b *Board) Engine(c board.EngineConfig) (dma.Engine, dma.Span, error) {
+	if b.engines == nil {
+		return nil, dma.Span{}, fmt.Errorf("%s: %w (the description has no [host.engine])", b.Spec, board.ErrNoEngine)
+	}
+	return b.engines.Engine(c)
 }
 
 // pinned returns zero bytes, in huge pages where there are any: fewer entries in the IOMMU's

@@ -4,7 +4,8 @@
 //
 // The carrier opens "mpc83xx:0000:01:00.0", the board "mpc83xx:immr=0xe0000000,window=0x0f000000+0x1000000,irq=/dev/uio0".
 //
-// In the room: those registers (regs.go), from both sides. Never in it: how the function is opened, the DMA engine.
+// In the room: those registers (regs.go), from both sides; where the DMA engine is and how it reaches the carrier. Never in
+// it: how the function is opened, the registers of the DMA engine (dma/engine/fsl).
 //
 // NO SILICON WAS SEEN. The registers are tested against a model (hwtest/models) that was written from the same
 // sources as this package; docs/boards.md lists what is not verified.
@@ -13,6 +14,13 @@
 //
 // Each bit of a doorbell register is a vector: the carrier has 29 (ODR), the board 31 (IDR). A side that is rung
 // clears the bit and passes the ring on; several rings of a bit before that are one.
+//
+// # DMA
+//
+// With engine=CHANNELS, e.g. engine=2+3, the carrier drives these channels of the board's DMA engine, through IMMR. The engine has to reach the
+// carrier's memory by one of the board's outbound windows, outbound=N: a memory window of the first PCI controller that the
+// boot loader turned on, with a local access window over it. The carrier lets it lead to its own memory while an
+// engine is open, and back at the end.
 //
 // # Coherence
 //
@@ -42,7 +50,7 @@ const MinWindow = 64 << 10
 func init() {
 	board.Register(board.Kind{
 		Name: Name,
-		Help: "host: PCI address[,mode=vfio|noiommu|uio|sysfs][,interrupts=off][,target=LOCAL-ADDRESS]; " +
+		Help: "host: PCI address[,mode=vfio|noiommu|uio|sysfs][,interrupts=off][,target=LOCAL-ADDRESS][,engine=CHANNEL+CHANNEL...][,outbound=N]; " +
 			"agent: immr=ADDRESS,window=ADDRESS+SIZE[,bus=ADDRESS][,irq=/dev/uioN][,memory=cached|uncached]",
 		Open: func(arg string, o board.Options) (board.Board, error) {
 			b, err := Open(arg, o)
@@ -57,8 +65,12 @@ func init() {
 // Board is an end of a link over an MPC83xx.
 type Board struct {
 	fn.Base
-	demux *fn.Demux
+	demux   *fn.Demux
+	engines *fn.Engines // nil: none
+	out     outbound
 }
+
+var _ board.Engined = (*Board)(nil)
 
 // Demux returns what takes the doorbells' interrupt, for its counters; nil where this side polls.
 func (b *Board) Demux() *fn.Demux { return b.demux }
@@ -68,7 +80,7 @@ func Open(arg string, o board.Options) (*Board, error) {
 	if o.Side == board.Agent {
 		return openAgent(arg, o)
 	}
-	a, err := fn.ParseArg(Name, arg, "mode", "interrupts", "target")
+	a, err := fn.ParseArg(Name, arg, "mode", "interrupts", "target", "engine", "outbound")
 	if err != nil {
 		return nil, err
 	}
@@ -84,6 +96,19 @@ func Open(arg string, o board.Options) (*Board, error) {
 		}
 		c.SetTarget = true
 	}
+	if c.Engine, err = channels(a); err != nil {
+		return nil, err
+	}
+	if n, ok := a.Get("outbound"); ok {
+		w, err := strconv.ParseUint(n, 10, 8)
+		if err != nil || w >= POTs || len(c.Engine) == 0 {
+			return nil, a.Bad("outbound=%s: the number of an outbound window, 0 to %d, is wanted, for engine=", n, POTs-1)
+		}
+		c.Outbound = int(w)
+	}
+	if len(c.Engine) != 0 {
+		a.DMAMask = highest
+	}
 	f, err := a.Open(o)
 	if err != nil {
 		return nil, err
@@ -98,13 +123,18 @@ type Config struct {
 	// to set the inbound window up. Else it stays as the board's boot loader made it.
 	Target    uint64
 	SetTarget bool
+	// Engine are the channels of the DMA engine that the host may use: nobody on the board does. None: no engine. The function is to be
+	// opened for bus addresses of 32 bits then.
+	Engine []int
+	// Outbound is the outbound window by which the engine reaches the host's memory.
+	Outbound int
 }
 
 // New makes the host's end of an opened function, which it owns from then on, also where it fails. spec is for
 // messages.
 func New(spec string, f pci.Function, o board.Options, c Config) (*Board, error) {
 	b := &Board{}
-	b.Spec, b.EventC, b.GoneF = spec, f.Events(), f.Gone
+	b.Spec, b.Fn, b.EventC, b.GoneF = spec, f, f.Events(), f.Gone
 	b.OnClose(f.Close)
 	var err error
 	if ferr := pci.Guard(func() { err = b.openHost(f, o, c) }); ferr != nil {
@@ -167,6 +197,11 @@ func (b *Board) openHost(f pci.Function, o board.Options, c Config) error {
 	}
 	if err := b.inbound(immr, win.BAR.Size, o, c); err != nil {
 		return err
+	}
+	if len(c.Engine) != 0 {
+		if err := b.openEngine(f, immr, win.BAR.Size, c); err != nil {
+			return err
+		}
 	}
 	b.PeerVectors = InboundBits
 	b.Rings = func(v uint32) (doorbell.Ringer, error) {

@@ -1,5 +1,7 @@
 package mpc83xx
 
+import "github.com/boardlink/boardlink/dma/engine/fsl"
+
 // Registers, as offsets from the start of the internal memory map (IMMR). Sources: U-Boot,
 // arch/powerpc/include/asm/immap_83xx.h (offsets) and include/mpc83xx.h (window bits); MPC8240 User's Manual,
 // chapter 9, whose messaging unit has the same registers at the same offsets from 0x50 to 0x68 (what they do).
@@ -60,3 +62,27 @@ const (
 
 // Vendor is Freescale's vendor id. Device ids are not checked: boards have their own.
 const Vendor = 0x1957
+
+// Outbound windows of the sequencer: how the board's bus masters, its DMA engine among them, reach PCI. Big-endian, as the inbound
+// windows. Offsets and bits: U-Boot, immap_83xx.h (ios83xx) and mpc83xx.h; a driver for an MPC8343E card has the same.
+const (
+	POT     = 0x8400 // of window 0
+	POTSize = 0x18   // from one window to the next
+	POTs    = 6
+
+	POTAR = 0x00 // PCI address >> 12
+	POBAR = 0x08 // local address >> 12
+	POCMR = 0x10 // attributes, and the bits of a local address >> 12 that are compared
+
+	POCMREnable = 0x80000000
+	POCMRIO     = 0x40000000 // I/O space
+	POCMRDst    = 0x10000000 // the second PCI controller
+	POCMRMask   = 0x000fffff
+)
+
+// DMA is the first channel of the DMA engine, DMAChannels how many there are (package dma/engine/fsl).
+const (
+	DMA         = fsl.Base83xx
+	DMAChannels = fsl.MaxChannels
+	DMASize     = DMAChannels * fsl.ChannelSize
+)

@@ -33,8 +33,9 @@ type Variant struct {
 	Name string
 	// Host and Board are the memories, of the same length. Board is seen as the variant's copy sees it.
 	Host, Board dma.Span
-	// Engine returns what copies; nil is the processor, without anything in between. It is closed in the end.
-	Engine func(Direction) (dma.Engine, error)
+	// Engine returns what copies, and the memory of the host that it reaches where that is not Host; nil is the processor,
+	// without anything in between. The engine is closed in the end, and its memory goes with it.
+	Engine func(Direction) (dma.Engine, dma.Span, error)
 	// Only, if not empty, is the one direction that the variant can do.
 	Only Direction
 }
@@ -176,11 +177,15 @@ func Run(ctx context.Context, t *Target, c Config) (*Result, error) {
 }
 
 func (r *Result) direction(ctx context.Context, v *Variant, d Direction, c *Config) (err error) {
-	m := &meter{v: v, d: d}
+	m := &meter{v: v, d: d, host: v.Host}
 	flights := []int{1}
 	if v.Engine != nil {
-		if m.e, err = v.Engine(d); err != nil {
+		var mem dma.Span
+		if m.e, mem, err = v.Engine(d); err != nil {
 			return err
+		}
+		if mem.Region != nil {
+			m.host = mem
 		}
 		defer func() {
 			if cerr := m.e.Close(); err == nil {
@@ -228,6 +233,7 @@ func (r *Result) direction(ctx context.Context, v *Variant, d Direction, c *Conf
 type meter struct {
 	v    *Variant
 	d    Direction
+	host dma.Span
 	e    dma.Engine
 	jobs []job
 	size int
@@ -245,7 +251,7 @@ type job struct {
 // place lays k pieces out; false where the memory is too small.
 func (m *meter) place(size, k int, aligned bool) bool {
 	stride := (size+2*guard+64+4095)&^4095 + 64 // not all in the same cache sets
-	if uint64(stride)*uint64(k) > uint64(m.v.Host.Len) || uint64(stride)*uint64(k) > uint64(m.v.Board.Len) {
+	if uint64(stride)*uint64(k) > uint64(m.host.Len) || uint64(stride)*uint64(k) > uint64(m.v.Board.Len) {
 		return false
 	}
 	m.jobs, m.size = m.jobs[:0], size
@@ -254,7 +260,7 @@ func (m *meter) place(size, k int, aligned bool) bool {
 		if !aligned {
 			ho, bo = ho+3, bo+1
 		}
-		h, b := m.v.Host.Sub(ho, uint32(size)), m.v.Board.Sub(bo, uint32(size))
+		h, b := m.host.Sub(ho, uint32(size)), m.v.Board.Sub(bo, uint32(size))
 		if m.d == HostToBoard {
 			m.jobs = append(m.jobs, job{c: dma.Copy{Dst: b, Src: h, Tag: uint64(i)}})
 		} else {

@@ -74,8 +74,9 @@ func modelTarget(t *testing.T, fault func(uint64) dmamodel.Fault) (*Target, *dma
 	if err != nil {
 		t.Fatal(err)
 	}
-	open := func(Direction) (dma.Engine, error) {
-		return fsl.New(fsl.Config{Regs: m.Mem(), Channels: []int{0, 1}, Desc: lists, DescBus: 1<<28 + size, Map: maps})
+	open := func(Direction) (dma.Engine, dma.Span, error) {
+		e, err := fsl.New(fsl.Config{Regs: m.Mem(), Channels: []int{0, 1}, Desc: lists, DescBus: 1<<28 + size, Map: maps})
+		return e, dma.Span{}, err
 	}
 	board := &dma.Region{Name: "board", Mem: mmio.FromBytes(near[:size]), Access: rw}
 	host := &dma.Region{Name: "host", Addr: hostLink, Mem: mmio.FromBytes(far), Access: rw}
@@ -135,7 +136,9 @@ func (l liar) Submit(b []dma.Copy) (int, error) {
 // TestCorrupt: bytes that do not arrive are found.
 func TestCorrupt(t *testing.T) {
 	target, _ := modelTarget(t, nil)
-	target.Variants[0].Engine = func(Direction) (dma.Engine, error) { return liar{dma.NewCPUEngine(8)}, nil }
+	target.Variants[0].Engine = func(Direction) (dma.Engine, dma.Span, error) {
+		return liar{dma.NewCPUEngine(8)}, dma.Span{}, nil
+	}
 	r, err := Run(context.Background(), target, quick)
 	if err != nil || r.Corrupt != len(r.Points) || r.Corrupt == 0 {
 		t.Errorf("%d of %d are corrupt, %v", r.Corrupt, len(r.Points), err)

@@ -149,7 +149,7 @@ func (r *Result) ratio(ctx context.Context, t *Target, c *Config) {
 	r.Ratio = new(Ratio)
 	for _, d := range []Direction{HostToBoard, BoardToHost} {
 		c.Step("device copy by runtime copy, " + string(d))
-		a, b := &meter{v: cached, d: d}, &meter{v: device, d: d}
+		a, b := &meter{v: cached, d: d, host: cached.Host}, &meter{v: device, d: d, host: device.Host}
 		if !a.place(size, 1, true) || !b.place(size, 1, true) {
 			return
 		}

@@ -1,6 +1,7 @@
 package dmabench
 
 import (
+	"errors"
 	"fmt"
 
 	"golang.org/x/sys/unix"
@@ -18,7 +19,7 @@ const cpuDepth = 16
 // boardMem is the memory that stands for a board's in loopback, in bytes: eight copies of 4 MiB and what lies between them.
 const boardMem = 8*(4<<20) + 1<<20
 
-func cpu(Direction) (dma.Engine, error) { return dma.NewCPUEngine(cpuDepth), nil }
+func cpu(Direction) (dma.Engine, dma.Span, error) { return dma.NewCPUEngine(cpuDepth), dma.Span{}, nil }
 
 // Loopback returns a target of this machine's memory alone: shared memory as a loopback link has it, seen as RAM, and as if it
 // were a device's. It shows the loops, not a bus.
@@ -56,12 +57,6 @@ func Loopback() (*Target, error) {
 // hostLink is a link address for the host's memory that no board has.
 const hostLink = dma.Addr(1) << 60
 
-// Engined is a board with a DMA engine that the host drives.
-type Engined interface {
-	// Engine opens the engine for one user and one direction, with memory of the host that it reaches.
-	Engine(toBoard bool) (dma.Engine, dma.Span, error)
-}
-
 // hasFunction is a board that is a PCI function.
 type hasFunction interface{ Function() pci.Function }
 
@@ -83,32 +78,37 @@ func Board(b board.Board, off, n uint64) (*Target, error) {
 	if err != nil {
 		return nil, err
 	}
-	board := dma.Span{Region: &w, Off: off, Len: uint32(n)}
+	window := dma.Span{Region: &w, Off: off, Len: uint32(n)}
 	h := dma.Span{Region: host.Region(), Len: uint32(n)}
 	t := &Target{Name: b.String(), Memory: w.Mem.Kind().String(), Close: host.Close}
-	if f, ok := b.(hasFunction); ok {
+	if f, ok := b.(hasFunction); ok && f.Function() != nil {
 		t.Link = NewLink(f.Function().Info().PCIe)
 	}
 	name := map[mmio.Kind]string{mmio.Cached: RuntimeCopy, mmio.WriteCombining: WCCopy, mmio.Uncached: DeviceCopy}[w.Mem.Kind()]
-	t.Variants = []Variant{{Name: name, Host: h, Board: board}, {Name: CPUEngine, Host: h, Board: board, Engine: cpu}}
-	if e, ok := b.(Engined); ok {
-		for _, d := range []Direction{HostToBoard, BoardToHost} {
-			// Opened here for its name and memory, and again for the measurement.
-			eng, mem, err := e.Engine(d == HostToBoard)
-			if err != nil {
-				t.Close()
-				return nil, err
-			}
-			name := eng.Caps().Name
-			if err := eng.Close(); err != nil {
-				t.Close()
-				return nil, err
-			}
-			t.Variants = append(t.Variants, Variant{Name: name, Host: mem, Board: board, Only: d, Engine: func(d Direction) (dma.Engine, error) {
-				eng, _, err := e.Engine(d == HostToBoard)
-				return eng, err
-			}})
+	t.Variants = []Variant{{Name: name, Host: h, Board: window}, {Name: CPUEngine, Host: h, Board: window, Engine: cpu}}
+	e, ok := b.(board.Engined)
+	if !ok {
+		return t, nil
+	}
+	for _, d := range []Direction{HostToBoard, BoardToHost} {
+		open := func(d Direction) (dma.Engine, dma.Span, error) {
+			return e.Engine(board.EngineConfig{ToBoard: d == HostToBoard, Window: []board.WindowPart{{Link: w.Addr, Size: size}}, Size: n, Link: hostLink})
 		}
+		// Opened here for its name, and again for the measurement.
+		eng, _, err := open(d)
+		if errors.Is(err, board.ErrNoEngine) {
+			continue
+		}
+		if err != nil {
+			t.Close()
+			return nil, err
+		}
+		name := eng.Caps().Name
+		if err := eng.Close(); err != nil {
+			t.Close()
+			return nil, err
+		}
+		t.Variants = append(t.Variants, Variant{Name: name, Board: window, Only: d, Engine: open})
 	}
 	return t, nil
 }

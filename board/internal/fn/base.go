@@ -7,12 +7,14 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/pci"
 )
 
 // Base is a board made of parts, for kinds whose ends are rung by their own doorbells (board.RingBoard).
 // It implements board.Pooled and board.Vanishing.
 type Base struct {
 	Spec string
+	Fn   pci.Function // nil at the agent
 	Win  dma.Region
 	Host dma.Region // the pool; Mem is zero where there is none
 	// Waiters are this side's vectors; none: it polls.
@@ -39,6 +41,9 @@ func (b *Base) OnClose(f func() error) { b.closers = append(b.closers, f) }
 
 // String returns the board's spec.
 func (b *Base) String() string { return b.Spec }
+
+// Function returns the PCI function, nil at the agent.
+func (b *Base) Function() pci.Function { return b.Fn }
 
 // Window implements board.Board.
 func (b *Base) Window() dma.Region { return b.Win }

@@ -116,6 +116,14 @@ type MSI struct {
 	Data uint16
 }
 
+// RegsSize returns how many bytes of registers the channels below n take, of both directions.
+func RegsSize(k Kind, n int) uint64 {
+	if k == EDMA {
+		return edmaChannel + uint64(n)*edmaStride
+	}
+	return uint64(n) * hdmaStride
+}
+
 // Config describes an engine.
 type Config struct {
 	Kind Kind
