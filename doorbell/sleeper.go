@@ -85,6 +85,8 @@ func (e *FDError) Error() string {
 type SleeperConfig struct {
 	// Doorbell is what wakes the loop; None (or nil) where there is nothing.
 	Doorbell Waiter
+	// Second, if not nil, is one more doorbell: that of the other queue which the loop serves.
+	Second Waiter
 	// Stop, if not nil, ends every sleep once it has been rung. It is shared by all loops of a
 	// device, and never acknowledged by them.
 	Stop *Eventfd
@@ -103,9 +105,10 @@ type SleeperConfig struct {
 // The loop arms its notification, looks for work once more, calls Sleep, looks for work, and tells
 // by Found whether there was any.
 type Sleeper struct {
-	fds   [3]unix.PollFd // doorbell, stop, extra
+	fds   [4]unix.PollFd // doorbell, stop, extra, second doorbell
 	ts    unix.Timespec
-	door  Waiter
+	doors [2]Waiter
+	deaf  bool // a doorbell is missing
 	extra int32
 	name  string
 	f     Fallback
@@ -117,9 +120,9 @@ type Sleeper struct {
 
 // NewSleeper makes a Sleeper.
 func NewSleeper(cfg SleeperConfig) *Sleeper {
-	s := &Sleeper{door: cfg.Doorbell, extra: -1, name: cfg.ExtraName, f: cfg.Fallback, c: cfg.Counters}
-	if s.door == nil {
-		s.door = None
+	s := &Sleeper{doors: [2]Waiter{cfg.Doorbell, cfg.Second}, extra: -1, name: cfg.ExtraName, f: cfg.Fallback, c: cfg.Counters}
+	if s.doors[0] == nil {
+		s.doors[0] = None
 	}
 	if s.c == nil {
 		s.c = new(Counters)
@@ -131,7 +134,12 @@ func NewSleeper(cfg SleeperConfig) *Sleeper {
 	for i := range s.fds {
 		s.fds[i] = unix.PollFd{Fd: -1, Events: unix.POLLIN} // poll skips negative ones
 	}
-	s.fds[0].Fd = int32(s.door.FD())
+	for i, d := range s.doors {
+		if d != nil {
+			s.fds[doorFDs[i]].Fd = int32(d.FD())
+			s.deaf = s.deaf || d.FD() < 0
+		}
+	}
 	if cfg.Stop != nil {
 		s.fds[1].Fd = int32(cfg.Stop.FD())
 	}
@@ -142,13 +150,16 @@ func NewSleeper(cfg SleeperConfig) *Sleeper {
 	return s
 }
 
+// doorFDs are the places of the doorbells in Sleeper.fds.
+var doorFDs = [2]int{0, 3}
+
 // Counters returns where the Sleeper counts.
 func (s *Sleeper) Counters() *Counters { return s.c }
 
 // limits returns the range of the time-out. Where the doorbell is missing, the poll
 // fallback carries the traffic, not just the accidents.
 func (s *Sleeper) limits() (min, max time.Duration) {
-	if s.fds[0].Fd < 0 || s.lost >= missing {
+	if s.deaf || s.lost >= missing {
 		return s.f.PollMin, s.f.PollMax
 	}
 	return s.f.Min, s.f.Max
@@ -165,6 +176,31 @@ func (s *Sleeper) Sleep(extra int16) (Reason, error) {
 // sleep is Sleep for at most d, forever where d is negative.
 func (s *Sleeper) sleep(extra int16, d time.Duration) (Reason, error) {
 	s.last = 0
+	atomic.AddUint64(&s.c.Sleeps, 1)
+	why, err := s.poll(extra, d)
+	if err != nil {
+		return 0, err
+	}
+	switch {
+	case why&Rung != 0:
+		s.lost = 0
+		atomic.AddUint64(&s.c.Wakeups, 1)
+	case why == 0:
+		why = Timeout
+		atomic.AddUint64(&s.c.Timeouts, 1)
+	}
+	s.last = why
+	return why, nil
+}
+
+// Look is Sleep that does not wait, for a loop that stays awake: 0 where nothing has happened. It counts
+// nothing, and Found does not go with it.
+func (s *Sleeper) Look(extra int16) (Reason, error) {
+	s.last = 0
+	return s.poll(extra, 0)
+}
+
+func (s *Sleeper) poll(extra int16, d time.Duration) (Reason, error) {
 	s.fds[2].Fd, s.fds[2].Events = -1, extra
 	if extra != 0 {
 		s.fds[2].Fd = s.extra
@@ -174,37 +210,38 @@ func (s *Sleeper) sleep(extra int16, d time.Duration) (Reason, error) {
 		s.ts = unix.NsecToTimespec(int64(d))
 		ts = &s.ts
 	}
-	atomic.AddUint64(&s.c.Sleeps, 1)
 	for {
 		// ppoll leaves the time that remains in ts, so that a signal (the Go
 		// runtime preempts by them) does not make the sleep longer.
-		_, err := unix.Ppoll(s.fds[:], ts, nil)
+		n, err := unix.Ppoll(s.fds[:], ts, nil)
 		if err == unix.EINTR {
 			continue
 		}
 		if err != nil {
 			return 0, fmt.Errorf("doorbell: ppoll: %w", err)
 		}
+		if n == 0 {
+			return 0, nil
+		}
 		break
 	}
 	const bad = unix.POLLERR | unix.POLLHUP | unix.POLLNVAL
 	for i := range s.fds {
 		if r := s.fds[i].Revents; r&bad != 0 && s.fds[i].Fd >= 0 {
-			return 0, &FDError{Name: [...]string{"doorbell", "stop", s.name}[i], FD: int(s.fds[i].Fd), Revents: r}
+			return 0, &FDError{Name: [...]string{"doorbell", "stop", s.name, "second doorbell"}[i], FD: int(s.fds[i].Fd), Revents: r}
 		}
 	}
 	var why Reason
-	if s.fds[0].Revents != 0 {
-		n, err := s.door.Ack()
-		if err != nil {
-			return 0, err
+	for i, f := range doorFDs {
+		if s.fds[f].Revents == 0 {
+			continue
 		}
 		// Rings that somebody else took wake us for nothing: still a
 		// reason to look.
-		_ = n
+		if _, err := s.doors[i].Ack(); err != nil {
+			return 0, err
+		}
 		why |= Rung
-		s.lost = 0
-		atomic.AddUint64(&s.c.Wakeups, 1)
 	}
 	if s.fds[1].Revents != 0 {
 		why |= Stopped
@@ -212,11 +249,6 @@ func (s *Sleeper) sleep(extra int16, d time.Duration) (Reason, error) {
 	if s.fds[2].Revents != 0 {
 		why |= Extra
 	}
-	if why == 0 {
-		why = Timeout
-		atomic.AddUint64(&s.c.Timeouts, 1)
-	}
-	s.last = why
 	return why, nil
 }
 
@@ -233,7 +265,7 @@ func (s *Sleeper) Found(work bool) {
 		}
 	case last&Timeout == 0:
 	case work:
-		if s.fds[0].Fd < 0 {
+		if s.deaf {
 			atomic.AddUint64(&s.c.Polled, 1)
 		} else {
 			atomic.AddUint64(&s.c.Rescued, 1)

@@ -13,8 +13,8 @@ import (
 // A pump moves frames in one direction between an interface and one virtqueue.
 // There are four: the driver side's transmit and receive, the device side's
 // transmit (frames that the driver sent) and receive (frames for the driver).
-// Each is one loop on one goroutine: take a batch, move it, publish it once, ring once if
-// asked; with nothing to do, arm the notification, look once more, sleep.
+// Each takes a batch, moves it, publishes it once, rings once if asked. A loop (NewLoop) runs the two of a queue pair on
+// one goroutine, and waits for both.
 //
 // Back-pressure: without buffers on the far side the interface is left unread; a frame that
 // the interface refuses is dropped and counted.
@@ -87,7 +87,7 @@ const (
 	cOversize          // frames too large for the buffers the driver offers
 	cBadHeader         // frames whose virtio-net header asks for what was not negotiated
 	cStaged            // frames copied through a staging buffer (device memory)
-	cNoBuffers         // times the loop slept for want of buffers or descriptors
+	cNoBuffers         // times the loop slept while there was no buffer or descriptor for a frame
 	cRings             // doorbells rung
 	cRingErrors        // doorbells that could not be rung: the peer is absent
 	cSleeps
@@ -120,6 +120,9 @@ func (s *Stats) Each(f func(name string, v uint64)) {
 	}
 }
 
+// slept counts one sleep of the loop.
+func (s *Stats) slept() { atomic.AddUint64(&s.n[cSleeps], 1) }
+
 // Frames returns the number of frames moved.
 func (s *Stats) Frames() uint64 { return atomic.LoadUint64(&s.n[cFrames]) }
 
@@ -145,18 +148,26 @@ func (h *header) plain() bool { return h[0]&HdrFlagNeedsCsum == 0 && h[1] == Hdr
 
 // common is what the four pumps share.
 type common struct {
-	stats   *Stats
-	d       delta
-	name    string
-	ifc     *Iface
-	stop    *Stop
-	sleeper *doorbell.Sleeper
-	ringer  doorbell.Ringer
-	max     int  // of a frame with header
-	vnet    bool // the interface speaks virtio-net headers
-	iov     []unix.Iovec
-	staging []byte
-	hdr     *header
+	stats    *Stats
+	d        delta
+	name     string
+	ifc      *Iface
+	stop     *Stop
+	wait     doorbell.Waiter
+	fallback doorbell.Fallback
+	bells    *doorbell.Counters
+	ringer   doorbell.Ringer
+	max      int  // of a frame with header
+	vnet     bool // the interface speaks virtio-net headers
+	across   bool
+	reads    bool // from the interface, to the ring
+	iov      []unix.Iovec
+	staging  []byte
+	hdr      *header
+
+	// Of those that read the interface, for their loop.
+	dry     bool // the last read found nothing
+	starved bool // there is no room for a frame: the interface is not read
 
 	mover    *dma.Mover // nil where the processor copies
 	stage    dma.Span
@@ -176,7 +187,10 @@ type PumpConfig struct {
 	MaxFrame int
 	// Fallback is the pace of the poll fallback; the zero value is the default.
 	Fallback doorbell.Fallback
-	// Stats and Bells, if not nil, are counted in, so that counters outlive the pump.
+	// Across tells that to look at the queue is to read across the bus.
+	Across bool
+	// Stats and Bells, if not nil, are counted in, so that counters outlive the pump. Those of the pump that writes the interface count
+	// the sleeps of the loop.
 	Stats *Stats
 	Bells *doorbell.Counters
 	// Mover, if not nil, moves the frames of a device side's pump between the buffers and Staging, where the buffers are no
@@ -200,17 +214,19 @@ func newCommon(c PumpConfig) common {
 		c.Stats = new(Stats)
 	}
 	m := common{
-		stats: c.Stats,
-		name:  c.Name,
-		ifc:   c.Iface,
-		stop:  c.Stop,
-		sleeper: doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: c.Wait, Stop: c.Stop.Bell(),
-			Extra: c.Iface.FD(), HasExtra: true, ExtraName: c.Iface.Name(), Fallback: c.Fallback, Counters: c.Bells}),
-		ringer:  c.Ring,
-		max:     c.MaxFrame,
-		vnet:    c.Iface.HeaderLen() != 0,
-		staging: make([]byte, c.MaxFrame),
-		hdr:     new(header),
+		stats:    c.Stats,
+		name:     c.Name,
+		ifc:      c.Iface,
+		stop:     c.Stop,
+		wait:     c.Wait,
+		fallback: c.Fallback,
+		bells:    c.Bells,
+		ringer:   c.Ring,
+		max:      c.MaxFrame,
+		vnet:     c.Iface.HeaderLen() != 0,
+		across:   c.Across,
+		staging:  make([]byte, c.MaxFrame),
+		hdr:      new(header),
 	}
 	if c.Mover != nil {
 		ram, ok := c.Staging.RAM()
@@ -232,28 +248,10 @@ func (c *common) ring() {
 	c.d[cRings]++
 }
 
-// sleep blocks until the doorbell rings, the fallback polls, or Stop is raised.
-func (c *common) sleepBell() error {
-	c.d[cSleeps]++
-	c.stats.flush(&c.d)
-	_, err := c.sleeper.Sleep(0)
-	if err != nil {
-		return fmt.Errorf("%s: wait for the doorbell: %w", c.name, err)
-	}
-	return nil
-}
+// flush makes what was counted visible.
+func (c *common) flush() { c.stats.flush(&c.d) }
 
-// sleepIface blocks until the interface has a frame, or Stop is raised.
-func (c *common) sleepIface() error {
-	c.d[cSleeps]++
-	c.stats.flush(&c.d)
-	_, err := c.sleeper.Sleep(doorbell.In)
-	c.sleeper.Found(false)
-	if err != nil {
-		return fmt.Errorf("%s: wait for a frame from %s: %w", c.name, c.ifc.Name(), err)
-	}
-	return nil
-}
+func (c *common) shared() *common { return c }
 
 func (c *common) countFrame(n int) {
 	c.d[cFrames]++
@@ -284,11 +282,13 @@ func (c *common) read() (n int, err error) {
 		return n, nil
 	}
 	if err == ErrAgain {
+		c.dry = true
 		c.d[cAgain]++
 		return 0, nil
 	}
 	if IsDrop(err) {
 		// One frame is lost, or the interface is down: poll tells when there is another.
+		c.dry = true
 		c.d[cDropped]++
 		return 0, nil
 	}

@@ -26,38 +26,24 @@ func NewDeviceTX(c PumpConfig, q vring.Device) *DeviceTX {
 	return p
 }
 
-// Run implements Pump.
-func (p *DeviceTX) Run() error {
-	defer p.stats.flush(&p.d)
-	defer p.ground()
+// Run implements Pump. Frames in flight have landed when it returns, and what did not go out was given back to the ring's state.
+func (p *DeviceTX) Run() error { return alone(p) }
+
+func (p *DeviceTX) begin() error {
 	p.q.DisarmKick()
-	for !p.stop.Raised() {
-		n, err := p.drain()
-		if err != nil {
-			return err
-		}
-		if n > 0 {
-			continue
-		}
-		pending, err := p.q.ArmKick()
-		if err != nil {
-			return err
-		}
-		if pending {
-			continue
-		}
-		if err := p.sleepBell(); err != nil {
-			return err
-		}
-		p.q.DisarmKick()
-		n, err = p.drain()
-		if err != nil {
-			return err
-		}
-		p.sleeper.Found(n > 0)
-	}
 	return nil
 }
+
+func (p *DeviceTX) end() { p.ground() }
+
+func (p *DeviceTX) step(bool) (ring, iface int, err error) {
+	ring, err = p.drain()
+	return ring, 0, err
+}
+
+func (p *DeviceTX) arm() (bool, error) { return p.q.ArmKick() }
+
+func (p *DeviceTX) disarm() { p.q.DisarmKick() }
 
 // drain moves one batch and returns the number of its frames.
 func (p *DeviceTX) drain() (int, error) {
@@ -183,55 +169,59 @@ type DeviceRX struct {
 // NewDeviceRX returns the pump of a receive queue; merge tells that
 // VIRTIO_NET_F_MRG_RXBUF was negotiated.
 func NewDeviceRX(c PumpConfig, q vring.Device, merge bool) *DeviceRX {
-	return &DeviceRX{common: newCommon(c), q: q, merge: merge,
+	p := &DeviceRX{common: newCommon(c), q: q, merge: merge,
 		used: make([]vring.Used, 0, q.Size())}
+	p.reads = true
+	return p
 }
 
 // Run implements Pump. When it returns, buffers popped and not used have been
 // given back to the ring's state.
-func (p *DeviceRX) Run() error {
-	defer p.stats.flush(&p.d)
-	defer func() {
-		p.land()
-		p.q.Unpop(len(p.b.Chains) - p.next)
-	}()
+func (p *DeviceRX) Run() error { return alone(p) }
+
+func (p *DeviceRX) begin() error {
 	p.q.DisarmKick()
-	for !p.stop.Raised() {
-		idle, err := p.fill()
-		if err != nil {
-			return err
-		}
-		if len(p.used) > 0 {
-			if err := p.publish(); err != nil {
-				return err
-			}
-			continue
-		}
-		if idle {
-			if err := p.sleepIface(); err != nil {
-				return err
-			}
-			continue
-		}
-		// Too few buffers: the interface is left unread until the driver offers more.
-		pending, err := p.q.ArmKick()
-		if err != nil {
-			return err
-		}
-		if !pending {
-			p.d[cNoBuffers]++
-			if err := p.sleepBell(); err != nil {
-				return err
-			}
-		}
-		p.q.DisarmKick()
-		before := p.room
-		if _, err := p.gather(); err != nil {
-			return err
-		}
-		p.sleeper.Found(p.room > before)
-	}
 	return nil
+}
+
+func (p *DeviceRX) end() {
+	p.land()
+	p.q.Unpop(len(p.b.Chains) - p.next)
+}
+
+func (p *DeviceRX) step(mayRead bool) (ring, iface int, err error) {
+	if p.starved {
+		before := p.room
+		ok, err := p.gather()
+		ring = p.room - before
+		if err != nil || !ok {
+			return ring, 0, err
+		}
+		mayRead = true // the interface was left unread
+	}
+	if !mayRead {
+		return ring, 0, nil
+	}
+	iface, err = p.fill()
+	if err == nil && len(p.used) > 0 {
+		err = p.publish()
+	}
+	return ring, iface, err
+}
+
+// arm waits for buffers, if there are too few for a frame; the interface is left unread until the driver offers more.
+func (p *DeviceRX) arm() (bool, error) {
+	if !p.starved {
+		return false, nil
+	}
+	p.d[cNoBuffers]++
+	return p.q.ArmKick()
+}
+
+func (p *DeviceRX) disarm() {
+	if p.starved {
+		p.q.DisarmKick()
+	}
 }
 
 func (p *DeviceRX) publish() error {
@@ -298,25 +288,25 @@ func (p *DeviceRX) writable(c *vring.Chain) []dma.Span {
 	return p.b.Spans[i : i+int(c.Writable)]
 }
 
-// fill reads frames until the interface is empty (idle), the batch is full, or
-// buffers run out.
-func (p *DeviceRX) fill() (idle bool, err error) {
-	bytes := 0
-	for frames := 0; frames < batchFrames && bytes < batchBytes && p.stageHasRoom(); frames++ {
+// fill reads frames until the interface is dry, the batch is full, or buffers run out (starved), and returns their number.
+func (p *DeviceRX) fill() (frames int, err error) {
+	p.dry, p.starved = false, false
+	for bytes := 0; frames < batchFrames && bytes < batchBytes && p.stageHasRoom(); frames++ {
 		ok, err := p.gather()
-		if err != nil || !ok {
-			return false, err
+		if err != nil {
+			return frames, err
+		}
+		if !ok {
+			p.starved = true
+			return frames, nil
 		}
 		n, err := p.readFrame()
-		if err != nil {
-			return false, err
-		}
-		if n == 0 {
-			return true, nil
+		if err != nil || n == 0 {
+			return frames, err
 		}
 		bytes += n
 	}
-	return false, nil
+	return frames, nil
 }
 
 // readFrame reads one frame into the buffers from p.next on and queues them as used; it

@@ -51,6 +51,9 @@ func (a *txArena) reserve(max uint64) (off uint64, ok bool) {
 	return off, a.head-a.tail+pad+max <= a.size
 }
 
+// ample tells whether there is room for several frames of max bytes.
+func (a *txArena) ample(max uint64) bool { return a.size-(a.head-a.tail) >= a.size/2+max }
+
 // commit keeps n bytes at the offset that reserve gave last, and returns their token.
 // Offsets and the size are multiples of 64, so rounding n up never runs over the end.
 func (a *txArena) commit(off, n uint64) uint32 {
@@ -97,52 +100,58 @@ func NewDriverTX(c PumpConfig, q vring.Driver, mem dma.Span) (*DriverTX, error) 
 		bufs:  make([]vring.Buffer, batchFrames),
 		done:  make([]vring.Completion, batchFrames),
 	}
+	p.reads = true
 	return p, nil
 }
 
 // Run implements Pump.
-func (p *DriverTX) Run() error {
-	defer p.stats.flush(&p.d)
+func (p *DriverTX) Run() error { return alone(p) }
+
+func (p *DriverTX) begin() error {
 	p.q.DisarmCall()
-	for !p.stop.Raised() {
-		if err := p.reap(); err != nil {
-			return err
+	return nil
+}
+
+func (p *DriverTX) end() {}
+
+func (p *DriverTX) step(mayRead bool) (ring, iface int, err error) {
+	// Descriptors are taken back when they run short: both the device's writes and our reads of them come in larger
+	// pieces then.
+	if p.starved || p.q.Free() < p.q.Size()/2 || mayRead && !p.arena.ample(uint64(p.max)) {
+		if ring, err = p.reap(); err != nil {
+			return ring, 0, err
 		}
-		full, err := p.fill()
-		if err != nil {
-			return err
+		if ring == 0 && p.starved {
+			return 0, 0, nil
 		}
-		if len(p.reqs) > 0 {
-			if err := p.publish(); err != nil {
-				return err
-			}
-			continue
-		}
-		if !full {
-			if err := p.sleepIface(); err != nil {
-				return err
-			}
-			continue
-		}
-		// No descriptor or no memory until the device gives some back.
-		pending, err := p.q.ArmCall()
-		if err != nil {
-			return err
-		}
-		if !pending {
-			p.d[cNoBuffers]++
-			if err := p.sleepBell(); err != nil {
-				return err
-			}
-		}
-		n, err := p.reapOnce()
-		if err != nil {
-			return err
-		}
-		p.sleeper.Found(n > 0)
+		mayRead = mayRead || p.starved // the interface was left unread
+	}
+	if !mayRead {
+		return ring, 0, nil
+	}
+	if err := p.fill(); err != nil {
+		return ring, 0, err
+	}
+	n := len(p.reqs)
+	if n > 0 {
+		err = p.publish()
+	}
+	return ring, n, err
+}
+
+// arm waits for half of the frames in flight, if there is no room for another: one by one the device would be in step with us.
+func (p *DriverTX) arm() (bool, error) {
+	if !p.starved {
+		return false, nil
+	}
+	p.d[cNoBuffers]++
+	return p.q.ArmCallAfter(int(p.arena.nxt-p.arena.first+1) / 2)
+}
+
+func (p *DriverTX) disarm() {
+	if p.starved {
 		p.q.DisarmCall()
 	}
-	return nil
 }
 
 func (p *DriverTX) publish() error {
@@ -161,36 +170,34 @@ func (p *DriverTX) publish() error {
 	return nil
 }
 
-func (p *DriverTX) reap() error {
+// reap takes back what the device has sent, and returns the number of frames.
+func (p *DriverTX) reap() (total int, err error) {
 	for {
-		n, err := p.reapOnce()
+		n, err := p.q.Reap(p.done)
+		for i := 0; i < n; i++ {
+			p.arena.release(p.done[i].Token)
+		}
+		total += n
 		if err != nil || n < len(p.done) {
-			return err
+			return total, err
 		}
 	}
 }
 
-func (p *DriverTX) reapOnce() (int, error) {
-	n, err := p.q.Reap(p.done)
-	for i := 0; i < n; i++ {
-		p.arena.release(p.done[i].Token)
-	}
-	return n, err
-}
-
-// fill reads frames into the arena until the interface is empty or the batch is full;
-// full tells that there was no room for another frame.
-func (p *DriverTX) fill() (full bool, err error) {
+// fill reads frames into the arena until the interface is dry, there is no room for another (starved), or the batch is full.
+func (p *DriverTX) fill() error {
 	p.reqs = p.reqs[:0]
+	p.dry, p.starved = false, false
 	bytes, free := 0, p.q.Free()
 	for len(p.reqs) < batchFrames && bytes < batchBytes {
 		off, ok := p.arena.reserve(uint64(p.max))
 		if !ok || len(p.reqs) >= free {
-			return true, nil
+			p.starved = true
+			return nil
 		}
 		n, err := p.readFrame(off)
 		if err != nil || n == 0 {
-			return false, err
+			return err
 		}
 		i := len(p.reqs)
 		p.bufs[i] = vring.Buffer{Addr: p.mem.Region.Addr + dma.Addr(p.mem.Off+off), Len: uint32(n)}
@@ -198,7 +205,7 @@ func (p *DriverTX) fill() (full bool, err error) {
 		p.countFrame(n - HeaderLen)
 		bytes += n
 	}
-	return false, nil
+	return nil
 }
 
 // readFrame reads one frame with its header into the arena at off and returns the
@@ -307,42 +314,26 @@ func (p *DriverRX) publish() error {
 }
 
 // Run implements Pump.
-func (p *DriverRX) Run() error {
-	defer p.stats.flush(&p.d)
+func (p *DriverRX) Run() error { return alone(p) }
+
+func (p *DriverRX) begin() error {
 	p.q.DisarmCall()
 	for i := range p.bufs {
 		p.give(uint32(i))
 	}
-	if err := p.publish(); err != nil {
-		return err
-	}
-	for !p.stop.Raised() {
-		n, err := p.drain()
-		if err != nil {
-			return err
-		}
-		if n > 0 {
-			continue
-		}
-		pending, err := p.q.ArmCall()
-		if err != nil {
-			return err
-		}
-		if pending {
-			continue
-		}
-		if err := p.sleepBell(); err != nil {
-			return err
-		}
-		p.q.DisarmCall()
-		n, err = p.drain()
-		if err != nil {
-			return err
-		}
-		p.sleeper.Found(n > 0)
-	}
-	return nil
+	return p.publish()
 }
+
+func (p *DriverRX) end() {}
+
+func (p *DriverRX) step(bool) (ring, iface int, err error) {
+	ring, err = p.drain()
+	return ring, 0, err
+}
+
+func (p *DriverRX) arm() (bool, error) { return p.q.ArmCall() }
+
+func (p *DriverRX) disarm() { p.q.DisarmCall() }
 
 // drain moves one batch and returns the number of buffers it took.
 func (p *DriverRX) drain() (int, error) {

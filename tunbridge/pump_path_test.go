@@ -100,15 +100,7 @@ func newPathWith(t testing.TB, toHost, offload bool, size int, kind mmio.Kind, m
 			t.Fatal(err)
 		}
 		rx := NewDeviceTX(to, dev)
-		p.in = func() error {
-			if err := tx.reap(); err != nil {
-				return err
-			}
-			if _, err := tx.fill(); err != nil {
-				return err
-			}
-			return tx.publish()
-		}
+		p.in = func() error { _, _, err := tx.step(true); return err }
 		p.out = func() error { _, err := rx.drain(); return err }
 	} else {
 		tx := NewDeviceRX(from, dev, true)
@@ -122,12 +114,7 @@ func newPathWith(t testing.TB, toHost, offload bool, size int, kind mmio.Kind, m
 		if err := rx.publish(); err != nil {
 			t.Fatal(err)
 		}
-		p.in = func() error {
-			if _, err := tx.fill(); err != nil {
-				return err
-			}
-			return tx.publish()
-		}
+		p.in = func() error { _, _, err := tx.step(true); return err }
 		p.out = func() error { _, err := rx.drain(); return err }
 	}
 	p.socket, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)

@@ -57,6 +57,8 @@ type rigConfig struct {
 	queue    uint16
 	account  bool
 	lossy    bool // drop every other doorbell
+	apart    bool // each pump on a goroutine of its own
+	loop     tunbridge.LoopConfig
 	// mover, if set, returns what moves the payload of device queue q (0 rx, 1 tx): board is the board's memory.
 	mover func(q int, board mmio.Mem) (*dma.Mover, dma.Span)
 }
@@ -157,6 +159,7 @@ func newRig(t testing.TB, c rigConfig) *rig {
 	if c.queue == 0 {
 		c.queue = 256
 	}
+	var pumps [2][]tunbridge.Pump // of the device side, of the driver side
 	for q := 0; q < 2; q++ {
 		dn, vn, un := vring.SplitSizes(c.queue)
 		vc := vring.Config{Name: []string{"rx0", "tx0"}[q], Size: c.queue, Desc: take(dn), Driver: take(vn), Device: take(un),
@@ -201,15 +204,28 @@ func newRig(t testing.TB, c rigConfig) *rig {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, p := range []tunbridge.Pump{pd, pg} {
-			r.wg.Add(1)
-			go func() {
-				defer r.wg.Done()
-				if err := p.Run(); err != nil {
-					r.errs <- err
-				}
-			}()
+		pumps[0], pumps[1] = append(pumps[0], pd), append(pumps[1], pg)
+	}
+	var loops []tunbridge.Pump
+	for _, ps := range pumps {
+		if c.apart {
+			loops = append(loops, ps...)
+			continue
 		}
+		l, err := tunbridge.NewLoop(c.loop, ps...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		loops = append(loops, l)
+	}
+	for _, p := range loops {
+		r.wg.Add(1)
+		go func() {
+			defer r.wg.Done()
+			if err := p.Run(); err != nil {
+				r.errs <- err
+			}
+		}()
 	}
 	for i := range r.ifc {
 		if err := r.ifc[i].SetCarrier(true); err != nil {
@@ -277,6 +293,19 @@ func counters(s *tunbridge.Stats) map[string]uint64 {
 	return m
 }
 
+// someCPU returns a processor that this program may use.
+func someCPU(t testing.TB) int {
+	var set unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &set); err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; ; i++ {
+		if set.IsSet(i) {
+			return i
+		}
+	}
+}
+
 // Real kernel traffic through the four pumps, in every mode.
 func TestPumps(t *testing.T) {
 	base := rigConfig{typ: tunbridge.TAP, offload: true, mtu: 1500, merge: true, eventIdx: true, indirect: true, rxBuffer: 16 << 10}
@@ -295,6 +324,9 @@ func TestPumps(t *testing.T) {
 		"wc, plain":     with(func(c *rigConfig) { c.kind, c.offload = mmio.WriteCombining, false }),
 		"tiny queue":    with(func(c *rigConfig) { c.queue = 8 }),
 		"lossy bells":   with(func(c *rigConfig) { c.lossy = true }),
+		"apart":         with(func(c *rigConfig) { c.apart = true }),
+		"polling":       with(func(c *rigConfig) { c.loop.BusyPoll = 100 * time.Microsecond }),
+		"one processor": with(func(c *rigConfig) { c.loop = tunbridge.LoopConfig{BusyPoll: -1, CPU: []int{someCPU(t)}} }),
 	} {
 		if testing.Short() && name != "offload" && name != "plain" && name != "uncached" && name != "small buffers" {
 			continue
@@ -303,7 +335,7 @@ func TestPumps(t *testing.T) {
 			r := newRig(t, c)
 			ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 			defer cancel()
-			cfg := traffic.RunConfig{Duration: 200 * time.Millisecond, Ping: traffic.PingConfig{Count: 50, Interval: time.Millisecond}}
+			cfg := traffic.RunConfig{Duration: 100 * time.Millisecond, Ping: traffic.PingConfig{Count: 50, Interval: time.Millisecond}}
 			res, err := traffic.Run(ctx, r.pairs(), cfg)
 			if err != nil {
 				t.Fatal(err)

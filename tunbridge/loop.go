@@ -1,0 +1,338 @@
+package tunbridge
+
+import (
+	"fmt"
+	"runtime"
+	"time"
+
+	"github.com/boardlink/boardlink/doorbell"
+	"golang.org/x/sys/unix"
+)
+
+// half is one direction of a queue pair, as its loop sees it. All calls come from the loop's goroutine.
+type half interface {
+	Pump
+	shared() *common
+	// begin is called once, before all others; end once, after all others, also where begin failed.
+	begin() error
+	end()
+	// step moves a batch, if there is anything to move: ring is how many chains it took from the ring, iface how many
+	// frames from the interface. It reads the interface only where mayRead is set, until common.dry or common.starved is.
+	step(mayRead bool) (ring, iface int, err error)
+	// arm asks to be notified by the ring if that is what the half waits for, and tells whether there is something to do already. To be
+	// undone by disarm.
+	arm() (pending bool, err error)
+	disarm()
+}
+
+// LoopConfig says how a loop waits.
+type LoopConfig struct {
+	// BusyPoll is how long a loop with nothing to do looks on before it sleeps. 0: as long as has paid off lately, at most
+	// MaxBusyPoll, and never where a look is a read across the bus. Negative: not at all. Else: so long, each time.
+	BusyPoll time.Duration
+	// CPU, if not empty, are the processors to which the loop's thread is locked.
+	CPU []int
+}
+
+// MaxBusyPoll is the longest time that a loop looks on by itself before it sleeps: about what the two wake-ups of an answer take.
+const MaxBusyPoll = 60 * time.Microsecond
+
+// minBusyPoll is where adaption begins, and below which it is not worth the trouble.
+const minBusyPoll = 8 * time.Microsecond
+
+// looks is how often the rings are looked at for each look at the descriptors.
+const looks = 32
+
+// maxMiss limits the doubling of the frames between two reads of the interface on suspicion: 32.
+const maxMiss = 5
+
+// A loop moves the frames of a queue pair, both ways, on one goroutine: what goes out by the interface often has its answer there at
+// once, and one thread has to be woken where two had.
+//
+//	move what the rings and the interface hold, one batch each; nothing: look on for a while;
+//	nothing: ask to be notified, look once more, sleep
+type loop struct {
+	name    string
+	stop    *Stop
+	sleeper *doorbell.Sleeper
+	out     half // ring to interface; may be nil
+	in      half // interface to ring; may be nil
+	busy    busyPoll
+	cpu     []int
+	across  bool // a look at a ring is a read across the bus
+
+	ready bool // the interface may have a frame: poll said so, or the last batch ended before it was dry
+	miss  uint // reads of the interface on suspicion, one after the other, that found nothing
+	since int  // frames written since the last
+	stats *Stats
+}
+
+// NewLoop returns the loop of a queue pair: two pumps of one side, with the same interface and the same Stop, one each way, or one alone. It runs
+// them on one goroutine; they are not to be run by themselves.
+func NewLoop(c LoopConfig, pumps ...Pump) (Pump, error) {
+	l := &loop{cpu: c.CPU}
+	l.busy.set(c.BusyPoll)
+	for _, p := range pumps {
+		h, ok := p.(half)
+		if !ok {
+			return nil, fmt.Errorf("tunbridge: a loop of %T: it has to be made of pumps", p)
+		}
+		place := &l.out
+		if h.shared().reads {
+			place = &l.in
+		}
+		if *place != nil {
+			return nil, fmt.Errorf("tunbridge: %s and %s go the same way", (*place).shared().name, h.shared().name)
+		}
+		*place = h
+	}
+	first := l.in
+	if l.out != nil {
+		first = l.out
+	}
+	if first == nil {
+		return nil, fmt.Errorf("tunbridge: a loop without pumps")
+	}
+	c1 := first.shared()
+	l.name, l.stop, l.across, l.stats = c1.name, c1.stop, c1.across, c1.stats
+	sc := doorbell.SleeperConfig{Doorbell: c1.wait, Stop: c1.stop.Bell(), Extra: c1.ifc.FD(), HasExtra: true, ExtraName: c1.ifc.Name(),
+		Fallback: c1.fallback, Counters: c1.bells}
+	if l.in != nil && l.out != nil {
+		c2 := l.in.shared()
+		if c2.ifc != c1.ifc || c2.stop != c1.stop {
+			return nil, fmt.Errorf("tunbridge: %s and %s are of different interfaces or devices", c1.name, c2.name)
+		}
+		sc.Second = c2.wait
+		l.across = l.across || c2.across
+	}
+	l.sleeper = doorbell.NewSleeper(sc)
+	return l, nil
+}
+
+// alone runs one pump by itself.
+func alone(h half) error {
+	l, err := NewLoop(LoopConfig{}, h)
+	if err != nil {
+		return err
+	}
+	return l.Run()
+}
+
+// Run implements Pump.
+func (l *loop) Run() (err error) {
+	if len(l.cpu) > 0 {
+		// Never unlocked: the thread ends with the goroutine that calls Run, or stays on its processors with it.
+		runtime.LockOSThread()
+		var set unix.CPUSet
+		for _, c := range l.cpu {
+			set.Set(c)
+		}
+		if err := unix.SchedSetaffinity(0, &set); err != nil {
+			return fmt.Errorf("%s: run on processors %v: %w", l.name, l.cpu, err)
+		}
+	}
+	for _, h := range [...]half{l.out, l.in} {
+		if h == nil {
+			continue
+		}
+		defer h.shared().flush()
+		defer h.end()
+		if err := h.begin(); err != nil {
+			return err
+		}
+	}
+	l.ready = l.in != nil // what came before the loop
+	for !l.stop.Raised() {
+		ring, iface, err := l.step()
+		if err != nil {
+			return err
+		}
+		if ring > 0 || iface > 0 {
+			continue
+		}
+		if d := l.busy.next(l.across); d > 0 {
+			more, err := l.look(d)
+			if err != nil {
+				return err
+			}
+			if more {
+				continue
+			}
+		}
+		if err := l.sleep(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// step moves a batch each way. The ring first: what is written to the interface may have its answer there when that is read.
+func (l *loop) step() (ring, iface int, err error) {
+	if l.out != nil {
+		if ring, _, err = l.out.step(false); err != nil {
+			return ring, 0, err
+		}
+		l.since += ring
+	}
+	if l.in == nil {
+		if ring > 0 {
+			l.busy.last = received
+		}
+		return ring, 0, nil
+	}
+	// Without knowing of a frame the interface is read after frames went out by it, less often where that was in vain: a read that finds
+	// nothing is a system call, and a sleep tells as well.
+	suspect := !l.ready && ring > 0 && l.since >= 1<<l.miss-1
+	r, f, err := l.in.step(l.ready || suspect)
+	if err != nil {
+		return ring + r, f, err
+	}
+	in := l.in.shared()
+	if l.ready || suspect {
+		l.since = 0
+		switch {
+		case f > 0:
+			l.miss = 0
+		case suspect && !in.starved && l.miss < maxMiss:
+			l.miss++
+		}
+		// Unread for want of buffers: as soon as there are some.
+		l.ready = !in.dry
+	}
+	switch {
+	case f > 0:
+		l.busy.last = sent
+	case ring > 0:
+		l.busy.last = received
+	}
+	return ring + r, f, nil
+}
+
+// events are what the loop waits for at the interface: nothing while there is no room for a frame.
+func (l *loop) events() int16 {
+	if l.in == nil || l.in.shared().starved {
+		return 0
+	}
+	return doorbell.In
+}
+
+// look stays awake for d, until there is something to do.
+func (l *loop) look(d time.Duration) (bool, error) {
+	end := time.Now().Add(d)
+	for i := 1; !l.stop.Raised(); i++ {
+		if !l.across || i%looks == 0 {
+			ring, iface, err := l.step()
+			if err != nil || ring > 0 || iface > 0 {
+				return true, err
+			}
+		}
+		if i%looks != 0 {
+			continue
+		}
+		why, err := l.sleeper.Look(l.events())
+		if err != nil {
+			return false, fmt.Errorf("%s: wait for a doorbell or a frame: %w", l.name, err)
+		}
+		if why&doorbell.Extra != 0 {
+			l.ready = true
+			return true, nil
+		}
+		if !time.Now().Before(end) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// sleep asks to be notified, looks once more, and sleeps until the doorbell rings, the interface has a frame, the fallback polls,
+// or Stop is raised.
+func (l *loop) sleep() error {
+	armed := true
+	for _, h := range [...]half{l.out, l.in} {
+		if h == nil {
+			continue
+		}
+		pending, err := h.arm()
+		if err != nil {
+			return err
+		}
+		if pending {
+			armed = false
+			break
+		}
+	}
+	if armed {
+		for _, h := range [...]half{l.out, l.in} {
+			if h != nil {
+				h.shared().flush()
+			}
+		}
+		start := time.Now()
+		why, err := l.sleeper.Sleep(l.events())
+		if err != nil {
+			return fmt.Errorf("%s: wait for a doorbell or a frame: %w", l.name, err)
+		}
+		l.busy.slept(time.Since(start), why&doorbell.Timeout == 0)
+		l.stats.slept()
+		if why&doorbell.Extra != 0 {
+			l.ready = true
+		}
+	}
+	for _, h := range [...]half{l.out, l.in} {
+		if h != nil {
+			h.disarm()
+		}
+	}
+	if !armed {
+		return nil
+	}
+	ring, _, err := l.step()
+	l.sleeper.Found(ring > 0)
+	return err
+}
+
+// What a loop has done last decides what comes next: an answer comes soon, a question at any time.
+const (
+	received = iota // frames from the ring went to the interface, and nothing came back
+	sent            // frames from the interface went to the ring
+	occasions
+)
+
+// busyPoll adapts how long a loop looks on before it sleeps, for each occasion by itself: longer where sleeps have been
+// shorter than it may look on, shorter where they were longer. That is how Linux polls before it halts (haltpoll).
+type busyPoll struct {
+	fixed time.Duration // as configured; 0 adapts
+	cur   [occasions]time.Duration
+	last  int // occasion
+}
+
+func (b *busyPoll) set(d time.Duration) { b.fixed = d }
+
+// next returns how long to look on now.
+func (b *busyPoll) next(across bool) time.Duration {
+	if b.fixed != 0 {
+		return b.fixed // negative: not at all
+	}
+	if across {
+		return 0
+	}
+	return b.cur[b.last]
+}
+
+// slept notes a sleep, and whether something ended it.
+func (b *busyPoll) slept(d time.Duration, woken bool) {
+	c := &b.cur[b.last]
+	switch {
+	case woken && d < MaxBusyPoll:
+		if *c *= 2; *c < minBusyPoll {
+			*c = minBusyPoll
+		}
+		if *c > MaxBusyPoll {
+			*c = MaxBusyPoll
+		}
+	default:
+		if *c /= 2; *c < minBusyPoll {
+			*c = 0
+		}
+	}
+}
