@@ -2,8 +2,15 @@ package doorbell
 
 // Assigned are the waiters of several users over fewer (or as many) doorbells.
 type Assigned struct {
-	waiters []Waiter
-	fans    []*Fanout
+	ends []end
+	fans []*Fanout
+}
+
+// end is a user's: a doorbell of its own, or a consumer's of a fan-out.
+type end struct {
+	bell Waiter
+	fan  *Fanout
+	i    int
 }
 
 // Assign gives each user the end of the doorbell it is to be woken by: users[i] is the
@@ -14,12 +21,12 @@ func Assign(bells []Waiter, users []int) (*Assigned, error) {
 	for _, b := range users {
 		count[b]++
 	}
-	a := &Assigned{waiters: make([]Waiter, len(users))}
+	a := &Assigned{ends: make([]end, len(users))}
 	fan := make([]*Fanout, len(bells))
 	next := make([]int, len(bells))
 	for i, b := range users {
 		if count[b] == 1 || bells[b].FD() < 0 {
-			a.waiters[i] = bells[b]
+			a.ends[i].bell = bells[b]
 			continue
 		}
 		if fan[b] == nil {
@@ -31,14 +38,19 @@ func Assign(bells []Waiter, users []int) (*Assigned, error) {
 			fan[b] = f
 			a.fans = append(a.fans, f)
 		}
-		a.waiters[i] = fan[b].Waiter(next[b])
+		a.ends[i] = end{fan: fan[b], i: next[b]}
 		next[b]++
 	}
 	return a, nil
 }
 
-// Waiter returns the end of user i.
-func (a *Assigned) Waiter(i int) Waiter { return a.waiters[i] }
+// Waiter returns the end of user i. Where the doorbell is shared, the user is rung from the first call on.
+func (a *Assigned) Waiter(i int) Waiter {
+	if e := &a.ends[i]; e.fan != nil {
+		return e.fan.Waiter(e.i)
+	}
+	return a.ends[i].bell
+}
 
 // Close stops the fan-outs. The doorbells themselves stay open.
 func (a *Assigned) Close() error {

@@ -425,18 +425,22 @@ func TestFanout(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f, err := doorbell.NewFanout(src, 3)
+	f, err := doorbell.NewFanout(src, 4)
 	if err != nil {
 		t.Fatal(err)
 	}
+	ends := []doorbell.Waiter{f.Waiter(0), f.Waiter(1), f.Waiter(2)}
 	for round := 0; round < 100; round++ {
 		src.Ring()
-		for i := 0; i < 3; i++ {
-			s := doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: f.Waiter(i), Fallback: doorbell.Fallback{Min: 10 * time.Second, Max: 10 * time.Second}})
+		for i, end := range ends {
+			s := doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: end, Fallback: doorbell.Fallback{Min: 10 * time.Second, Max: 10 * time.Second}})
 			if why, err := s.Sleep(0); why != doorbell.Rung || err != nil {
 				t.Fatalf("round %d, consumer %d: %v, %v", round, i, why, err)
 			}
 		}
+	}
+	if n, err := f.Waiter(3).Ack(); n != 0 || err != nil { // nobody had taken it
+		t.Errorf("an end that was not taken was rung %d times: %v", n, err)
 	}
 	f.Close()
 	f.Close()

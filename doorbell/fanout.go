@@ -3,6 +3,7 @@ package doorbell
 import (
 	"fmt"
 	"sync"
+	"sync/atomic"
 )
 
 // Fanout shares one Waiter among several consumers: a board with a single interrupt, or more queues
@@ -10,6 +11,7 @@ import (
 // of each consumer, who looks for work of its own (and often finds none: that counts as spurious there).
 type Fanout struct {
 	out  []*Eventfd
+	used []uint32 // 1: somebody has taken this end; with sync/atomic
 	stop *Eventfd
 	once sync.Once
 	done chan struct{}
@@ -26,7 +28,7 @@ func NewFanout(w Waiter, n int) (*Fanout, error) {
 	}
 	f := &Fanout{done: make(chan struct{})}
 	if w == nil || w.FD() < 0 {
-		f.out = make([]*Eventfd, n)
+		f.out, f.used = make([]*Eventfd, n), make([]uint32, n)
 		close(f.done)
 		return f, nil
 	}
@@ -42,6 +44,7 @@ func NewFanout(w Waiter, n int) (*Fanout, error) {
 		}
 		f.out = append(f.out, e)
 	}
+	f.used = make([]uint32, n)
 	go f.run(NewSleeper(SleeperConfig{Doorbell: w, Stop: f.stop}))
 	return f, nil
 }
@@ -52,7 +55,10 @@ func (f *Fanout) run(s *Sleeper) {
 	for {
 		why, err := s.sleep(0, -1)
 		if err == nil && why&Rung != 0 {
-			for _, e := range f.out {
+			for i, e := range f.out {
+				if atomic.LoadUint32(&f.used[i]) == 0 {
+					continue
+				}
 				if err = e.Ring(); err != nil {
 					break
 				}
@@ -70,8 +76,10 @@ func (f *Fanout) run(s *Sleeper) {
 	}
 }
 
-// Waiter returns the end of consumer i, 0 <= i < n. It is valid until Close.
+// Waiter returns the end of consumer i, 0 <= i < n. It is valid until Close, and rung from the first call on: an
+// end that nobody takes costs nothing.
 func (f *Fanout) Waiter(i int) Waiter {
+	atomic.StoreUint32(&f.used[i], 1)
 	if f.out[i] == nil {
 		return None
 	}

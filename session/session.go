@@ -705,8 +705,14 @@ func (s *Session) Reset() {
 	}
 }
 
-// Waiter returns the end of the doorbell for a queue of this side's Queues.
-func (s *Session) Waiter(q QueueID) doorbell.Waiter { return s.assigned.Waiter(s.users[q]) }
+// Waiter returns the end of the doorbell for a queue of this side's Queues. For others it is doorbell.None.
+func (s *Session) Waiter(q QueueID) doorbell.Waiter {
+	i, ok := s.users[q]
+	if !ok {
+		return doorbell.None
+	}
+	return s.assigned.Waiter(i)
+}
 
 // Ringer returns what rings the peer for a queue. A peer that cannot be rung has to poll: that has been logged, and
 // what is returned does nothing.

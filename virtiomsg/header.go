@@ -11,12 +11,16 @@ const FeatureBits = 128
 // Vector returns the doorbell vector, of vectors that the side to be rung has, that stands for a
 // queue of a device. Vector 0 is the control plane's: link page and FIFOs; with a single
 // vector it is everybody's. A vector may stand for several queues: whoever is rung looks at all of
-// them.
+// them. The first two queues of the devices count from vector 1 up, the others from the last one down: they
+// share with each other first.
 func Vector(dev uint16, queue, vectors uint32) uint32 {
 	if vectors <= 1 {
 		return 0
 	}
-	return 1 + uint32((2*uint64(dev)+uint64(queue))%uint64(vectors-1))
+	if queue < 2 {
+		return 1 + uint32((2*uint64(dev)+uint64(queue))%uint64(vectors-1))
+	}
+	return vectors - 1 - uint32((2*uint64(dev)+uint64(queue)-2)%uint64(vectors-1))
 }
 
 // Bits of Header.Type.

@@ -287,7 +287,8 @@ func TestFeatures(t *testing.T) {
 
 func TestVector(t *testing.T) {
 	for _, c := range [][4]uint32{{0, 0, 0, 0}, {3, 1, 1, 0}, {0, 0, 2, 1}, {9, 1, 2, 1}, {0, 0, 5, 1}, {0, 1, 5, 2}, {1, 0, 5, 3}, {1, 1, 5, 4}, {2, 0, 5, 1},
-		{0xffff, 0xffffffff, 0x10000, 1 + 2*0xffff%0xffff + 0xffffffff%0xffff}} {
+		{0xffff, 1, 0x10000, 2}, {0, 2, 1, 0}, {0, 2, 2, 1}, {0, 2, 8, 7}, {0, 3, 8, 6}, {0, 8, 8, 1}, {0, 9, 8, 7}, {1, 2, 8, 5}, {1, 3, 8, 4}, {0, 8, 10, 3},
+		{0xffff, 0xffffffff, 0x10000, 2}} {
 		if v := Vector(uint16(c[0]), c[1], c[2]); v != c[3] {
 			t.Errorf("device %d, queue %d, %d vectors: %d, want %d", c[0], c[1], c[2], v, c[3])
 		}
