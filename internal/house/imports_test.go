@@ -16,7 +16,7 @@ var floors = map[string]int{
 	"dma":   1,
 	"vring": 2, "doorbell": 2, "pci": 2,
 	"board":     3,
-	"virtiomsg": 4, "tunbridge": 4,
+	"virtiomsg": 4, "tunbridge": 4, "frames": 4,
 	"session": 5,
 	"host":    6, "agent": 6,
 	"cmd": 7,
