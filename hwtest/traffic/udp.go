@@ -35,6 +35,8 @@ type UDPConfig struct {
 	// Lossless makes a lost packet an error. Give a Rate that the path is known to carry, and see
 	// WaitReachable: packets also get lost while a neighbour is resolved.
 	Lossless bool
+	// Quiet is how long Stop waits for packets that are missing, behind the last that came; default 200 ms.
+	Quiet time.Duration
 }
 
 func (c UDPConfig) withDefaults() (UDPConfig, error) {
@@ -47,6 +49,9 @@ func (c UDPConfig) withDefaults() (UDPConfig, error) {
 	if c.Segments == 0 {
 		c.Segments = 1
 	}
+	if c.Quiet == 0 {
+		c.Quiet = udpQuiet
+	}
 	switch {
 	case c.Size < udpHeader || c.Size > udpMaxBytes:
 		return c, fmt.Errorf("udp: packets of %d bytes: must be %d to %d", c.Size, udpHeader, udpMaxBytes)
@@ -54,8 +59,8 @@ func (c UDPConfig) withDefaults() (UDPConfig, error) {
 		return c, fmt.Errorf("udp: %d segments of %d bytes: must be at most 64 and %d bytes together", c.Segments, c.Size, udpMaxBytes)
 	case c.Port < 0 || c.Port > 65535:
 		return c, fmt.Errorf("udp: port %d: must be 1 to 65535", c.Port)
-	case c.Duration < 0 || !(c.Rate >= 0):
-		return c, errors.New("udp: duration and rate must not be negative")
+	case c.Duration < 0 || c.Quiet < 0 || !(c.Rate >= 0):
+		return c, errors.New("udp: duration, rate and quiet time must not be negative")
 	}
 	return c, nil
 }
@@ -435,7 +440,7 @@ func (u *UDPTraffic) stop() (UDPResult, error) {
 	u.sending.Wait()
 	sent := u.sent.Load()
 	quiet, before := time.Now(), u.received.Load()
-	for u.received.Load() < sent && time.Since(quiet) < udpQuiet {
+	for u.received.Load() < sent && time.Since(quiet) < u.cfg.Quiet {
 		time.Sleep(5 * time.Millisecond)
 		if now := u.received.Load(); now != before {
 			quiet, before = time.Now(), now

@@ -265,6 +265,17 @@ func (r *Rig) Terminate(s board.Side, limit time.Duration) error {
 	}
 }
 
+// PIDs returns the processes of both ends; of one that has ended, too.
+func (r *Rig) PIDs() []int {
+	var l []int
+	for _, s := range []board.Side{board.Host, board.Agent} {
+		if p := r.process(s); p != nil {
+			l = append(l, p.cmd.Process.Pid)
+		}
+	}
+	return l
+}
+
 // Log returns the end of a side's log.
 func (r *Rig) Log(s board.Side) string {
 	if p := r.process(s); p != nil {

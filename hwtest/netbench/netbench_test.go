@@ -1,0 +1,228 @@
+//go:build linux
+
+package netbench
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/boardlink/boardlink/hwtest/benchkit"
+	"github.com/boardlink/boardlink/hwtest/netns"
+	"github.com/boardlink/boardlink/hwtest/trial"
+	"go.uber.org/goleak"
+)
+
+var exe string
+
+func TestMain(m *testing.M) {
+	benchkit.Peer()
+	os.Exit(testMain(m))
+}
+
+func testMain(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "boardlink-netbench-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	exe = filepath.Join(dir, "boardlink")
+	cmd := exec.Command("go", "build", "-o", exe, "github.com/boardlink/boardlink/cmd/boardlink")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "build: %v\n%s", err, out)
+		return 1
+	}
+	code := m.Run()
+	if code == 0 {
+		if err := goleak.Find(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+	}
+	return code
+}
+
+func needRoot(t testing.TB) {
+	t.Helper()
+	if !netns.NeedsUser() && netns.CheckTun() == nil {
+		return
+	}
+	const what = "needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun"
+	if os.Getenv("CI") == "true" {
+		t.Fatal(what)
+	}
+	t.Skip(what)
+}
+
+func short(link string, offload bool, queues int) Config {
+	return Config{Boardlink: []Boardlink{{"boardlink", trial.Config{Exe: exe}}}, MTUs: []int{1500}, Rounds: 1, Streams: []int{2},
+		Duration: 10 * time.Millisecond, Link: link, Offload: offload, Queues: queues}
+}
+
+// leftovers returns the processes that this one has left running.
+func leftovers(t *testing.T) []string {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/children", os.Getpid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Fields(string(b))
+}
+
+// TestPaths: each path carries everything, and has its figures.
+func TestPaths(t *testing.T) {
+	needRoot(t)
+	plain := short("tun", false, 2)
+	plain.Paths, plain.Verified = []string{OneProcess, TwoProcesses, "boardlink"}, true
+	for _, c := range []Config{short("tap", true, 1), plain} {
+		t.Run(fmt.Sprintf("%s offload=%v queues=%d", c.Link, c.Offload, c.Queues), func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+			defer cancel()
+			r, err := Run(ctx, c)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, f := range r.Figures {
+				for _, p := range r.Paths {
+					s, ok := f.Paths[p]
+					kernel := p == Veth
+					bells := strings.Contains(f.Name, "doorbells")
+					if want := !(kernel && (strings.Contains(f.Name, ": cpu") || strings.Contains(f.Name, "switches") || strings.Contains(f.Name, "a frame") || strings.Contains(f.Name, "system calls"))) &&
+						(!bells || p == "boardlink"); ok != want {
+						t.Errorf("%s of %s: there is one: %v", f.Name, p, ok)
+					}
+					if ok && (len(s.Rounds) != c.Rounds || s.Median <= 0 && !bells && f.Unit != "%" && !strings.Contains(f.Name, "switches")) {
+						t.Errorf("%s of %s: %+v", f.Name, p, s)
+					}
+					if !ok || f.Unit == "%" || bells || strings.Contains(f.Name, "switches") {
+						continue
+					}
+					if one := f.Paths[OneProcess]; p != OneProcess && f.OfOne[p].Median != s.Median/one.Median {
+						t.Errorf("%s of %s: ratio %v of %v", f.Name, p, f.OfOne[p], one)
+					}
+				}
+			}
+			if n := len(r.Figures); n < 2*(6+4)+2*4 {
+				t.Errorf("%d figures", n)
+			}
+			// A super-packet, and each frame alone: counts, no times.
+			size := r.Figure(1500, "tcp 2 streams board to host: bytes a frame")
+			for _, p := range plain.Paths {
+				if b := size.Paths[p].Median; (b > 1600) != c.Offload {
+					t.Errorf("%s, offload %v: %.0f bytes a frame", p, c.Offload, b)
+				}
+			}
+			// One read and one write a frame, in each of the processes; but for the one that is under way.
+			for p, want := range map[string]float64{OneProcess: 2, TwoProcesses: 4} {
+				f := r.Figure(1500, "udp 64 B host to board: system calls a frame")
+				if got := f.Paths[p].Median; got < 0.5*want || got > 1.5*want {
+					t.Errorf("%s: %v system calls a frame, want %v", p, got, want)
+				}
+			}
+			if r.PingsLost != 0 || len(r.RoundTrips) != 1 {
+				t.Errorf("%d pings lost, %v", r.PingsLost, r.RoundTrips)
+			}
+			if _, err := json.Marshal(r); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	if l := leftovers(t); len(l) != 0 {
+		t.Errorf("processes %v are left", l)
+	}
+}
+
+// TestInterrupted: wherever it is ended, nothing is left.
+func TestInterrupted(t *testing.T) {
+	needRoot(t)
+	for _, at := range []string{"start boardlink", "tcp 2 streams host to board, " + TwoProcesses, "udp 64 B board to host, " + Veth} {
+		c := short("tap", true, 1)
+		if strings.HasPrefix(at, "start") {
+			c.Paths = []string{OneProcess, "boardlink"}
+		} else {
+			_, p, _ := strings.Cut(at, ", ")
+			c.Paths = []string{p}
+		}
+		ctx, stop := context.WithCancel(context.Background())
+		done := false
+		c.Step = func(s string) {
+			if strings.HasSuffix(s, at) {
+				done = true
+				stop()
+			}
+		}
+		if _, err := Run(ctx, c); err == nil || ctx.Err() == nil || !done {
+			t.Errorf("%s: %v", at, err)
+		}
+		stop()
+		if l := leftovers(t); len(l) != 0 {
+			t.Errorf("%s: processes %v are left", at, l)
+		}
+	}
+}
+
+func TestConfig(t *testing.T) {
+	for _, paths := range [][]string{{"x"}, {Veth, Veth}, {"boardlink"}} {
+		c := Config{Paths: paths}
+		if _, err := Run(context.Background(), c); err == nil {
+			t.Errorf("paths %v: no error", paths)
+		}
+	}
+	var c Config
+	c.Boardlink = []Boardlink{{Name: "a"}, {Name: "b"}}
+	if err := c.setDefaults(); err != nil || !slices.Equal(c.Paths, []string{Veth, OneProcess, TwoProcesses, "a", "b"}) {
+		t.Errorf("%v, %v", c.Paths, err)
+	}
+}
+
+// TestStickEnds: a stick whose interface is gone says so, and is no trap.
+func TestStickEnds(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	s, err := startStick(nil, [][2]*os.File{{r, r}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	select {
+	case <-s.Gone():
+	case <-time.After(10 * time.Second):
+		t.Fatal("it runs without an interface")
+	}
+	if _, err := s.counts(); err == nil {
+		t.Error("it counts without an interface")
+	} else {
+		t.Log(err)
+	}
+	s.close()
+}
+
+// TestRatios: round by round, and no ratio where there is nothing to divide by.
+func TestRatios(t *testing.T) {
+	var r Result
+	for i, v := range []float64{10, 20, 40} {
+		r.add(OneProcess, value{1500, "tcp", "Gbit/s", true, v})
+		r.add("boardlink", value{1500, "tcp", "Gbit/s", true, v * float64(i+1)})
+		r.add(TwoProcesses, value{1500, "tcp", "Gbit/s", true, 0})
+		r.add(OneProcess, value{9000, "tcp", "Gbit/s", true, 1})
+	}
+	r.finish()
+	f := r.Figure(1500, "tcp")
+	if got := f.OfOne["boardlink"]; got.Median != 2 || got.Min != 1 || got.Max != 3 || len(f.OfOne) != 2 || len(f.OfTwo) != 0 {
+		t.Errorf("%+v, %+v", f.OfOne, f.OfTwo)
+	}
+	if len(r.Figures) != 2 || r.Figure(9000, "tcp").Paths[OneProcess].N != 3 {
+		t.Errorf("%+v", r.Figures)
+	}
+}
