@@ -15,6 +15,7 @@ import (
 
 type benchCmd struct {
 	DMA benchDMACmd `cmd:"" name:"dma" help:"What the bus can do: copies by the processor and by DMA engines, both ways, every one checked."`
+	Net benchNetCmd `cmd:"" name:"net" help:"TCP, UDP and round trips between two namespaces, beside veth, one process and two processes."`
 }
 
 // benchFlags are those of every benchmark.

@@ -1,0 +1,277 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/boardlink/boardlink/board/loopback"
+	"github.com/boardlink/boardlink/hwtest/netbench"
+	"github.com/boardlink/boardlink/hwtest/netns"
+	"github.com/boardlink/boardlink/hwtest/trial"
+)
+
+type benchNetCmd struct {
+	Paths    []string      `placeholder:"NAME" help:"What to measure: veth, one-process, two-processes, boardlink, and names of --also (default: all)."`
+	MTU      []int         `name:"mtu" default:"1500,65000" help:"MTUs in bytes."`
+	Rounds   int           `default:"3" help:"How often each figure is taken of each path, in turns."`
+	Duration time.Duration `default:"500ms" help:"Of each measurement: TCP and UDP each way, pings."`
+	Streams  []int         `default:"1,4" help:"TCP connections at once."`
+	Verified bool          `help:"Check every byte of TCP; that takes its share of the processors, on all paths."`
+	JSON     bool          `name:"json" help:"Print the result as JSON."`
+	Verbose  bool          `short:"v" help:"Show the log of both ends."`
+
+	Link      string   `enum:"tap,tun" default:"tap" help:"Of all interfaces. tap: Ethernet frames. tun: raw IP packets."`
+	Offload   bool     `default:"true" negatable:"" help:"Of all interfaces: leave checksums and segmentation to the other side where the kernel can."`
+	Placement string   `enum:"auto,window,push" default:"auto" help:"Where boardlink's rings and buffers lie (${enum})."`
+	Ring      string   `enum:"auto,split,packed" default:"auto" help:"Kind of virtqueue (${enum})."`
+	Memory    string   `enum:"cached,write-combining,uncached" default:"cached" help:"How memory across the bus is accessed (${enum})."`
+	Window    string   `default:"16M" help:"Size of the shared memory: a power of two, with K, M or G."`
+	HostArg   []string `placeholder:"FLAG" sep:"none" help:"Flag for boardlink host, e.g. --host-arg=--deny=event_idx; may be repeated."`
+	AgentArg  []string `placeholder:"FLAG" sep:"none" help:"Flag for boardlink agent; may be repeated."`
+	Also      []string `placeholder:"NAME,KEY=VALUE..." sep:"none" help:"Measure one more boardlink beside; may be repeated. Keys: exe (another program) placement ring memory window host agent (a flag for that end); the flags above give the defaults."`
+}
+
+func (c *benchNetCmd) Run(s *streams) error {
+	cfg, err := c.config()
+	if err != nil {
+		return err
+	}
+	if err := netns.CheckTun(); err != nil {
+		return usageError{err}
+	}
+	if netns.NeedsUser() {
+		return usageError{netns.EnterUser()} // does not return where it can be
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	p := newProgress(s.err, !c.JSON && !c.Verbose)
+	cfg.Step = p.step
+	for i := range cfg.Boardlink {
+		if c.Verbose {
+			cfg.Boardlink[i].Trial.Log = s.err
+		}
+	}
+	r, err := netbench.Run(ctx, cfg)
+	p.done()
+	var end *trial.EndError
+	var setup *trial.SetupError
+	switch {
+	case ctx.Err() != nil:
+		return errors.New("interrupted")
+	case errors.As(err, &setup), errors.As(err, &end) && end.ExitCode() == exitUsage:
+		return usageError{err}
+	case err != nil:
+		return err
+	}
+	if c.JSON {
+		e := json.NewEncoder(s.out)
+		e.SetIndent("", "  ")
+		return e.Encode(r)
+	}
+	printNet(s, r)
+	return nil
+}
+
+// config checks the flags.
+func (c *benchNetCmd) config() (cfg netbench.Config, err error) {
+	limit := 65535
+	if c.Link == "tap" {
+		limit -= 14
+	}
+	for _, mtu := range c.MTU {
+		if mtu < 1280 || mtu > limit {
+			return cfg, usagef("--mtu %d: 1280 (IPv6 needs it) to %d", mtu, limit)
+		}
+	}
+	if c.Duration < 10*time.Millisecond || c.Duration > time.Hour {
+		return cfg, usagef("--duration %v: 10ms to 1h", c.Duration)
+	}
+	if c.Rounds < 1 || c.Rounds > 1000 {
+		return cfg, usagef("--rounds %d: 1 to 1000", c.Rounds)
+	}
+	for i, n := range c.Streams {
+		if n < 1 || n > 256 || slices.Contains(c.Streams[:i], n) {
+			return cfg, usagef("--streams %d: 1 to 256, each once", n)
+		}
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		return cfg, err
+	}
+	base := netbench.Boardlink{Name: "boardlink", Trial: trial.Config{Exe: exe, Placement: c.Placement, Memory: c.Memory, HostArgs: c.HostArg}}
+	base.Trial.AgentArgs = append([]string{"--ring", c.Ring}, c.AgentArg...)
+	if base.Trial.Window, err = windowSize(c.Window); err != nil {
+		return cfg, usagef("--window %s: %v", c.Window, err)
+	}
+	cfg = netbench.Config{MTUs: c.MTU, Link: c.Link, Offload: c.Offload, Streams: c.Streams, Rounds: c.Rounds, Duration: c.Duration, Verified: c.Verified,
+		Boardlink: []netbench.Boardlink{base}}
+	for _, text := range c.Also {
+		b, err := also(base, text)
+		if err != nil {
+			return cfg, usagef("--also %s: %v", text, err)
+		}
+		cfg.Boardlink = append(cfg.Boardlink, b)
+	}
+	known := []string{netbench.Veth, netbench.OneProcess, netbench.TwoProcesses}
+	for _, b := range cfg.Boardlink {
+		if slices.Contains(known, b.Name) {
+			return cfg, usagef("--also %s: there is a path of that name", b.Name)
+		}
+		known = append(known, b.Name)
+	}
+	for i, name := range c.Paths {
+		spoken := strings.ReplaceAll(name, "-", " ")
+		if !slices.Contains(known, name) && slices.Contains(known, spoken) {
+			name = spoken
+		}
+		if !slices.Contains(known, name) || slices.Contains(cfg.Paths, name) {
+			return cfg, usagef("--paths %s: each once of %s", c.Paths[i], strings.ReplaceAll(strings.Join(known, ", "), " process", "-process"))
+		}
+		cfg.Paths = append(cfg.Paths, name)
+	}
+	return cfg, nil
+}
+
+func windowSize(text string) (int64, error) {
+	n, err := parseSize(text)
+	if err == nil && (n < loopback.MinSize || n&(n-1) != 0) {
+		err = fmt.Errorf("a power of two, and at least %s", sizeString(loopback.MinSize))
+	}
+	return n, err
+}
+
+// also reads the description of one more boardlink.
+func also(base netbench.Boardlink, text string) (netbench.Boardlink, error) {
+	words := strings.Split(text, ",")
+	b := base
+	b.Name = words[0]
+	if b.Name == "" || strings.ContainsAny(b.Name, "= ") {
+		return b, errors.New("it begins with a name")
+	}
+	t := &b.Trial
+	t.HostArgs, t.AgentArgs = slices.Clone(t.HostArgs), slices.Clone(t.AgentArgs)
+	for _, kv := range words[1:] {
+		k, v, ok := strings.Cut(kv, "=")
+		if !ok {
+			return b, fmt.Errorf("%q is not KEY=VALUE", kv)
+		}
+		var err error
+		switch k {
+		case "exe":
+			t.Exe = v
+		case "placement":
+			t.Placement = v
+		case "ring":
+			t.AgentArgs = append(t.AgentArgs, "--ring", v)
+		case "memory":
+			t.Memory = v
+		case "window":
+			t.Window, err = windowSize(v)
+		case "host":
+			t.HostArgs = append(t.HostArgs, v)
+		case "agent":
+			t.AgentArgs = append(t.AgentArgs, v)
+		default:
+			err = fmt.Errorf("there is no key %s; there are exe placement ring memory window host agent", k)
+		}
+		if err != nil {
+			return b, err
+		}
+	}
+	return b, nil
+}
+
+func printNet(s *streams, r *netbench.Result) {
+	fmt.Fprintln(s.out, r.Environment)
+	offload := "offloads on"
+	if !r.Offload {
+		offload = "offloads off"
+	}
+	fmt.Fprintf(s.out, "%s, %s; %d rounds of %g s for each figure; cache line before each round: %s ns\n", r.Link, offload, r.Rounds, r.Seconds, whole(r.RoundTrips))
+	mtu := 0
+	var w *tabwriter.Writer
+	// Ratios of boardlink to the others.
+	type column struct{ path, of string }
+	var ratios []column
+	for _, p := range r.Paths {
+		if p == netbench.Veth || p == netbench.OneProcess || p == netbench.TwoProcesses {
+			continue
+		}
+		for _, of := range []string{netbench.OneProcess, netbench.TwoProcesses} {
+			if slices.Contains(r.Paths, of) {
+				ratios = append(ratios, column{p, of})
+			}
+		}
+	}
+	for _, f := range r.Figures {
+		if f.MTU != mtu {
+			if w != nil {
+				w.Flush()
+			}
+			mtu = f.MTU
+			w = tabwriter.NewWriter(s.out, 0, 8, 2, ' ', tabwriter.AlignRight)
+			fmt.Fprintf(w, "\nMTU %d\tunit\t", mtu)
+			for _, p := range r.Paths {
+				fmt.Fprintf(w, "%s\t", p)
+			}
+			for _, c := range ratios {
+				fmt.Fprintf(w, "%s of %s\t", c.path, c.of)
+			}
+			fmt.Fprintln(w)
+		}
+		fmt.Fprintf(w, "%s\t%s\t", f.Name, f.Unit)
+		for _, p := range r.Paths {
+			cell(w, f.Paths, p)
+		}
+		for _, c := range ratios {
+			m := f.OfOne
+			if c.of == netbench.TwoProcesses {
+				m = f.OfTwo
+			}
+			cell(w, m, c.path)
+		}
+		fmt.Fprintln(w)
+	}
+	if w != nil {
+		w.Flush()
+	}
+	fmt.Fprintf(s.out, "\nmedian (min..max); a ratio is taken in each round. %d pings lost, %d frames dropped at taps.\n", r.PingsLost, r.Dropped)
+}
+
+func cell(w *tabwriter.Writer, m map[string]netbench.Series, name string) {
+	v, ok := m[name]
+	if !ok {
+		fmt.Fprint(w, "-\t")
+		return
+	}
+	fmt.Fprintf(w, "%s (%s..%s)\t", short(v.Median), short(v.Min), short(v.Max))
+}
+
+// short writes a number with three digits or so.
+func short(v float64) string {
+	switch {
+	case v >= 100:
+		return strconv.FormatFloat(v, 'f', 0, 64)
+	case v >= 10:
+		return strconv.FormatFloat(v, 'f', 1, 64)
+	}
+	return strconv.FormatFloat(v, 'f', 2, 64)
+}
+
+func whole(v []float64) string {
+	var l []string
+	for _, x := range v {
+		l = append(l, strconv.FormatFloat(x, 'f', 0, 64))
+	}
+	return strings.Join(l, " ")
+}
