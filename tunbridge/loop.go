@@ -61,10 +61,12 @@ type loop struct {
 	cpu     []int
 	across  bool // a look at a ring is a read across the bus
 
-	ready bool // the interface may have a frame: poll said so, or the last batch ended before it was dry
-	miss  uint // reads of the interface on suspicion, one after the other, that found nothing
-	since int  // frames written since the last
-	stats *Stats
+	ready   bool // the interface may have a frame: poll said so, or the last batch ended before it was dry
+	miss    uint // reads of the interface on suspicion, one after the other, that found nothing
+	since   int  // frames written since the last
+	outTook int  // chains that the last step took from the ring of out, and of in
+	inTook  int
+	stats   *Stats
 }
 
 // NewLoop returns the loop of a queue pair: two pumps of one side, with the same interface and the same Stop, one each way, or one alone. It runs
@@ -95,17 +97,17 @@ func NewLoop(c LoopConfig, pumps ...Pump) (Pump, error) {
 	}
 	c1 := first.shared()
 	l.name, l.stop, l.across, l.stats = c1.name, c1.stop, c1.across, c1.stats
-	sc := doorbell.SleeperConfig{Doorbell: c1.wait, Stop: c1.stop.Bell(), Extra: c1.ifc.FD(), HasExtra: true, ExtraName: c1.ifc.Name(),
-		Fallback: c1.fallback, Counters: c1.bells}
+	var second doorbell.Waiter
 	if l.in != nil && l.out != nil {
 		c2 := l.in.shared()
 		if c2.ifc != c1.ifc || c2.stop != c1.stop {
 			return nil, fmt.Errorf("tunbridge: %s and %s are of different interfaces or devices", c1.name, c2.name)
 		}
-		sc.Second = c2.wait
+		second = c2.wait
 		l.across = l.across || c2.across
 	}
-	l.sleeper = doorbell.NewSleeper(sc)
+	l.sleeper = doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: c1.wait, Second: second, Stop: c1.stop.Bell(),
+		Extra: c1.ifc.FD(), HasExtra: true, ExtraName: c1.ifc.Name(), Fallback: c1.fallback, Counters: c1.bells})
 	return l, nil
 }
 
@@ -174,6 +176,7 @@ func (l *loop) step() (ring, iface int, err error) {
 		}
 		l.since += ring
 	}
+	l.outTook, l.inTook = ring, 0
 	if l.in == nil {
 		if ring > 0 {
 			l.busy.last = received
@@ -184,6 +187,7 @@ func (l *loop) step() (ring, iface int, err error) {
 	// nothing is a system call, and a sleep tells as well.
 	suspect := !l.ready && ring > 0 && l.since >= 1<<l.miss-1
 	r, f, err := l.in.step(l.ready || suspect)
+	l.inTook = r
 	if err != nil {
 		return ring + r, f, err
 	}
@@ -247,7 +251,7 @@ func (l *loop) look(d time.Duration) (bool, error) {
 // sleep asks to be notified, looks once more, and sleeps until the doorbell rings, the interface has a frame, the fallback polls,
 // or Stop is raised.
 func (l *loop) sleep() error {
-	armed := true
+	armed, starved := true, l.in != nil && l.in.shared().starved
 	for _, h := range [...]half{l.out, l.in} {
 		if h == nil {
 			continue
@@ -286,8 +290,12 @@ func (l *loop) sleep() error {
 	if !armed {
 		return nil
 	}
-	ring, _, err := l.step()
-	l.sleeper.Found(ring > 0)
+	_, _, err := l.step()
+	if starved {
+		l.outTook += l.inTook
+	}
+	// What nobody was to ring for is no work that a doorbell stands for.
+	l.sleeper.Found(l.outTook > 0)
 	return err
 }
 

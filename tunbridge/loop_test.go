@@ -1,0 +1,148 @@
+package tunbridge
+
+import (
+	"testing"
+	"time"
+)
+
+// A loop looks on for as long as has paid off on that occasion, and gives it up where it does not pay.
+func TestBusyPollAdapts(t *testing.T) {
+	var b busyPoll
+	if d := b.next(false); d != 0 {
+		t.Fatalf("%v before the first sleep", d)
+	}
+	b.last = sent
+	b.slept(20*time.Microsecond, true)
+	if d := b.next(false); d != minBusyPoll {
+		t.Errorf("%v after one short sleep, want %v", d, minBusyPoll)
+	}
+	if d := b.next(true); d != 0 {
+		t.Errorf("%v where a look is a read across the bus, want none", d)
+	}
+	b.last = received
+	if d := b.next(false); d != 0 {
+		t.Errorf("%v on another occasion, want none", d)
+	}
+	b.last = sent
+	for i := 0; i < 10; i++ {
+		b.slept(20*time.Microsecond, true)
+	}
+	if d := b.next(false); d != MaxBusyPoll {
+		t.Errorf("%v after many short sleeps, want %v", d, MaxBusyPoll)
+	}
+	b.slept(20*time.Microsecond, false) // the poll fallback's time is up: nothing came
+	if d := b.next(false); d >= MaxBusyPoll {
+		t.Errorf("%v after a sleep that nothing ended", d)
+	}
+	for i := 0; i < 10; i++ {
+		b.slept(time.Millisecond, true)
+	}
+	if d := b.next(false); d != 0 {
+		t.Errorf("%v after many long sleeps, want none", d)
+	}
+	b.set(time.Millisecond)
+	if d := b.next(true); d != time.Millisecond {
+		t.Errorf("%v, %v is set", d, time.Millisecond)
+	}
+	b.set(-1)
+	if d := b.next(false); d > 0 {
+		t.Errorf("%v although it is off", d)
+	}
+}
+
+// fakeHalf is a direction whose every step a test sets.
+type fakeHalf struct {
+	common
+	reads []bool // mayRead of each step
+	next  func(mayRead bool) (ring, iface int)
+}
+
+func (f *fakeHalf) Run() error         { return nil }
+func (f *fakeHalf) begin() error       { return nil }
+func (f *fakeHalf) end()               {}
+func (f *fakeHalf) arm() (bool, error) { return false, nil }
+func (f *fakeHalf) disarm()            {}
+func (f *fakeHalf) shared() *common    { return &f.common }
+func (f *fakeHalf) step(mayRead bool) (int, int, error) {
+	f.reads = append(f.reads, mayRead)
+	r, i := f.next(mayRead)
+	return r, i, nil
+}
+
+// The interface is read on suspicion once frames went out by it; less often where that is in vain, and each time where it is not.
+func TestLoopReadsOnSuspicion(t *testing.T) {
+	answer := false
+	out := &fakeHalf{next: func(bool) (int, int) { return 1, 0 }}
+	in := &fakeHalf{}
+	in.next = func(mayRead bool) (int, int) {
+		if !mayRead {
+			return 0, 0
+		}
+		in.dry = true
+		if answer {
+			return 0, 1
+		}
+		return 0, 0
+	}
+	l := &loop{out: out, in: in}
+	run := func(n int) (reads int) {
+		in.reads = nil
+		for i := 0; i < n; i++ {
+			if _, _, err := l.step(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, r := range in.reads {
+			if r {
+				reads++
+			}
+		}
+		return reads
+	}
+	if n := run(640); n > 640/16 {
+		t.Errorf("%d reads in vain for 640 frames", n)
+	}
+	answer = true
+	run(64)
+	if n := run(100); n != 100 {
+		t.Errorf("%d reads for 100 frames that are answered each", n)
+	}
+	if l.busy.last != sent {
+		t.Errorf("the last occasion is %d", l.busy.last)
+	}
+	// Known to be ready: read, whatever suspicion says; and again while it is not dry.
+	answer, l.ready, l.miss, l.since = false, true, maxMiss, 0
+	out.next = func(bool) (int, int) { return 0, 0 }
+	in.next = func(bool) (int, int) { in.dry = false; return 0, 1 }
+	if n := run(3); n != 3 {
+		t.Errorf("%d reads in 3 steps of an interface that is not dry", n)
+	}
+	in.next = func(bool) (int, int) { in.dry = true; return 0, 0 }
+	if n := run(3); n != 1 {
+		t.Errorf("%d reads in 3 steps of an interface that is dry", n)
+	}
+}
+
+// Two pumps of the same direction, or of other interfaces, make no loop.
+func TestNewLoopRefuses(t *testing.T) {
+	stop, err := NewStop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop.Close()
+	half := func(name string, ifc *Iface, reads bool) *fakeHalf {
+		return &fakeHalf{common: common{name: name, ifc: ifc, stop: stop, reads: reads}}
+	}
+	a, b := new(Iface), new(Iface)
+	for name, pumps := range map[string][]Pump{
+		"none":             {},
+		"the same way":     {half("tx0", a, true), half("tx1", a, true)},
+		"other interfaces": {half("tx0", a, true), half("rx0", b, false)},
+	} {
+		if _, err := NewLoop(LoopConfig{}, pumps...); err == nil {
+			t.Errorf("%s: no error", name)
+		} else {
+			t.Logf("%s: %v", name, err)
+		}
+	}
+}
