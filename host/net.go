@@ -14,19 +14,12 @@ import (
 	"github.com/boardlink/boardlink/vring"
 )
 
-// The virtqueues of a network device with one queue pair (virtio 1.2, 5.1.2). The names are the
-// driver's: what it receives, the device fills in.
-const (
-	queueRX = 0
-	queueTX = 1
-)
-
-var netQueueNames = [...]string{"rx0", "tx0"}
-
 // NetConfig says what a network device is to be like.
 type NetConfig struct {
-	Name      string // "net0": for errors and status
-	Number    uint16 // device number on the link
+	Name   string // "net0": for errors and status
+	Number uint16 // device number on the link
+	// Interface is the device's own end. Its Queues, if above 1, are how many queue pairs are offered
+	// (VIRTIO_NET_F_MQ), as far as the kernel has them.
 	Interface tunbridge.Config
 	// BoardMAC is the address that the driver's interface is given; zero offers none.
 	BoardMAC tunbridge.MAC
@@ -39,16 +32,19 @@ type NetConfig struct {
 }
 
 // Net is the virtio-net device model: queues on one side, a tap or tun device on the
-// other.
+// other. Each queue pair has a queue of the interface to itself.
 type Net struct {
 	cfg    NetConfig
 	ifc    *tunbridge.Iface
 	table  *dma.TableRef
 	notify func(Event)
+	ctl    controlCounters
 
 	mu      sync.Mutex // guards what Status reads
 	acked   virtio.Features
-	queues  [2]netQueue
+	pairs   []netPair
+	ctrl    netQueue
+	inUse   int // pairs
 	carrier bool
 	stop    *tunbridge.Stop
 	loops   sync.WaitGroup
@@ -56,6 +52,17 @@ type Net struct {
 	starts  uint64
 	broken  uint64
 }
+
+// netPair is a receive and a transmit queue (the names are the driver's: what it receives, the device fills in), and the queue of
+// the interface that they belong to.
+type netPair struct {
+	ifc     *tunbridge.Iface
+	rx, tx  netQueue
+	running bool
+}
+
+// ready tells that the driver has set up both queues.
+func (p *netPair) ready() bool { return p.rx.set && p.tx.set }
 
 type netQueue struct {
 	cfg   QueueConfig
@@ -67,6 +74,10 @@ type netQueue struct {
 	stats *tunbridge.Stats
 	bells *doorbell.Counters
 	bus   *dma.QueueAccount
+}
+
+func newNetQueue() netQueue {
+	return netQueue{stats: new(tunbridge.Stats), bells: new(doorbell.Counters), bus: new(dma.QueueAccount)}
 }
 
 var _ Backend = (*Net)(nil)
@@ -81,9 +92,9 @@ func NewNet(cfg NetConfig) (*Net, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &Net{cfg: cfg, ifc: ifc}
-	for i := range n.queues {
-		n.queues[i].stats, n.queues[i].bells, n.queues[i].bus = new(tunbridge.Stats), new(doorbell.Counters), new(dma.QueueAccount)
+	n := &Net{cfg: cfg, ifc: ifc, ctrl: newNetQueue()}
+	for i := 0; i < ifc.Queues(); i++ {
+		n.pairs = append(n.pairs, netPair{ifc: ifc.Queue(i), rx: newNetQueue(), tx: newNetQueue()})
 	}
 	if err := ifc.SetCarrier(false); err != nil {
 		ifc.Close()
@@ -108,6 +119,10 @@ func (n *Net) possible() virtio.Features {
 	if n.ifc.Type() == tunbridge.TUN {
 		f.Set(virtio.NetRawIP)
 	}
+	if len(n.pairs) > 1 {
+		f.Set(virtio.NetMQ)
+		f.Set(virtio.NetCtrlVQ)
+	}
 	return f.Or(virtio.FeaturesFromMask(tunbridge.OffloadFeatures(n.ifc.OffloadSupported())))
 }
 
@@ -121,7 +136,19 @@ func (n *Net) Features() virtio.Features {
 	if !f.Has(virtio.NetGuestCSUM) {
 		f = f.Without(virtio.FeaturesOf(virtio.NetGuestTSO4, virtio.NetGuestTSO6, virtio.NetGuestUSO4, virtio.NetGuestUSO6))
 	}
+	if !f.Has(virtio.NetMQ) || !f.Has(virtio.NetCtrlVQ) {
+		// The number of pairs is all that the control queue is for here.
+		f = f.Without(virtio.FeaturesOf(virtio.NetMQ, virtio.NetCtrlVQ))
+	}
 	return f
+}
+
+// maxPairs returns max_virtqueue_pairs.
+func (n *Net) maxPairs() int {
+	if n.Features().Has(virtio.NetMQ) {
+		return len(n.pairs)
+	}
+	return 1
 }
 
 // SetFeatures implements Backend.
@@ -139,6 +166,7 @@ func (n *Net) SetFeatures(f virtio.Features) error {
 		{virtio.NetHostTSO4, virtio.NetCSUM}, {virtio.NetHostTSO6, virtio.NetCSUM}, {virtio.NetHostUSO, virtio.NetCSUM},
 		{virtio.NetGuestTSO4, virtio.NetGuestCSUM}, {virtio.NetGuestTSO6, virtio.NetGuestCSUM},
 		{virtio.NetGuestUSO4, virtio.NetGuestCSUM}, {virtio.NetGuestUSO6, virtio.NetGuestCSUM},
+		{virtio.NetMQ, virtio.NetCtrlVQ},
 	} {
 		if f.Has(d.bit) && !f.Has(d.needs) {
 			return fmt.Errorf("%s: the driver accepts %s without %s (virtio 1.2, 5.1.3.1)", n.cfg.Name, d.bit, d.needs)
@@ -152,15 +180,49 @@ func (n *Net) SetFeatures(f virtio.Features) error {
 
 // Config implements Backend.
 func (n *Net) Config() []byte {
-	b := virtio.NetConfig{MAC: [6]byte(n.cfg.BoardMAC), LinkUp: true, MaxQueuePairs: 1, MTU: uint16(n.ifc.MTU())}.Encode()
+	b := virtio.NetConfig{MAC: [6]byte(n.cfg.BoardMAC), LinkUp: true, MaxQueuePairs: uint16(n.maxPairs()), MTU: uint16(n.ifc.MTU())}.Encode()
 	return b[:]
 }
 
-// Queues implements Backend.
-func (n *Net) Queues() int { return len(n.queues) }
+// Queues implements Backend: those of all pairs, and the control queue where there are several.
+func (n *Net) Queues() int {
+	if m := n.maxPairs(); m > 1 {
+		return virtio.NetQueueCtrl(m) + 1
+	}
+	return 2
+}
 
 // QueueMax implements Backend.
-func (n *Net) QueueMax(i int) uint16 { return n.cfg.QueueMax }
+func (n *Net) QueueMax(i int) uint16 {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if i < 0 || i >= n.Queues() || n.acked != (virtio.Features{}) && n.queue(i) == nil {
+		return 0
+	}
+	return n.cfg.QueueMax
+}
+
+// negotiated returns the number of pairs that queues are numbered by (virtio 1.2, 5.1.2).
+func (n *Net) negotiated() int {
+	if n.acked.Has(virtio.NetMQ) {
+		return len(n.pairs)
+	}
+	return 1
+}
+
+// queue returns queue i as the negotiated features have it, nil where there is none. mu is held.
+func (n *Net) queue(i int) *netQueue {
+	m := n.negotiated()
+	switch {
+	case i == virtio.NetQueueCtrl(m) && n.acked.Has(virtio.NetCtrlVQ):
+		return &n.ctrl
+	case i < 0 || i >= virtio.NetQueueCtrl(m):
+		return nil
+	case i%2 == 0:
+		return &n.pairs[i/2].rx
+	}
+	return &n.pairs[i/2].tx
+}
 
 // SetMemory implements Backend.
 func (n *Net) SetMemory(t *dma.TableRef) { n.table = t }
@@ -168,17 +230,20 @@ func (n *Net) SetMemory(t *dma.TableRef) { n.table = t }
 // Notify implements Backend.
 func (n *Net) Notify(f func(Event)) { n.notify = f }
 
-func (n *Net) queueName(i int) string { return n.cfg.Name + " " + netQueueNames[i] }
+// queueName names queue i for errors. mu is held.
+func (n *Net) queueName(i int) string {
+	return n.cfg.Name + " " + virtio.NetQueueName(i, n.negotiated())
+}
 
 // SetQueue implements Backend.
 func (n *Net) SetQueue(i int, q QueueConfig) error {
-	if i < 0 || i >= len(n.queues) {
-		return fmt.Errorf("%s: there is no queue %d, only %d", n.cfg.Name, i, len(n.queues))
-	}
-	name := n.queueName(i)
 	n.mu.Lock()
+	nq, name := n.queue(i), n.queueName(i)
 	packed := n.acked.Has(virtio.RingPacked)
 	n.mu.Unlock()
+	if nq == nil {
+		return fmt.Errorf("%s: there is no queue %d with the features that the driver accepted", n.cfg.Name, i)
+	}
 	if q.Size == 0 || q.Size > n.cfg.QueueMax || !packed && q.Size&(q.Size-1) != 0 {
 		return fmt.Errorf("%s: a queue size of %d: it has to be up to %d, and of a split queue a power of two", name, q.Size, n.cfg.QueueMax)
 	}
@@ -200,28 +265,31 @@ func (n *Net) SetQueue(i int, q QueueConfig) error {
 	if c.Device, err = area(t, name, "device", q.Device, device, dma.DeviceWrite); err != nil {
 		return err
 	}
-	a := n.queues[i].bus
+	a := nq.bus
 	c.Desc, c.Driver, c.Device = c.Desc.Accounted(&a.Descriptor), c.Driver.Accounted(&a.Driver), c.Device.Accounted(&a.Device)
 	c.Table = n.table.Accounted(&a.Payload)
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.queues[i].cfg, n.queues[i].areas, n.queues[i].set = q, c, true
+	nq.cfg, nq.areas, nq.set = q, c, true
 	return nil
 }
 
-// Start implements Backend.
+// Start implements Backend. One pair is in use, until the driver asks for more by the control queue (virtio 1.2, 5.1.6.5.5).
 func (n *Net) Start() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.stop != nil {
 		return fmt.Errorf("%s: is running already", n.cfg.Name)
 	}
-	for i := range n.queues {
-		if !n.queues[i].set {
-			return fmt.Errorf("%s: DRIVER_OK without a queue %s", n.cfg.Name, netQueueNames[i])
+	for i, q := range [...]*netQueue{&n.pairs[0].rx, &n.pairs[0].tx} {
+		if !q.set {
+			return fmt.Errorf("%s: DRIVER_OK without a queue %s", n.cfg.Name, virtio.NetQueueName(i, len(n.pairs)))
 		}
 	}
 	if err := n.ifc.SetOffload(tunbridge.DeviceOffload(n.acked.Mask())); err != nil {
+		return err
+	}
+	if err := n.ifc.SetQueues(1); err != nil {
 		return err
 	}
 	n.ifc.Drain() // frames queued before may need what is not negotiated any more
@@ -229,43 +297,109 @@ func (n *Net) Start() error {
 	if err != nil {
 		return err
 	}
-	offload := n.acked.Mask()&tunbridge.NetFOffload != 0
-	for i := range n.queues {
-		q := &n.queues[i]
-		c := q.areas
-		c.EventIdx, c.Indirect = n.acked.Has(virtio.EventIdx), n.acked.Has(virtio.IndirectDesc)
-		c.InOrder = n.acked.Has(virtio.InOrder)
-		dev, err := newDeviceQueue(c, n.acked.Has(virtio.RingPacked))
-		if err != nil {
+	for i := range n.pairs {
+		p := &n.pairs[i]
+		p.running, p.rx.pump, p.tx.pump = false, nil, nil
+		if !p.ready() {
+			continue
+		}
+		if err := n.makePumps(i, stop); err != nil {
 			stop.Close()
 			return err
 		}
-		q.q = dev
-		pc := tunbridge.PumpConfig{Name: n.queueName(i), Iface: n.ifc, Stop: stop, Wait: q.cfg.Kick, Ring: q.cfg.Call,
-			MaxFrame: tunbridge.MaxFrame(n.ifc.MTU(), offload), Fallback: n.cfg.Fallback,
-			Stats: q.stats, Bells: q.bells}
-		if i == queueRX {
-			q.pump = tunbridge.NewDeviceRX(pc, dev, n.acked.Has(virtio.NetMrgRxbuf))
-		} else {
-			q.pump = tunbridge.NewDeviceTX(pc, dev)
+	}
+	var ctrl *control
+	if n.ctrl.set {
+		if err := n.open(&n.ctrl); err != nil {
+			stop.Close()
+			return err
 		}
+		ctrl = &control{name: n.queueName(virtio.NetQueueCtrl(n.negotiated())), q: n.ctrl.q, max: n.negotiated(), set: n.setPairs, stop: stop,
+			wait: n.ctrl.cfg.Kick, call: n.ctrl.cfg.Call, fallback: n.cfg.Fallback, bells: n.ctrl.bells, n: &n.ctl}
 	}
-	n.stop = stop
+	n.stop, n.inUse = stop, 1
 	n.starts++
-	for i := range n.queues {
-		n.loops.Add(1)
-		go n.run(n.queues[i].pump, n.notify)
-	}
+	n.startPair(&n.pairs[0])
 	// Last: from here on the kernel sends.
 	if err := n.ifc.SetCarrier(true); err != nil {
 		stop.Raise()
-		n.loops.Wait()
+		n.mu.Unlock()
+		n.loops.Wait() // they may want mu
+		n.mu.Lock()
 		n.stop = nil
 		stop.Close()
 		return err
 	}
 	n.carrier = true
+	if ctrl != nil {
+		n.loops.Add(1)
+		go n.run(ctrl)
+	}
 	return nil
+}
+
+// open makes the device side of a queue that is set up.
+func (n *Net) open(q *netQueue) error {
+	c := q.areas
+	c.EventIdx, c.Indirect = n.acked.Has(virtio.EventIdx), n.acked.Has(virtio.IndirectDesc)
+	c.InOrder = n.acked.Has(virtio.InOrder)
+	dev, err := newDeviceQueue(c, n.acked.Has(virtio.RingPacked))
+	if err == nil {
+		q.q = dev
+	}
+	return err
+}
+
+// makePumps makes the pumps of pair i.
+func (n *Net) makePumps(i int, stop *tunbridge.Stop) error {
+	p := &n.pairs[i]
+	offload := n.acked.Mask()&tunbridge.NetFOffload != 0
+	for j, q := range [...]*netQueue{&p.rx, &p.tx} {
+		if err := n.open(q); err != nil {
+			return err
+		}
+		pc := tunbridge.PumpConfig{Name: n.queueName(2*i + j), Iface: p.ifc, Stop: stop, Wait: q.cfg.Kick, Ring: q.cfg.Call,
+			MaxFrame: tunbridge.MaxFrame(n.ifc.MTU(), offload), Fallback: n.cfg.Fallback,
+			Stats: q.stats, Bells: q.bells}
+		if q == &p.rx {
+			q.pump = tunbridge.NewDeviceRX(pc, q.q, n.acked.Has(virtio.NetMrgRxbuf))
+		} else {
+			q.pump = tunbridge.NewDeviceTX(pc, q.q)
+		}
+	}
+	return nil
+}
+
+// startPair starts the loops of a pair that has pumps. mu is held.
+func (n *Net) startPair(p *netPair) {
+	p.running = true
+	for _, pump := range [...]tunbridge.Pump{p.rx.pump, p.tx.pump} {
+		n.loops.Add(1)
+		go n.run(pump)
+	}
+}
+
+// setPairs puts so many pairs into use, as the driver asked: their loops run, and the kernel hands frames to their queues of the
+// interface. The loops of a pair that goes out of use go on, with nothing to receive.
+func (n *Net) setPairs(pairs int) error {
+	n.mu.Lock()
+	for i := 0; i < pairs; i++ {
+		if !n.pairs[i].ready() {
+			n.mu.Unlock()
+			return fmt.Errorf("%d queue pairs asked for, and pair %d is not set up", pairs, i)
+		}
+	}
+	for i := 0; i < pairs; i++ {
+		if !n.pairs[i].running {
+			n.startPair(&n.pairs[i])
+		}
+	}
+	n.mu.Unlock()
+	err := n.ifc.SetQueues(pairs)
+	n.mu.Lock()
+	n.inUse = n.ifc.InUse()
+	n.mu.Unlock()
+	return err
 }
 
 // newDeviceQueue makes the device side of a queue of the negotiated kind.
@@ -276,7 +410,7 @@ func newDeviceQueue(c vring.Config, packed bool) (vring.Device, error) {
 	return vring.NewSplitDevice(c)
 }
 
-func (n *Net) run(p tunbridge.Pump, notify func(Event)) {
+func (n *Net) run(p tunbridge.Pump) {
 	defer n.loops.Done()
 	var err error
 	if fault := pci.Guard(func() { err = p.Run() }); fault != nil {
@@ -289,8 +423,8 @@ func (n *Net) run(p tunbridge.Pump, notify func(Event)) {
 	n.lastErr = err
 	n.broken++
 	n.mu.Unlock()
-	if notify != nil {
-		notify(Event{Broken: err})
+	if n.notify != nil {
+		n.notify(Event{Broken: err})
 	}
 }
 
@@ -299,7 +433,7 @@ func (n *Net) Stop() []vring.State {
 	n.mu.Lock()
 	stop := n.stop
 	n.mu.Unlock()
-	states := make([]vring.State, len(n.queues))
+	states := make([]vring.State, n.Queues())
 	if stop == nil {
 		n.reset()
 		return states
@@ -307,12 +441,18 @@ func (n *Net) Stop() []vring.State {
 	n.ifc.SetCarrier(false)
 	stop.Raise()
 	n.loops.Wait()
-	for i := range n.queues {
-		states[i] = n.queues[i].q.State()
-	}
-	stop.Close()
 	n.mu.Lock()
-	n.stop, n.carrier = nil, false
+	for i := range states {
+		if q := n.queue(i); q != nil && q.set && q.q != nil {
+			states[i] = q.q.State()
+		}
+	}
+	n.mu.Unlock()
+	stop.Close()
+	// One pair again. Where the interface is gone it cannot be done, and does not matter.
+	n.ifc.SetQueues(1)
+	n.mu.Lock()
+	n.stop, n.carrier, n.inUse = nil, false, 0
 	n.mu.Unlock()
 	n.reset()
 	return states
@@ -323,9 +463,10 @@ func (n *Net) reset() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.acked = virtio.Features{}
-	for i := range n.queues {
-		n.queues[i].set = false
+	for i := range n.pairs {
+		n.pairs[i].rx.set, n.pairs[i].tx.set = false, false
 	}
+	n.ctrl.set = false
 }
 
 // Close implements Backend.
@@ -342,26 +483,39 @@ func (n *Net) Status() status.Device {
 		Interface: n.ifc.Name(), LinkType: n.ifc.Type().String(), MTU: n.ifc.MTU(), Carrier: n.carrier,
 		Offload: tunbridge.DeviceOffload(n.acked.Mask()).String(),
 		Offered: n.possible().Names(), Allowed: n.Features().Names(), Negotiated: n.acked.Names(),
+		Pairs: n.inUse, MaxPairs: n.maxPairs(),
 		Counters: map[string]uint64{"starts": n.starts, "broken": n.broken}}
+	if len(n.pairs) > 1 {
+		for k, v := range status.Counters(n.ctl.load()) {
+			s.Counters[k] = v
+		}
+	}
 	if n.ifc.Type() == tunbridge.TAP {
 		s.MAC = n.ifc.MAC().String()
 	}
 	if n.lastErr != nil {
 		s.LastError = n.lastErr.Error()
 	}
-	for i := range n.queues {
-		q := &n.queues[i]
-		qs := status.Queue{Index: i, Name: netQueueNames[i], Ready: q.set, Size: q.cfg.Size}
-		if q.pump != nil {
-			st := q.q.State()
-			qs.Avail, qs.Used = st.Avail, st.Used
-			qs.Ring = status.Counters(q.q.Stats().Load())
-		}
-		qs.Pump = make(map[string]uint64)
-		q.stats.Each(func(name string, v uint64) { qs.Pump[name] = v })
-		qs.Doorbell = status.Counters(q.bells.Snapshot())
-		session.QueueBus(&qs, q.bus, q.stats.Frames())
-		s.Queues = append(s.Queues, qs)
+	for i := range n.pairs {
+		s.Queues = append(s.Queues, n.pairs[i].rx.describe(2*i, virtio.NetQueueName(2*i, len(n.pairs))),
+			n.pairs[i].tx.describe(2*i+1, virtio.NetQueueName(2*i+1, len(n.pairs))))
+	}
+	if len(n.pairs) > 1 {
+		s.Queues = append(s.Queues, n.ctrl.describe(virtio.NetQueueCtrl(n.maxPairs()), "ctrl"))
 	}
 	return s
+}
+
+func (q *netQueue) describe(index int, name string) status.Queue {
+	qs := status.Queue{Index: index, Name: name, Ready: q.set, Size: q.cfg.Size}
+	if q.q != nil {
+		st := q.q.State()
+		qs.Avail, qs.Used = st.Avail, st.Used
+		qs.Ring = status.Counters(q.q.Stats().Load())
+	}
+	qs.Pump = make(map[string]uint64)
+	q.stats.Each(func(name string, v uint64) { qs.Pump[name] = v })
+	qs.Doorbell = status.Counters(q.bells.Snapshot())
+	session.QueueBus(&qs, q.bus, q.stats.Frames())
+	return qs
 }

@@ -66,6 +66,8 @@ type Device struct {
 	Offered    []string          `json:"offered"`
 	Allowed    []string          `json:"allowed"` // what the operator's mask leaves of it
 	Negotiated []string          `json:"negotiated"`
+	Pairs      int               `json:"queue_pairs"`     // queue pairs in use
+	MaxPairs   int               `json:"max_queue_pairs"` // that the host offers, or the agent would use
 	Queues     []Queue           `json:"queues"`
 	Counters   map[string]uint64 `json:"counters"`
 	LastError  string            `json:"last_error,omitempty"`
