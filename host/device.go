@@ -58,7 +58,7 @@ func (d *device) events() {
 	d.pending = nil
 	d.mu.Unlock()
 	for _, e := range es {
-		if errors.Is(e.Broken, pci.ErrGone) {
+		if errors.Is(e.Broken, pci.ErrGone) || errors.Is(e.Broken, dma.ErrRunaway) {
 			d.l.s.Fault(e.Broken)
 			return
 		}

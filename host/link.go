@@ -23,7 +23,9 @@ type Config struct {
 	Devices map[uint16]Backend
 	// NoPool keeps the board out of the host's memory: no placement but window.
 	NoPool bool
-	Log    session.Logger
+	// DMA says what the board's DMA engine is for.
+	DMA DMAConfig
+	Log session.Logger
 	// Beat, LostBeats, NoInterrupts: see session.Config.
 	Beat         time.Duration
 	LostBeats    int
@@ -38,6 +40,7 @@ type Link struct {
 	s     *session.Session
 	devs  []*device // by number
 	table dma.TableRef
+	wild  error // an engine could not be stopped; the session's goroutine only
 }
 
 type linkCounters struct {
@@ -133,6 +136,9 @@ func (l *handler) pool(b board.Board) (dma.Region, bool) {
 // Declare implements session.Handler: the pool, where the board can reach one.
 func (l *handler) Declare(b board.Board) (virtiomsg.Declaration, error) {
 	var d virtiomsg.Declaration
+	if _, ok := b.(board.Engined); !ok && l.cfg.DMA.Mode == DMAOn {
+		return d, &board.Error{Spec: b.String(), Reason: "boards of this kind have no DMA engine that the host drives: leave --dma at auto", Class: board.ErrInput}
+	}
 	if r, ok := l.pool(b); ok {
 		d.Pool = []virtiomsg.PoolRegion{{Link: poolLink, Size: r.Mem.Size(), Bus: uint64(r.Addr), Access: r.Access}}
 	}
@@ -143,6 +149,7 @@ func (l *handler) Declare(b board.Board) (virtiomsg.Declaration, error) {
 func (l *handler) Up() {
 	w := l.s.Board().Window()
 	var rs []dma.Region
+	var parts []board.WindowPart
 	for i, r := range l.s.Peer().Regions {
 		m, err := w.Mem.Slice(r.Offset, r.Size)
 		if err != nil {
@@ -153,6 +160,7 @@ func (l *handler) Up() {
 		}
 		rs = append(rs, dma.Region{Name: fmt.Sprintf("board%d", i), Addr: r.Addr, Mem: m, Access: r.Access,
 			Across: w.Across, Account: w.Account})
+		parts = append(parts, board.WindowPart{Link: r.Addr, Offset: r.Offset, Size: r.Size})
 	}
 	if r, ok := l.pool(l.s.Board()); ok {
 		r.Addr = poolLink
@@ -165,8 +173,13 @@ func (l *handler) Up() {
 		return
 	}
 	l.table.Store(t)
+	l.wild = nil
+	src := newEngineSource(l.s.Board(), l.cfg.DMA, l.cfg.Log, l.cfg.Name, parts, l.runaway)
 	for _, d := range l.devs {
 		d.be.SetMemory(&l.table)
+		if u, ok := d.be.(engineUser); ok {
+			u.useEngines(src)
+		}
 	}
 }
 
@@ -225,8 +238,20 @@ func (l *handler) Malformed(m *virtiomsg.Slot, err error) {
 	l.s.Reset()
 }
 
+// runaway notes that an engine could not be stopped. Its bus mastering is off; what it had read before may
+// still be written into the board's memory, so nothing there is used any more.
+func (l *handler) runaway(err error) {
+	l.wild = err
+	l.s.Wake()
+}
+
 // Tick looks for what the device models have told meanwhile.
 func (l *handler) Tick() {
+	if err := l.wild; err != nil {
+		l.wild = nil
+		l.s.Fault(err)
+		return
+	}
 	for _, d := range l.devs {
 		d.events()
 	}

@@ -51,6 +51,7 @@ type Net struct {
 	lastErr error
 	starts  uint64
 	broken  uint64
+	engines engineSet
 }
 
 // netPair is a receive and a transmit queue (the names are the driver's: what it receives, the device fills in), and the queue of
@@ -297,6 +298,7 @@ func (n *Net) Start() error {
 	if err != nil {
 		return err
 	}
+	n.engines.prepare(n.engineJobs())
 	for i := range n.pairs {
 		p := &n.pairs[i]
 		p.running, p.rx.pump, p.tx.pump = false, nil, nil
@@ -304,6 +306,7 @@ func (n *Net) Start() error {
 			continue
 		}
 		if err := n.makePumps(i, stop); err != nil {
+			n.engines.release()
 			stop.Close()
 			return err
 		}
@@ -311,6 +314,7 @@ func (n *Net) Start() error {
 	var ctrl *control
 	if n.ctrl.set {
 		if err := n.open(&n.ctrl); err != nil {
+			n.engines.release()
 			stop.Close()
 			return err
 		}
@@ -326,6 +330,7 @@ func (n *Net) Start() error {
 		n.mu.Unlock()
 		n.loops.Wait() // they may want mu
 		n.mu.Lock()
+		n.engines.release()
 		n.stop = nil
 		stop.Close()
 		return err
@@ -361,6 +366,7 @@ func (n *Net) makePumps(i int, stop *tunbridge.Stop) error {
 		pc := tunbridge.PumpConfig{Name: n.queueName(2*i + j), Iface: p.ifc, Stop: stop, Wait: q.cfg.Kick, Ring: q.cfg.Call,
 			MaxFrame: tunbridge.MaxFrame(n.ifc.MTU(), offload), Fallback: n.cfg.Fallback,
 			Stats: q.stats, Bells: q.bells}
+		n.engines.attach(&pc, 2*i+j)
 		if q == &p.rx {
 			q.pump = tunbridge.NewDeviceRX(pc, q.q, n.acked.Has(virtio.NetMrgRxbuf))
 		} else {
@@ -452,6 +458,7 @@ func (n *Net) Stop() []vring.State {
 	// One pair again. Where the interface is gone it cannot be done, and does not matter.
 	n.ifc.SetQueues(1)
 	n.mu.Lock()
+	n.engines.release()
 	n.stop, n.carrier, n.inUse = nil, false, 0
 	n.mu.Unlock()
 	n.reset()
@@ -503,6 +510,7 @@ func (n *Net) Status() status.Device {
 	if len(n.pairs) > 1 {
 		s.Queues = append(s.Queues, n.ctrl.describe(virtio.NetQueueCtrl(n.maxPairs()), "ctrl"))
 	}
+	n.engines.describe(&s)
 	return s
 }
 

@@ -84,6 +84,7 @@ type Queue struct {
 	Ring     map[string]uint64 `json:"ring,omitempty"`     // of the virtqueue
 	Pump     map[string]uint64 `json:"pump,omitempty"`     // of the loop that moves frames
 	Doorbell map[string]uint64 `json:"doorbell,omitempty"` // of the bell that the loop sleeps on
+	DMA      map[string]uint64 `json:"dma,omitempty"`      // of the board's engine and the processor behind it, where there is one
 	// Bus is what this side's accesses across the bus for this queue come to, BusPerPacket the same for each frame that the loop
 	// has moved; nil where they are not counted. Link.Bus includes them.
 	Bus          *Bus         `json:"bus,omitempty"`
