@@ -192,6 +192,13 @@ type side struct {
 
 	sleeps, rings uint64
 	lost, idle    uint64
+
+	// What the loops work with is here, not made by each run: its first touch takes longer than all buffers.
+	reqs  []vring.Request
+	done  []vring.Completion
+	bufs  []vring.Buffer
+	batch vring.Batch
+	used  []vring.Used
 }
 
 func newSide(c *Config, device bool, memfd, kick, call int) (*side, error) {
@@ -231,7 +238,16 @@ func newSide(c *Config, device bool, memfd, kick, call int) (*side, error) {
 		Desc:   dma.Span{Region: far, Off: offDesc, Len: uint32(desc)}.Accounted(&s.bus.Descriptor),
 		Driver: dma.Span{Region: far, Off: offDriver, Len: uint32(driver)}.Accounted(&s.bus.Driver),
 		Device: dma.Span{Region: board, Off: offDevice, Len: uint32(dev)}.Accounted(&s.bus.Device)}
-	if device {
+	if !device {
+		s.reqs, s.done = make([]vring.Request, c.Batch), make([]vring.Completion, c.Batch)
+		// As frames that are sent: no descriptor is what it was one lap ago, so that what rings save by not
+		// writing what does not change is not measured. Their number is prime.
+		s.bufs = make([]vring.Buffer, frames)
+		for i := range s.bufs {
+			s.bufs[i] = vring.Buffer{Addr: s.buffer + dma.Addr(i*64), Len: length(i)}
+		}
+	} else {
+		s.used = make([]vring.Used, 0, c.Batch)
 		t, err := dma.NewTable(*board, *host)
 		if err != nil {
 			return nil, err
@@ -283,14 +299,7 @@ func (s *side) wait(fd int) error {
 
 func (s *side) driver(q vring.Driver) error {
 	c := s.c
-	reqs := make([]vring.Request, c.Batch)
-	done := make([]vring.Completion, c.Batch)
-	// As frames that are sent: no descriptor is what it was one lap ago, so that what rings save by not
-	// writing what does not change is not measured. Their number is prime.
-	bufs := make([]vring.Buffer, frames)
-	for i := range bufs {
-		bufs[i] = vring.Buffer{Addr: s.buffer + dma.Addr(i*64), Len: length(i)}
-	}
+	reqs, done, bufs := s.reqs, s.done, s.bufs
 	readable := 1
 	if c.Write {
 		readable = 0
@@ -356,12 +365,11 @@ func (s *side) driver(q vring.Driver) error {
 
 func (s *side) device(q vring.Device) error {
 	c := s.c
-	var b vring.Batch
-	used := make([]vring.Used, 0, c.Batch)
+	b, used := &s.batch, s.used
 	idle := 0
 	for got := 0; got < c.Buffers; {
 		b.Chains, b.Spans, used = b.Chains[:0], b.Spans[:0], used[:0]
-		n, err := q.Pop(&b, c.Batch)
+		n, err := q.Pop(b, c.Batch)
 		if err != nil {
 			return err
 		}
@@ -498,6 +506,9 @@ func idle(q *vring.Stats) uint64 {
 	return c.IndexReads - c.IndexMoved
 }
 
+// Check returns what is wrong with c, nil where nothing is.
+func (c Config) Check() error { return c.defaults() }
+
 // Run measures. Errors name what is wrong with cfg, or with the machine.
 func Run(ctx context.Context, cfg Config) (*Result, error) {
 	c := cfg
@@ -592,7 +603,6 @@ func (r *Result) lead(c *Config, s *side) error {
 		return err
 	}
 	q.DisarmCall()
-	var ns, trip, ratio []float64
 	for i := 0; i <= c.Runs; i++ { // the first one warms up
 		s.deadline = time.Now().Add(patience)
 		before, err := s.line.RoundTrips(pingRounds)
@@ -619,10 +629,8 @@ func (r *Result) lead(c *Config, s *side) error {
 			rt = after
 		}
 		r.Runs = append(r.Runs, Sample{took, rt})
-		ns, trip, ratio = append(ns, took), append(trip, rt), append(ratio, took/rt)
 	}
-	r.NS, r.RoundTripNS, r.Ratio = benchkit.Median(ns), benchkit.Median(trip), benchkit.Median(ratio)
-	r.Best = slices.Min(ns) / r.RoundTripNS
+	r.summarise()
 	r.Driver = perQueue(s.bus, float64(c.Buffers)*float64(c.Runs))
 	r.Sleeps, r.Rings, r.Lost = float64(s.sleeps), float64(s.rings), s.lost
 	r.Idle = float64(idle(q.Stats()) - s.idle)
@@ -641,6 +649,42 @@ func perQueue(a *dma.QueueAccount, n float64) Bus {
 		b.FlushReads += p.FlushReads
 	}
 	return b
+}
+
+// summarise takes the medians from the runs.
+func (r *Result) summarise() {
+	var ns, trip, ratio []float64
+	for _, s := range r.Runs {
+		ns, trip, ratio = append(ns, s.NS), append(trip, s.RoundTripNS), append(ratio, s.NS/s.RoundTripNS)
+	}
+	r.NS, r.RoundTripNS, r.Ratio = benchkit.Median(ns), benchkit.Median(trip), benchkit.Median(ratio)
+	r.Best = slices.Min(ns) / r.RoundTripNS
+}
+
+// Add takes the runs of another measurement with the same configuration into r: those that were made in turns with others.
+func (r *Result) Add(o *Result) {
+	a, b := float64(len(r.Runs)*r.Buffers), float64(len(o.Runs)*o.Buffers)
+	mean := func(p *float64, v float64) { *p = (*p*a + v*b) / (a + b) }
+	bus := func(to *Bus, from Bus) {
+		mean(&to.Reads, from.Reads)
+		mean(&to.Writes, from.Writes)
+		mean(&to.ReadBytes, from.ReadBytes)
+		mean(&to.WriteBytes, from.WriteBytes)
+		mean(&to.FlushReads, from.FlushReads)
+	}
+	for _, d := range []struct{ to, from *Bus }{{&r.Driver, &o.Driver}, {&r.Device, &o.Device}} {
+		bus(d.to, *d.from)
+		for name, area := range d.to.Areas {
+			bus(&area, d.from.Areas[name])
+			d.to.Areas[name] = area
+		}
+	}
+	mean(&r.Idle, o.Idle)
+	mean(&r.Sleeps, o.Sleeps)
+	mean(&r.Rings, o.Rings)
+	r.Lost += o.Lost
+	r.Runs = append(r.Runs, o.Runs...)
+	r.summarise()
 }
 
 func perBuffer(a dma.Account, n float64) Bus {
