@@ -107,10 +107,3 @@ func clearWords(p unsafe.Pointer, n uint64) {
 		zeroWords(unsafe.Add(p, i), w/8)
 	}
 }
-
-// How many bytes one call into the assembly moves at most: the scheduler cannot stop it there. A read
-// from a device may take a microsecond for each word; a write is posted, and some ten times as fast.
-const (
-	burst      = 1024
-	storeBurst = 4096
-)

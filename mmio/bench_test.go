@@ -104,3 +104,30 @@ func BenchmarkCopy(b *testing.B) {
 		}
 	}
 }
+
+// BenchmarkWide runs the copies for device memory with every width over RAM: what is measured is the instructions, not a bus.
+func BenchmarkWide(b *testing.B) {
+	mem, buf := aligned(1<<16+64), aligned(1<<16)
+	for w := range allWidths() {
+		m, err := mmio.NewMem(unsafe.Pointer(&mem[0]), uint64(len(mem)), mmio.WriteCombining).WithWidths(w)
+		if err != nil {
+			b.Fatal(err)
+		}
+		for _, off := range []uint64{0, 1} {
+			for _, n := range []int{16, 64, 256, 1514, 65536} {
+				b.Run(fmt.Sprintf("In/%d/off=%d/%d", w.Store, off, n), func(b *testing.B) {
+					b.SetBytes(int64(n))
+					for b.Loop() {
+						m.CopyIn(off, buf[:n])
+					}
+				})
+				b.Run(fmt.Sprintf("Out/%d/off=%d/%d", w.Load, off, n), func(b *testing.B) {
+					b.SetBytes(int64(n))
+					for b.Loop() {
+						m.CopyOut(buf[:n], off)
+					}
+				})
+			}
+		}
+	}
+}

@@ -24,18 +24,18 @@ func (m *Mem) bytes(off, n uint64) []byte {
 // lines is what a copy by the runtime counts as: one for each started 64 bytes.
 func lines(n uint64) uint64 { return (n + 63) / 64 }
 
-// misaligned returns the low 3 bits of the address of byte off.
+// misaligned returns how far the address of byte off is from an alignment to the width of loads.
 func (m *Mem) misaligned(off uint64) uint64 {
 	if m.bus != nil {
 		return (m.off + off) & 7
 	}
-	return (uint64(uintptr(m.base)) + off) & 7
+	return (uint64(uintptr(m.base)) + off) & (uint64(m.widths.Load) - 1)
 }
 
 // step returns the width of the next access of a copy of n bytes at an address: the
-// widest that is aligned and does not pass the end.
-func step(addr, n uint64) uint64 {
-	w := uint64(8)
+// widest up to max that is aligned and does not pass the end.
+func step(addr, n, max uint64) uint64 {
+	w := max
 	for addr&(w-1) != 0 || w > n {
 		w >>= 1
 	}
@@ -43,7 +43,7 @@ func step(addr, n uint64) uint64 {
 }
 
 // CopyIn writes src to the memory at off. Device and modelled memory sees naturally
-// aligned accesses only, as wide as they can be, none outside the range. It returns the
+// aligned accesses only, as wide as they can be (Widths), none outside the range. It returns the
 // number of bus transactions: one for each access there, one for each started 64
 // bytes of cached memory. It panics where the range lies outside the memory.
 func (m *Mem) CopyIn(off uint64, src []byte) uint64 {
@@ -54,11 +54,11 @@ func (m *Mem) CopyIn(off uint64, src []byte) uint64 {
 		return lines(n)
 	}
 	if m.bus == nil {
-		return copyIn(unsafe.Add(m.base, off), src)
+		return copyIn(unsafe.Add(m.base, off), src, uint64(m.widths.Store))
 	}
 	count := uint64(0)
 	for len(src) > 0 {
-		w := step(m.off+off, uint64(len(src)))
+		w := step(m.off+off, uint64(len(src)), 8)
 		m.bus.Store(m.off+off, uint(w), little(src[:w]))
 		count++
 		off += w
@@ -79,11 +79,11 @@ func (m *Mem) CopyOut(dst []byte, off uint64) uint64 {
 		return lines(n)
 	}
 	if m.bus == nil {
-		return copyOut(dst, unsafe.Add(m.base, off))
+		return copyOut(dst, unsafe.Add(m.base, off), uint64(m.widths.Load))
 	}
 	count := uint64(0)
 	for len(dst) > 0 {
-		w := step(m.off+off, uint64(len(dst)))
+		w := step(m.off+off, uint64(len(dst)), 8)
 		putLittle(dst[:w], m.bus.Load(m.off+off, uint(w)))
 		count++
 		off += w
@@ -107,7 +107,7 @@ func (m *Mem) Zero(off, n uint64) uint64 {
 	}
 	count := uint64(0)
 	for n > 0 {
-		w := step(m.off+off, n)
+		w := step(m.off+off, n, 8)
 		m.bus.Store(m.off+off, uint(w), 0)
 		count++
 		off += w
@@ -152,16 +152,19 @@ func CopyMem(dst *Mem, doff uint64, src *Mem, soff, n uint64) (reads, writes uin
 // The copies to and from mapped device memory. A pointer is made only where an access
 // follows, so that none ever leaves the memory.
 
-func copyIn(p unsafe.Pointer, src []byte) uint64 {
+func copyIn(p unsafe.Pointer, src []byte, max uint64) uint64 {
 	count, n := uint64(0), uint64(len(src))
 	for i := uint64(0); i < n; {
-		at, w := unsafe.Add(p, i), step(uint64(uintptr(p))+i, n-i)
+		at, w := unsafe.Add(p, i), step(uint64(uintptr(p))+i, n-i, max)
+		if w >= 8 {
+			bytes, times := run(w, n-i, max)
+			storeRun(at, src[i:i+bytes], w)
+			count += times
+			i += bytes
+			continue
+		}
 		count++
 		switch w {
-		case 8:
-			w = (n - i) &^ 7
-			storeWords(at, src[i:i+w])
-			count += w/8*uint64(wordAccesses) - 1
 		case 4:
 			Store32(at, binary.LittleEndian.Uint32(src[i:]))
 		case 2:
@@ -174,16 +177,19 @@ func copyIn(p unsafe.Pointer, src []byte) uint64 {
 	return count
 }
 
-func copyOut(dst []byte, p unsafe.Pointer) uint64 {
+func copyOut(dst []byte, p unsafe.Pointer, max uint64) uint64 {
 	count, n := uint64(0), uint64(len(dst))
 	for i := uint64(0); i < n; {
-		at, w := unsafe.Add(p, i), step(uint64(uintptr(p))+i, n-i)
+		at, w := unsafe.Add(p, i), step(uint64(uintptr(p))+i, n-i, max)
+		if w >= 8 {
+			bytes, times := run(w, n-i, max)
+			loadRun(dst[i:i+bytes], at, w)
+			count += times
+			i += bytes
+			continue
+		}
 		count++
 		switch w {
-		case 8:
-			w = (n - i) &^ 7
-			loadWords(dst[i:i+w], at)
-			count += w/8*uint64(wordAccesses) - 1
 		case 4:
 			binary.LittleEndian.PutUint32(dst[i:], Load32(at))
 		case 2:
@@ -196,10 +202,23 @@ func copyOut(dst []byte, p unsafe.Pointer) uint64 {
 	return count
 }
 
+// run returns how many of n bytes can be moved by accesses of w bytes from an address aligned to w on, and how many accesses that takes: all of
+// the middle where w is the widest there is, else the one before a wider one, or before the end.
+func run(w, n, max uint64) (bytes, accesses uint64) {
+	bytes = w
+	if w == max {
+		bytes = n &^ (w - 1)
+	}
+	if w == 8 {
+		return bytes, bytes / 8 * uint64(wordAccesses)
+	}
+	return bytes, bytes / w
+}
+
 func clearAt(p unsafe.Pointer, n uint64) uint64 {
 	count := uint64(0)
 	for i := uint64(0); i < n; {
-		at, w := unsafe.Add(p, i), step(uint64(uintptr(p))+i, n-i)
+		at, w := unsafe.Add(p, i), step(uint64(uintptr(p))+i, n-i, 8)
 		count++
 		switch w {
 		case 8:

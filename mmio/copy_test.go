@@ -12,7 +12,7 @@ import (
 
 const (
 	guard  = 32 // bytes on either side of a copy
-	maxMis = 15
+	maxMis = 63
 	maxLen = 200
 	arena  = guard + maxMis + maxLen + guard + 10
 )
@@ -26,11 +26,11 @@ func ramp(n, start int) []byte {
 }
 
 // accesses is the reference for the number of accesses: it walks the range byte by byte and
-// closes an access where no wider one could be aligned and inside.
-func accesses(off, n uint64, word bool) uint64 {
+// closes an access where no wider one, up to max, could be aligned and inside.
+func accesses(off, n, max uint64, word bool) uint64 {
 	count := uint64(0)
 	for end := off + n; off < end; count++ {
-		for w := uint64(8); ; w /= 2 {
+		for w := max; ; w /= 2 {
 			if off%w == 0 && off+w <= end {
 				if w == 8 && word && unsafe.Sizeof(uintptr(0)) == 4 {
 					count++ // two of 32 bits
@@ -43,11 +43,11 @@ func accesses(off, n uint64, word bool) uint64 {
 	return count
 }
 
-func wantCount(m mmio.Mem, off, n uint64) uint64 {
+func wantCount(m mmio.Mem, off, n uint64, width uint8) uint64 {
 	if m.Kind() == mmio.Cached && !m.Modelled() {
 		return (n + 63) / 64
 	}
-	return accesses(off, n, !m.Modelled())
+	return accesses(off, n, uint64(width), !m.Modelled())
 }
 
 func TestCopies(t *testing.T) {
@@ -62,7 +62,7 @@ func TestCopies(t *testing.T) {
 					src := ramp(n+n%8, 3)[n%8:]
 					want := append([]byte(nil), old...)
 					copy(want[off:], src)
-					count := wantCount(m, uint64(off), uint64(n))
+					count := wantCount(m, uint64(off), uint64(n), m.Widths().Store)
 
 					p.fill(old)
 					if got := m.CopyIn(uint64(off), src); got != count {
@@ -75,6 +75,7 @@ func TestCopies(t *testing.T) {
 					dst := ramp(2*guard+n+n%8, 9)
 					keep := append([]byte(nil), dst...)
 					copy(keep[guard+n%8:], src)
+					count = wantCount(m, uint64(off), uint64(n), m.Widths().Load)
 					if got := m.CopyOut(dst[guard+n%8:guard+n%8+n], uint64(off)); got != count {
 						t.Fatalf("CopyOut %d at +%d: %d transactions, want %d", n, mis, got, count)
 					}
@@ -83,6 +84,7 @@ func TestCopies(t *testing.T) {
 					}
 
 					copy(want[off:off+n], make([]byte, n))
+					count = wantCount(m, uint64(off), uint64(n), 8)
 					if got := m.Zero(uint64(off), uint64(n)); got != count {
 						t.Fatalf("Zero %d at +%d: %d transactions, want %d", n, mis, got, count)
 					}
@@ -209,12 +211,12 @@ func TestCopyMem(t *testing.T) {
 						if !bytes.Equal(s.bytes(), ramp(3000, 77)) {
 							t.Fatalf("%d bytes from +%d to +%d: the source changed", n, soff, doff)
 						}
-						if w := wantCount(s.mem, soff, n); reads != w {
+						if w := wantCount(s.mem, soff, n, s.mem.Widths().Load); reads != w {
 							t.Fatalf("%d bytes from +%d to +%d: %d reads, want %d", n, soff, doff, reads, w)
 						}
 						// A staged copy may split the destination's words.
-						w := wantCount(d.mem, doff, n)
-						if staged := n / 500 * 8; writes < w || writes > w+staged {
+						w := wantCount(d.mem, doff, n, d.mem.Widths().Store)
+						if staged := n / 440 * 14; writes < w || writes > w+staged {
 							t.Fatalf("%d bytes from +%d to +%d: %d writes, want %d", n, soff, doff, writes, w)
 						}
 					}

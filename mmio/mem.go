@@ -55,11 +55,12 @@ type Bus interface {
 // programmer's error and panics: what a peer sends is checked before it becomes
 // an offset.
 type Mem struct {
-	base unsafe.Pointer // nil where a bus is set
-	size uint64
-	kind Kind
-	bus  Bus
-	off  uint64 // of this piece in the bus' memory
+	base   unsafe.Pointer // nil where a bus is set
+	size   uint64
+	kind   Kind
+	widths Widths // of copies, where mapped
+	bus    Bus
+	off    uint64 // of this piece in the bus' memory
 }
 
 // NewMem describes size bytes mapped at base, which must be aligned to 8 bytes.
@@ -67,7 +68,7 @@ func NewMem(base unsafe.Pointer, size uint64, kind Kind) Mem {
 	if base == nil || uintptr(base)&7 != 0 || size == 0 {
 		panic(fmt.Sprintf("mmio: memory at %p of %d bytes is nil, empty or not aligned to 8", base, size))
 	}
-	return Mem{base: base, size: size, kind: kind}
+	return Mem{base: base, size: size, kind: kind, widths: DefaultWidths(kind)}
 }
 
 // FromBytes describes b as cached memory. b must stay reachable or be memory that
@@ -82,7 +83,7 @@ func FromBytes(b []byte) Mem {
 // NewBusMem describes size bytes of a modelled bus, seen as the given kind. Even
 // with kind Cached there is no RAM view of it.
 func NewBusMem(bus Bus, size uint64, kind Kind) Mem {
-	return Mem{size: size, kind: kind, bus: bus}
+	return Mem{size: size, kind: kind, widths: words, bus: bus}
 }
 
 // Size returns the size in bytes; 0 for the zero Mem.

@@ -3,6 +3,7 @@ package mmio_test
 import (
 	"bytes"
 	"fmt"
+	"iter"
 	"strings"
 	"testing"
 	"unsafe"
@@ -27,11 +28,15 @@ type place struct {
 	check func(*testing.T)
 }
 
-func mapped(n int, kind mmio.Kind) place {
+func mapped(n int, kind mmio.Kind, w mmio.Widths) place {
 	b := aligned(n)
+	m, err := mmio.NewMem(unsafe.Pointer(&b[0]), uint64(n), kind).WithWidths(w)
+	if err != nil {
+		panic(err)
+	}
 	return place{
-		name:  "mapped " + kind.String(),
-		mem:   mmio.NewMem(unsafe.Pointer(&b[0]), uint64(n), kind),
+		name:  "mapped " + kind.String() + " " + w.String(),
+		mem:   m,
 		bytes: func() []byte { return b },
 		fill:  func(v []byte) { copy(b, v) },
 		check: func(*testing.T) {},
@@ -58,10 +63,27 @@ func modelled(n int, kind mmio.Kind) place {
 	}
 }
 
+// allWidths yields widths such that each that this processor has is there for loads and for stores.
+func allWidths() iter.Seq[mmio.Widths] {
+	return func(yield func(mmio.Widths) bool) {
+		most := mmio.Widest()
+		for w := uint8(8); w <= max(most.Load, most.Store); w *= 2 {
+			if !yield(mmio.Widths{Load: min(w, most.Load), Store: min(w, most.Store)}) {
+				return
+			}
+		}
+	}
+}
+
 func places(n int) []place {
 	var ps []place
 	for _, k := range []mmio.Kind{mmio.Cached, mmio.WriteCombining, mmio.Uncached} {
-		ps = append(ps, mapped(n, k), modelled(n, k))
+		ps = append(ps, mapped(n, k, mmio.DefaultWidths(k)), modelled(n, k))
+	}
+	for w := range allWidths() {
+		if w != (mmio.Widths{Load: 8, Store: 8}) {
+			ps = append(ps, mapped(n, mmio.WriteCombining, w))
+		}
 	}
 	return ps
 }

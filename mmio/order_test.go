@@ -82,7 +82,7 @@ func TestStoreBuffer(t *testing.T) {
 	for _, kind := range []mmio.Kind{mmio.Cached, mmio.WriteCombining, mmio.Uncached} {
 		t.Run(kind.String(), func(t *testing.T) {
 			const slots, line = 64, 128
-			p := mapped(2*slots*line, kind)
+			p := mapped(2*slots*line, kind, mmio.DefaultWidths(kind))
 			m := p.mem
 			var sawX, sawY [slots]uint32
 			bad := 0
@@ -125,7 +125,7 @@ func TestStoreBuffer(t *testing.T) {
 func TestMessagePassing(t *testing.T) {
 	for _, kind := range []mmio.Kind{mmio.Cached, mmio.WriteCombining, mmio.Uncached} {
 		t.Run(kind.String(), func(t *testing.T) {
-			p := mapped(8192, kind)
+			p := mapped(8192, kind, mmio.DefaultWidths(kind))
 			m := p.mem
 			const slots, data, index, back = 64, 4096, 0, 2048
 			const total = 50000
