@@ -18,15 +18,24 @@ func main() {
 	f := lean.New(board.Host)
 	queueMax := f.Set.Uint("queue-max", 1024, "largest queue size, a power of two")
 	pool := f.Set.Bool("pool", true, "let the board reach host memory where it can (placement push)")
-	f.Exit(run(f, os.Args[1:], queueMax, pool))
+	engine := f.Set.String("dma", "auto", "what the board's DMA engine is for: auto, off, on (both ways)")
+	engineMin := f.Set.Uint("dma-min", 0, "length in `bytes` below which the processor copies, not the DMA engine (default: measured at start)")
+	f.Exit(run(f, os.Args[1:], queueMax, pool, engine, engineMin))
 }
 
-func run(f *lean.Flags, args []string, queueMax *uint, pool *bool) error {
+func run(f *lean.Flags, args []string, queueMax *uint, pool *bool, engine *string, engineMin *uint) error {
 	if err := f.Parse(args); err != nil {
 		return err
 	}
 	if n := *queueMax; n < 2 || n > 32768 || n&(n-1) != 0 {
 		return lean.Usagef("--queue-max %d: a power of two from 2 to 32768", n)
+	}
+	mode, err := host.ParseDMAMode(*engine)
+	if err != nil {
+		return lean.Usagef("--dma %v", err)
+	}
+	if uint64(*engineMin) > 1<<32-1 {
+		return lean.Usagef("--dma-min %d: up to 4294967295", *engineMin)
 	}
 	nets, err := f.Nets()
 	if err != nil {
@@ -70,7 +79,7 @@ func run(f *lean.Flags, args []string, queueMax *uint, pool *bool) error {
 			return err
 		}
 	}
-	l := host.NewLink(host.Config{Name: f.Name, Board: f.Board, NoPool: !*pool, Options: options, Devices: devices,
+	l := host.NewLink(host.Config{Name: f.Name, Board: f.Board, NoPool: !*pool, DMA: host.DMAConfig{Mode: mode, Min: uint32(*engineMin)}, Options: options, Devices: devices,
 		Log: f.Log, Beat: f.Beat, LostBeats: f.Lost, NoInterrupts: !f.Interrupts})
 	if err := f.Serve(l); err != nil {
 		closeAll()

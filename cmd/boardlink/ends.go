@@ -339,6 +339,8 @@ type hostCmd struct {
 	BoardMAC tunbridge.MAC `placeholder:"MAC" help:"MAC address that the board's interface is given (default: one that stays the same for --name)."`
 	QueueMax uint16        `default:"1024" help:"Largest queue size, a power of two."`
 	Pool     bool          `default:"true" negatable:"" help:"Let the board reach host memory where it can (placement push)."`
+	DMA      string        `name:"dma" enum:"auto,off,on" default:"auto" help:"What the board's DMA engine is for (${enum}), where this program can drive one: auto, what the board sends, where that is faster; on, both ways, however fast it is."`
+	DMAMin   uint32        `name:"dma-min" placeholder:"BYTES" help:"Length below which the processor copies, not the DMA engine (default: measured at start)."`
 }
 
 func (c *hostCmd) Run(s *streams) error {
@@ -347,6 +349,10 @@ func (c *hostCmd) Run(s *streams) error {
 	}
 	if c.QueueMax < 2 || c.QueueMax > 32768 || c.QueueMax&(c.QueueMax-1) != 0 {
 		return usagef("--queue-max %d: a power of two from 2 to 32768", c.QueueMax)
+	}
+	mode, err := host.ParseDMAMode(c.DMA)
+	if err != nil {
+		return usagef("--dma %v", err)
 	}
 	specs, err := c.specs(board.Host, c.BoardMAC)
 	if err != nil {
@@ -396,6 +402,7 @@ func (c *hostCmd) Run(s *streams) error {
 	var ends []end
 	for b, spec := range c.Board {
 		ends = append(ends, host.NewLink(host.Config{Name: c.linkName(b), Board: spec, Options: c.options(log), Devices: devices[b], NoPool: !c.Pool,
+			DMA: host.DMAConfig{Mode: mode, Min: c.DMAMin},
 			Log: log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts}))
 	}
 	if err := c.serveEnd(board.Host, ends, open, log); err != nil {

@@ -106,6 +106,7 @@ func (c *statusCmd) print(s *streams, p *status.Program) {
 				c.counters(w, "      frames", q.Pump)
 				c.counters(w, "      ring", q.Ring)
 				c.counters(w, "      doorbell", q.Doorbell)
+				c.counters(w, "      dma", q.DMA)
 				if b := q.BusPerPacket; b != nil && b.Frames != 0 {
 					fmt.Fprintf(w, "      bus, a frame\t%s\n", busAreas(*b))
 				}
