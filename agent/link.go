@@ -94,7 +94,7 @@ func NewLink(c Config) *Link {
 	ds := append([]*Net(nil), c.Devices...)
 	sort.Slice(ds, func(i, j int) bool { return ds[i].cfg.Number < ds[j].cfg.Number })
 	for i, n := range ds {
-		l.devs = append(l.devs, &device{l: l, n: n, index: i, failed: make(chan error, len(n.queues))})
+		l.devs = append(l.devs, &device{l: l, n: n, index: i, failed: make(chan error, 2*len(n.pairs)+1)})
 	}
 	c.Options.Side = board.Agent
 	l.s = session.New(session.Config{Name: c.Name, Spec: c.Board, Options: c.Options, Log: c.Log,
@@ -147,15 +147,60 @@ type handler Link
 func (l *handler) Queues() []session.QueueID {
 	var qs []session.QueueID
 	for _, d := range l.devs {
-		for i := range d.n.queues {
+		// Not the control queue, whose number depends on the host: it has one answer to wait for, and polls.
+		for i := 0; i < 2*d.n.limit; i++ {
 			qs = append(qs, session.QueueID{Dev: d.n.cfg.Number, Queue: i})
 		}
 	}
 	return qs
 }
 
+// limitPairs lowers the number of pairs of devices for which the operator did not choose it, so that further pairs do not share the
+// doorbells of the first ones, where those have them to themselves.
+func (l *handler) limitPairs(vectors uint32) {
+	most := 1
+	for _, d := range l.devs {
+		if d.n.cfg.Queues == 0 && len(d.n.pairs) > most {
+			most = len(d.n.pairs)
+		}
+	}
+	best := l.alone(vectors, 1)
+	for most > 1 && l.alone(vectors, most) < best {
+		most--
+	}
+	l.alone(vectors, most)
+}
+
+// alone sets the number of pairs where the operator did not choose it, and returns how many queues of first pairs have a vector to
+// themselves then.
+func (l *handler) alone(vectors uint32, pairs int) int {
+	users := map[uint32]int{}
+	for _, d := range l.devs {
+		n := len(d.n.pairs)
+		if d.n.cfg.Queues == 0 && n > pairs {
+			n = pairs
+		}
+		d.n.mu.Lock()
+		d.n.limit = n
+		d.n.mu.Unlock()
+		for q := 0; q < 2*n; q++ {
+			users[virtiomsg.Vector(d.n.cfg.Number, uint32(q), vectors)]++
+		}
+	}
+	own := 0
+	for _, d := range l.devs {
+		for q := uint32(0); q < 2; q++ {
+			if users[virtiomsg.Vector(d.n.cfg.Number, q, vectors)] == 1 {
+				own++
+			}
+		}
+	}
+	return own
+}
+
 // Declare implements session.Handler: everything behind the FIFOs is for rings and buffers.
 func (l *handler) Declare(b board.Board) (virtiomsg.Declaration, error) {
+	l.limitPairs(b.Self().Vectors)
 	w := b.Window()
 	size := w.Mem.Size() &^ (virtiomsg.RegionAlign - 1)
 	if size < offHeap+virtiomsg.PageSize {

@@ -1,7 +1,9 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
+	"runtime"
 	"sync"
 
 	"github.com/boardlink/boardlink/dma"
@@ -14,19 +16,14 @@ import (
 	"github.com/boardlink/boardlink/vring"
 )
 
-const (
-	queueRX = 0
-	queueTX = 1
-)
-
-var netQueueNames = [...]string{"rx0", "tx0"}
-
 // Sizes that the operator did not choose.
 const (
 	defaultQueueSize = 256
 	defaultRXBuffer  = 16 << 10 // largest receive buffer where merging is on
 	minRXBuffer      = 2 << 10
-	maxTXMemory      = 4 << 20 // more only spreads the frames over the caches
+	maxTXMemory      = 4 << 20   // of a queue: more only spreads the frames over the caches
+	minPairMemory    = 512 << 10 // of the device's memory, each kind, for each queue pair
+	ctrlQueueSize    = 8
 )
 
 // NetConfig says what a network device is to be like on this side.
@@ -40,6 +37,9 @@ type NetConfig struct {
 	Deny virtio.Features
 	// Ring is the kind of virtqueue: "split", "packed" (placement window only), or "auto", the default.
 	Ring string
+	// Queues is how many queue pairs to use at most; the host may offer fewer. 0 means as many as this machine has processors, and
+	// fewer where memory or doorbells are short.
+	Queues int
 	// QueueSize is in descriptors, a power of two; 0 means 256. The host may ask for fewer.
 	QueueSize uint16
 	// RXBuffer is the size in bytes of one receive buffer where they can be merged; 0 chooses by the
@@ -66,22 +66,33 @@ type transport interface {
 	Call(i int) doorbell.Waiter
 }
 
-// Net drives one virtio-net device.
+// Net drives one virtio-net device. Each queue pair has a queue of the interface to itself.
 type Net struct {
-	cfg NetConfig
-	ifc *tunbridge.Iface
+	cfg   NetConfig
+	ifc   *tunbridge.Iface
+	limit int // pairs to use, at most len(pairs)
 
 	mu        sync.Mutex // guards what Status reads
 	offered   virtio.Features
 	acked     virtio.Features
 	devStatus uint32
 	carrier   bool
-	queues    [2]netQueue
+	pairs     []netPair
+	ctrl      netQueue
+	setUps    int // pairs that are set up
+	offers    int // pairs that the host offers, which number the queues
+	inUse     int // pairs
 	stop      *tunbridge.Stop
 	loops     sync.WaitGroup
 	lastErr   error
 	ups       uint64
 	broken    uint64
+}
+
+// netPair is a receive and a transmit queue, and the queue of the interface that they belong to.
+type netPair struct {
+	ifc    *tunbridge.Iface
+	rx, tx netQueue
 }
 
 type netQueue struct {
@@ -91,6 +102,10 @@ type netQueue struct {
 	stats *tunbridge.Stats
 	bells *doorbell.Counters
 	bus   *dma.QueueAccount
+}
+
+func newNetQueue() netQueue {
+	return netQueue{stats: new(tunbridge.Stats), bells: new(doorbell.Counters), bus: new(dma.QueueAccount)}
 }
 
 // NewNet opens the interface, carrier off. Errors of the user's making satisfy
@@ -107,6 +122,12 @@ func NewNet(cfg NetConfig) (*Net, error) {
 	if cfg.QueueSize&(cfg.QueueSize-1) != 0 || cfg.QueueSize > vring.MaxSize || cfg.QueueSize < 2 {
 		return nil, fmt.Errorf("%s: a queue size of %d: it has to be a power of two from 2 to %d", cfg.Name, cfg.QueueSize, vring.MaxSize)
 	}
+	cfg.Interface.Queues = cfg.Queues
+	if cfg.Queues == 0 {
+		if cfg.Interface.Queues = runtime.NumCPU(); cfg.Interface.Queues > tunbridge.MaxQueues {
+			cfg.Interface.Queues = tunbridge.MaxQueues
+		}
+	}
 	ifc, err := tunbridge.Open(cfg.Interface)
 	if err != nil {
 		return nil, err
@@ -115,9 +136,9 @@ func NewNet(cfg NetConfig) (*Net, error) {
 		ifc.Close()
 		return nil, err
 	}
-	n := &Net{cfg: cfg, ifc: ifc}
-	for i := range n.queues {
-		n.queues[i].stats, n.queues[i].bells, n.queues[i].bus = new(tunbridge.Stats), new(doorbell.Counters), new(dma.QueueAccount)
+	n := &Net{cfg: cfg, ifc: ifc, limit: ifc.Queues(), ctrl: newNetQueue()}
+	for i := 0; i < ifc.Queues(); i++ {
+		n.pairs = append(n.pairs, netPair{ifc: ifc.Queue(i), rx: newNetQueue(), tx: newNetQueue()})
 	}
 	return n, nil
 }
@@ -134,6 +155,10 @@ func (n *Net) wanted() virtio.Features {
 	}
 	if n.ifc.Type() == tunbridge.TUN {
 		f.Set(virtio.NetRawIP)
+	}
+	if n.limit > 1 {
+		f.Set(virtio.NetMQ)
+		f.Set(virtio.NetCtrlVQ)
 	}
 	return f.Or(virtio.FeaturesFromMask(tunbridge.OffloadFeatures(n.ifc.OffloadSupported())))
 }
@@ -164,6 +189,9 @@ func (n *Net) choose(offered virtio.Features, push bool) (virtio.Features, error
 	if !f.Has(virtio.NetGuestCSUM) {
 		f = f.Without(virtio.FeaturesOf(virtio.NetGuestTSO4, virtio.NetGuestTSO6, virtio.NetGuestUSO4, virtio.NetGuestUSO6))
 	}
+	if !f.Has(virtio.NetMQ) || !f.Has(virtio.NetCtrlVQ) {
+		f = f.Without(virtio.FeaturesOf(virtio.NetMQ, virtio.NetCtrlVQ)) // neither is of use alone
+	}
 	return f, nil
 }
 
@@ -184,7 +212,7 @@ type layout struct {
 func (m *memory) take(name string, n, align uint64) (dma.Span, error) {
 	a, err := m.alloc.Alloc(n, align)
 	if err != nil {
-		return dma.Span{}, fmt.Errorf("%s: %s memory: %w: use a larger window, fewer devices or smaller queues", name, m.region.Name, err)
+		return dma.Span{}, fmt.Errorf("%s: %s memory: %w: use a larger window, fewer devices, fewer queue pairs or smaller queues", name, m.region.Name, err)
 	}
 	return dma.Span{Region: m.region, Off: uint64(a - m.region.Addr), Len: uint32(n)}, nil
 }
@@ -241,10 +269,24 @@ func (n *Net) setUp(t transport, m layout, set uint32, notify func(error)) error
 	if err != nil {
 		return err
 	}
-	if err := n.configure(acked, virtio.DecodeNetConfig(cb)); err != nil {
+	nc := virtio.DecodeNetConfig(cb)
+	if err := n.configure(acked, nc); err != nil {
 		return err
 	}
+	lay := laying{t: t, m: m, acked: acked, offers: 1, count: 1}
+	if acked.Has(virtio.NetMQ) {
+		lay.offers = int(nc.MaxQueuePairs)
+		if lay.offers < 1 || lay.offers > virtio.NetPairsMax {
+			return fmt.Errorf("%s: the host offers %d queue pairs: 1 to %d are possible (virtio 1.2, 5.1.4)", n.cfg.Name, lay.offers, virtio.NetPairsMax)
+		}
+		if lay.count = n.limit; lay.count > lay.offers {
+			lay.count = lay.offers
+		}
+	}
 	if err := n.ifc.SetOffload(tunbridge.DriverOffload(acked.Mask())); err != nil {
+		return err
+	}
+	if err := n.ifc.SetQueues(1); err != nil {
 		return err
 	}
 	n.ifc.Drain() // frames queued before may need what is not negotiated any more
@@ -252,8 +294,8 @@ func (n *Net) setUp(t transport, m layout, set uint32, notify func(error)) error
 	if err != nil {
 		return err
 	}
-	queues, err := n.layOut(t, m, acked, stop)
-	if err != nil {
+	lay.stop = stop
+	if err := n.layOut(&lay); err != nil {
 		stop.Close()
 		return err
 	}
@@ -266,12 +308,13 @@ func (n *Net) setUp(t transport, m layout, set uint32, notify func(error)) error
 		return err
 	}
 	n.mu.Lock()
-	n.acked, n.devStatus, n.stop, n.queues = acked, set, stop, queues
+	n.acked, n.devStatus, n.stop = acked, set, stop
+	n.pairs, n.ctrl, n.setUps, n.offers, n.inUse = lay.pairs, lay.ctrl, lay.count, lay.offers, 1
 	n.ups++
 	n.mu.Unlock()
-	for i := range queues {
-		n.loops.Add(1)
-		go n.run(queues[i].pump, notify)
+	// Those that are not in use yet have nothing to send, but buffers to offer.
+	for i := 0; i < lay.count; i++ {
+		n.startPair(&lay.pairs[i], notify)
 	}
 	if err := n.ifc.SetCarrier(true); err != nil {
 		n.down()
@@ -280,7 +323,19 @@ func (n *Net) setUp(t transport, m layout, set uint32, notify func(error)) error
 	n.mu.Lock()
 	n.carrier = true
 	n.mu.Unlock()
+	if lay.count > 1 {
+		n.loops.Add(1)
+		go n.run(&request{n: n, lay: &lay}, notify)
+	}
 	return nil
+}
+
+// startPair starts the loops of a pair.
+func (n *Net) startPair(p *netPair, notify func(error)) {
+	for _, pump := range [...]tunbridge.Pump{p.rx.pump, p.tx.pump} {
+		n.loops.Add(1)
+		go n.run(pump, notify)
+	}
 }
 
 // configure takes over what the host's configuration space says.
@@ -326,29 +381,156 @@ func (n *Net) reconfigure(t transport) error {
 	return n.configure(acked, c)
 }
 
+// laying is the set-up of a device's queues under way.
+type laying struct {
+	t      transport
+	m      layout
+	acked  virtio.Features
+	offers int // pairs that the host offers
+	count  int // pairs to set up; lowered where there is no room, and the operator did not choose
+	stop   *tunbridge.Stop
+
+	pairs []netPair
+	ctrl  netQueue
+	cmd   dma.Span // what the control queue's command, and its acknowledgement, are written to
+	ack   dma.Span
+	kick  doorbell.Ringer // of the control queue
+	call  doorbell.Waiter
+}
+
+// place is where a queue's areas and buffers go.
+type place struct {
+	desc, driver, device dma.Span
+	buffers              dma.Span
+	bufferSize           uint32 // of a receive queue
+}
+
+// errNoRoom: the device's memory does not do for so many queue pairs.
+var errNoRoom = errors.New("use a larger window, fewer devices or fewer queue pairs (--queues)")
+
 // layOut places rings and buffers in the device's memory, tells the device, and makes the loops.
-func (n *Net) layOut(t transport, m layout, acked virtio.Features, stop *tunbridge.Stop) ([2]netQueue, error) {
-	queues := n.queues
-	offload := acked.Mask()&tunbridge.NetFOffload != 0
-	max := tunbridge.MaxFrame(n.ifc.MTU(), offload)
-	for i := range queues {
-		name := n.cfg.Name + " " + netQueueNames[i]
-		limit, err := t.QueueMax(i)
+func (n *Net) layOut(l *laying) error {
+	max := tunbridge.MaxFrame(n.ifc.MTU(), l.acked.Mask()&tunbridge.NetFOffload != 0)
+	if n.cfg.Queues == 0 {
+		least := uint64(minPairMemory)
+		if l.m.near == l.m.far {
+			least *= 2
+		}
+		for l.count > 1 && (l.m.near.alloc.FreeBytes() < uint64(l.count)*least || l.m.far.alloc.FreeBytes() < uint64(l.count)*least) {
+			l.count--
+		}
+	}
+	sizes := make([]uint16, 0, 2*l.count+1)
+	for i := 0; i < 2*l.count; i++ {
+		size, err := n.queueSize(l, i, n.cfg.QueueSize)
 		if err != nil {
-			return queues, err
+			return err
 		}
-		size := n.cfg.QueueSize
-		for size > limit {
-			size /= 2
+		sizes = append(sizes, size)
+	}
+	ctrl := virtio.NetQueueCtrl(l.offers)
+	if l.count > 1 {
+		size, err := n.queueSize(l, ctrl, ctrlQueueSize)
+		if err != nil {
+			return err
 		}
-		if size < 2 {
-			return queues, fmt.Errorf("%s: the host has no such queue (largest size %d)", name, limit)
+		sizes = append(sizes, size)
+	}
+	places, err := n.reserve(l, sizes, max)
+	for err != nil && errors.Is(err, errNoRoom) && n.cfg.Queues == 0 && l.count > 1 {
+		if l.count--; l.count > 1 {
+			sizes = append(sizes[:2*l.count], sizes[len(sizes)-1])
+		} else {
+			sizes = sizes[:2]
 		}
-		c := vring.Config{Name: name, Size: size, EventIdx: acked.Has(virtio.EventIdx), Indirect: acked.Has(virtio.IndirectDesc)}
-		c.InOrder = acked.Has(virtio.InOrder)
-		packed := acked.Has(virtio.RingPacked)
+		l.m.near.alloc.Reset()
+		l.m.far.alloc.Reset()
+		places, err = n.reserve(l, sizes, max)
+	}
+	if err != nil {
+		return err
+	}
+	l.pairs, l.ctrl = append([]netPair(nil), n.pairs...), n.ctrl
+	l.ctrl.q, l.ctrl.size = nil, 0
+	for i := range l.pairs {
+		p := &l.pairs[i]
+		p.rx.q, p.rx.pump, p.rx.size = nil, nil, 0
+		p.tx.q, p.tx.pump, p.tx.size = nil, nil, 0
+	}
+	for i, size := range sizes {
+		q, number := &l.ctrl, ctrl
+		if i < 2*l.count {
+			q, number = l.pairs[i/2].queue(i), i
+		}
+		if err := n.makeQueue(l, q, number, size, &places[i]); err != nil {
+			return err
+		}
+	}
+	merge := l.acked.Has(virtio.NetMrgRxbuf)
+	for i := 0; i < 2*l.count; i++ {
+		p := &l.pairs[i/2]
+		q := p.queue(i)
+		pc := tunbridge.PumpConfig{Name: n.queueName(i, l.offers), Iface: p.ifc, Stop: l.stop, Wait: l.t.Call(i), Ring: l.t.Kick(i),
+			MaxFrame: max, Fallback: n.cfg.Fallback, Stats: q.stats, Bells: q.bells}
+		mem := places[i].buffers.Accounted(&q.bus.Payload)
+		if q == &p.rx {
+			q.pump, err = tunbridge.NewDriverRX(pc, q.q, mem, places[i].bufferSize, merge)
+		} else {
+			q.pump, err = tunbridge.NewDriverTX(pc, q.q, mem)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if l.count > 1 {
+		l.kick, l.call = l.t.Kick(ctrl), l.t.Call(ctrl)
+	}
+	return nil
+}
+
+// queue returns the pair's part of queue i.
+func (p *netPair) queue(i int) *netQueue {
+	if i%2 == 0 {
+		return &p.rx
+	}
+	return &p.tx
+}
+
+func (n *Net) queueName(i, offers int) string {
+	return n.cfg.Name + " " + virtio.NetQueueName(i, offers)
+}
+
+// queueSize asks for the largest size of queue i and returns which one to use, at most wish.
+func (n *Net) queueSize(l *laying, i int, wish uint16) (uint16, error) {
+	limit, err := l.t.QueueMax(i)
+	if err != nil {
+		return 0, err
+	}
+	for wish > limit {
+		wish /= 2
+	}
+	if wish < 2 {
+		return 0, fmt.Errorf("%s: the host has no such queue (largest size %d)", n.queueName(i, l.offers), limit)
+	}
+	return wish, nil
+}
+
+// reserve finds room for queues of the given sizes: the pairs', and the control queue's where there are several. Pairs get
+// equal shares of what is left for buffers. Nothing is shown to the device.
+func (n *Net) reserve(l *laying, sizes []uint16, max int) ([]place, error) {
+	places := make([]place, len(sizes))
+	near, far := l.m.near, l.m.far
+	room := func(err error) error {
+		if err != nil && l.count > 1 {
+			return fmt.Errorf("%s: no room for %d queue pairs: %s: %w", n.cfg.Name, l.count, err, errNoRoom)
+		}
+		return err
+	}
+	var err error
+	for i, size := range sizes {
+		name := n.queueName(i, l.count)
 		desc, driver, device := vring.SplitSizes(size)
-		if packed {
+		if l.acked.Has(virtio.RingPacked) {
 			desc, driver, device = vring.PackedSizes(size)
 		}
 		// Each area on cache lines of its own: both sides write near each other otherwise.
@@ -356,57 +538,73 @@ func (n *Net) layOut(t transport, m layout, acked virtio.Features, stop *tunbrid
 			span *dma.Span
 			m    *memory
 			n    uint64
-		}{{&c.Desc, m.far, desc}, {&c.Driver, m.far, driver}, {&c.Device, m.near, device}} {
+		}{{&places[i].desc, far, desc}, {&places[i].driver, far, driver}, {&places[i].device, near, device}} {
 			if *a.span, err = a.m.take(name, a.n, 64); err != nil {
-				return queues, err
+				return nil, room(err)
 			}
-			mem := a.span.Mem()
-			mem.Zero(0, a.n)
 		}
-		b := queues[i].bus
-		c.Desc, c.Driver, c.Device = c.Desc.Accounted(&b.Descriptor), c.Driver.Accounted(&b.Driver), c.Device.Accounted(&b.Device)
-		if queues[i].q, err = newDriverQueue(c, packed); err != nil {
-			return queues, err
-		}
-		if err = t.SetQueue(i, size, c.Desc.Addr(), c.Driver.Addr(), c.Device.Addr()); err != nil {
-			return queues, err
-		}
-		queues[i].size = size
 	}
-	for i := range queues {
-		q := &queues[i]
-		name := n.cfg.Name + " " + netQueueNames[i]
-		pc := tunbridge.PumpConfig{Name: name, Iface: n.ifc, Stop: stop, Wait: t.Call(i), Ring: t.Kick(i),
-			MaxFrame: max, Fallback: n.cfg.Fallback, Stats: q.stats, Bells: q.bells}
-		if i == queueRX {
-			merge := acked.Has(virtio.NetMrgRxbuf)
-			room := m.near.alloc.Largest()
-			if m.near == m.far {
-				room /= 2 // the other half is for transmission
-			}
-			size, count := rxBuffers(room, q.size, n.cfg.RXBuffer, uint32(max), merge)
-			mem, err := m.near.take(name, uint64(size)*uint64(count), 64)
-			if err != nil {
-				return queues, err
-			}
-			if q.pump, err = tunbridge.NewDriverRX(pc, q.q, mem.Accounted(&q.bus.Payload), size, merge); err != nil {
-				return queues, err
-			}
-			continue
+	if l.count > 1 {
+		if l.cmd, err = far.take(n.cfg.Name+" ctrl", 64, 64); err == nil {
+			l.ack, err = near.take(n.cfg.Name+" ctrl", 64, 64)
 		}
-		size := m.far.alloc.Largest() &^ 63
-		if size > maxTXMemory {
-			size = maxTXMemory
-		}
-		mem, err := m.far.take(name, size, 64)
 		if err != nil {
-			return queues, err
-		}
-		if q.pump, err = tunbridge.NewDriverTX(pc, q.q, mem.Accounted(&q.bus.Payload)); err != nil {
-			return queues, err
+			return nil, room(err)
 		}
 	}
-	return queues, nil
+	merge := l.acked.Has(virtio.NetMrgRxbuf)
+	for i := 0; i < l.count; i++ {
+		rx, tx := &places[virtio.NetQueueRX(i)], &places[virtio.NetQueueTX(i)]
+		left := uint64(l.count - i)
+		share := near.alloc.Largest() / left
+		bytes := share
+		if near == far {
+			bytes /= 2 // the other half is for transmission
+		}
+		name := n.queueName(virtio.NetQueueRX(i), l.count)
+		size, count := rxBuffers(bytes, sizes[virtio.NetQueueRX(i)], n.cfg.RXBuffer, uint32(max), merge)
+		if l.count > 1 && (count == 0 || count*int(size) < max) {
+			return nil, room(fmt.Errorf("%s: %d receive buffers of %d bytes are too few for frames of %d", name, count, size, max))
+		}
+		if rx.buffers, err = near.take(name, uint64(size)*uint64(count), 64); err != nil {
+			return nil, room(err)
+		}
+		rx.bufferSize = size
+
+		name = n.queueName(virtio.NetQueueTX(i), l.count)
+		all := far.alloc.Largest()
+		bytes = all / left
+		if near == far && left > 1 {
+			bytes = share - uint64(rx.buffers.Len)
+		}
+		if bytes &^= 63; bytes > maxTXMemory {
+			bytes = maxTXMemory
+		}
+		if l.count > 1 && bytes < 2*uint64(max) {
+			return nil, room(fmt.Errorf("%s: %d bytes of transmit memory are too few for frames of %d", name, bytes, max))
+		}
+		if tx.buffers, err = far.take(name, bytes, 64); err != nil {
+			return nil, room(err)
+		}
+	}
+	return places, nil
+}
+
+// makeQueue makes the driver side of queue number i and tells the device.
+func (n *Net) makeQueue(l *laying, q *netQueue, i int, size uint16, p *place) error {
+	for _, a := range [...]*dma.Span{&p.desc, &p.driver, &p.device} {
+		mem := a.Mem()
+		mem.Zero(0, uint64(a.Len))
+	}
+	c := vring.Config{Name: n.queueName(i, l.offers), Size: size, EventIdx: l.acked.Has(virtio.EventIdx), Indirect: l.acked.Has(virtio.IndirectDesc)}
+	c.InOrder = l.acked.Has(virtio.InOrder)
+	c.Desc, c.Driver, c.Device = p.desc.Accounted(&q.bus.Descriptor), p.driver.Accounted(&q.bus.Driver), p.device.Accounted(&q.bus.Device)
+	d, err := newDriverQueue(c, l.acked.Has(virtio.RingPacked))
+	if err != nil {
+		return err
+	}
+	q.q, q.size = d, size
+	return l.t.SetQueue(i, size, c.Desc.Addr(), c.Driver.Addr(), c.Device.Addr())
 }
 
 // newDriverQueue makes the driver side of a queue of the negotiated kind.
@@ -473,8 +671,10 @@ func (n *Net) down() {
 	stop.Raise()
 	n.loops.Wait()
 	stop.Close()
+	// Where the interface is gone it cannot be done, and does not matter.
+	n.ifc.SetQueues(1)
 	n.mu.Lock()
-	n.stop, n.carrier, n.devStatus, n.acked = nil, false, 0, virtio.Features{}
+	n.stop, n.carrier, n.devStatus, n.acked, n.inUse, n.setUps = nil, false, 0, virtio.Features{}, 0, 0
 	n.mu.Unlock()
 }
 
@@ -492,6 +692,7 @@ func (n *Net) Status() status.Device {
 		Interface: n.ifc.Name(), LinkType: n.ifc.Type().String(), MTU: n.ifc.MTU(), Carrier: n.carrier,
 		Offload: tunbridge.DriverOffload(n.acked.Mask()).String(), Status: virtio.StatusString(n.devStatus),
 		Offered: n.offered.Names(), Allowed: n.wanted().Without(n.cfg.Deny).Names(), Negotiated: n.acked.Names(),
+		Pairs: n.inUse, MaxPairs: n.limit,
 		Counters: map[string]uint64{"ups": n.ups, "broken": n.broken}}
 	if n.ifc.Type() == tunbridge.TAP {
 		s.MAC = n.ifc.MAC().String()
@@ -499,19 +700,26 @@ func (n *Net) Status() status.Device {
 	if n.lastErr != nil {
 		s.LastError = n.lastErr.Error()
 	}
-	for i := range n.queues {
-		q := &n.queues[i]
-		qs := status.Queue{Index: i, Name: netQueueNames[i], Ready: n.stop != nil, Size: q.size}
-		if q.q != nil {
-			st := q.q.State()
-			qs.Avail, qs.Used = st.Avail, st.Used
-			qs.Ring = status.Counters(q.q.Stats().Load())
-		}
-		qs.Pump = make(map[string]uint64)
-		q.stats.Each(func(name string, v uint64) { qs.Pump[name] = v })
-		qs.Doorbell = status.Counters(q.bells.Snapshot())
-		session.QueueBus(&qs, q.bus, q.stats.Frames())
-		s.Queues = append(s.Queues, qs)
+	for i := 0; i < 2*n.limit; i++ {
+		s.Queues = append(s.Queues, n.pairs[i/2].queue(i).describe(i, virtio.NetQueueName(i, len(n.pairs)), i < 2*n.setUps))
+	}
+	if n.setUps > 1 {
+		ctrl := virtio.NetQueueCtrl(n.offers)
+		s.Queues = append(s.Queues, n.ctrl.describe(ctrl, "ctrl", true))
 	}
 	return s
+}
+
+func (q *netQueue) describe(index int, name string, ready bool) status.Queue {
+	qs := status.Queue{Index: index, Name: name, Ready: ready, Size: q.size}
+	if q.q != nil {
+		st := q.q.State()
+		qs.Avail, qs.Used = st.Avail, st.Used
+		qs.Ring = status.Counters(q.q.Stats().Load())
+	}
+	qs.Pump = make(map[string]uint64)
+	q.stats.Each(func(name string, v uint64) { qs.Pump[name] = v })
+	qs.Doorbell = status.Counters(q.bells.Snapshot())
+	session.QueueBus(&qs, q.bus, q.stats.Frames())
+	return qs
 }
