@@ -29,6 +29,8 @@ type NetConfig struct {
 	QueueMax uint16
 	// Fallback is the pace of the poll fallback; the zero value is the default.
 	Fallback doorbell.Fallback
+	// Loop is how the loops wait; each pair's has one of the processors.
+	Loop tunbridge.LoopConfig
 }
 
 // Net is the virtio-net device model: queues on one side, a tap or tun device on the
@@ -59,6 +61,7 @@ type Net struct {
 type netPair struct {
 	ifc     *tunbridge.Iface
 	rx, tx  netQueue
+	loop    tunbridge.Pump // of both
 	running bool
 }
 
@@ -355,7 +358,7 @@ func (n *Net) open(q *netQueue) error {
 	return err
 }
 
-// makePumps makes the pumps of pair i.
+// makePumps makes the pumps and the loop of pair i.
 func (n *Net) makePumps(i int, stop *tunbridge.Stop) error {
 	p := &n.pairs[i]
 	offload := n.acked.Mask()&tunbridge.NetFOffload != 0
@@ -365,7 +368,7 @@ func (n *Net) makePumps(i int, stop *tunbridge.Stop) error {
 		}
 		pc := tunbridge.PumpConfig{Name: n.queueName(2*i + j), Iface: p.ifc, Stop: stop, Wait: q.cfg.Kick, Ring: q.cfg.Call,
 			MaxFrame: tunbridge.MaxFrame(n.ifc.MTU(), offload), Fallback: n.cfg.Fallback,
-			Stats: q.stats, Bells: q.bells}
+			Across: q.areas.Driver.Region.Across, Stats: q.stats, Bells: q.bells}
 		n.engines.attach(&pc, 2*i+j)
 		if q == &p.rx {
 			q.pump = tunbridge.NewDeviceRX(pc, q.q, n.acked.Has(virtio.NetMrgRxbuf))
@@ -373,16 +376,16 @@ func (n *Net) makePumps(i int, stop *tunbridge.Stop) error {
 			q.pump = tunbridge.NewDeviceTX(pc, q.q)
 		}
 	}
-	return nil
+	var err error
+	p.loop, err = tunbridge.NewLoop(n.cfg.Loop.Pair(i), p.rx.pump, p.tx.pump)
+	return err
 }
 
-// startPair starts the loops of a pair that has pumps. mu is held.
+// startPair starts the loop of a pair that has one. mu is held.
 func (n *Net) startPair(p *netPair) {
 	p.running = true
-	for _, pump := range [...]tunbridge.Pump{p.rx.pump, p.tx.pump} {
-		n.loops.Add(1)
-		go n.run(pump)
-	}
+	n.loops.Add(1)
+	go n.run(p.loop)
 }
 
 // setPairs puts so many pairs into use, as the driver asked: their loops run, and the kernel hands frames to their queues of the

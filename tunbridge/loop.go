@@ -34,6 +34,14 @@ type LoopConfig struct {
 	CPU []int
 }
 
+// Pair returns the configuration of the loop of pair i: its processor is the i-th, counting round.
+func (c LoopConfig) Pair(i int) LoopConfig {
+	if n := len(c.CPU); n > 0 {
+		c.CPU = c.CPU[i%n : i%n+1]
+	}
+	return c
+}
+
 // MaxBusyPoll is the longest time that a loop looks on by itself before it sleeps: about what the two wake-ups of an answer take.
 const MaxBusyPoll = 60 * time.Microsecond
 
