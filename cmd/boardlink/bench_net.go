@@ -1,16 +1,14 @@
 package main
 
 import (
-	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
-	"os/signal"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -27,7 +25,9 @@ type benchNetCmd struct {
 	Duration time.Duration `default:"500ms" help:"Of each measurement: TCP and UDP each way, pings."`
 	Streams  []int         `default:"1,4" help:"TCP connections at once."`
 	Verified bool          `help:"Check every byte of TCP; that takes its share of the processors, on all paths."`
+	Only     string        `placeholder:"REGEXP" help:"Only the measurements whose names match, e.g. '^ping flood|^tcp board'."`
 	JSON     bool          `name:"json" help:"Print the result as JSON."`
+	Save     string        `placeholder:"FILE.json" help:"Write the result as JSON to a file, too."`
 	Verbose  bool          `short:"v" help:"Show the log of both ends."`
 
 	Link      string   `enum:"tap,tun" default:"tap" help:"Of all interfaces. tap: Ethernet frames. tun: raw IP packets."`
@@ -52,34 +52,24 @@ func (c *benchNetCmd) Run(s *streams) error {
 	if netns.NeedsUser() {
 		return usageError{netns.EnterUser()} // does not return where it can be
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
-	p := newProgress(s.err, !c.JSON && !c.Verbose)
-	cfg.Step = p.step
+	run, err := (&benchFlags{JSON: c.JSON, Save: c.Save}).begin(s, [2]int{})
+	if err != nil {
+		return err
+	}
+	defer run.close()
+	cfg.Step, cfg.Environment = run.step, run.env
 	for i := range cfg.Boardlink {
 		if c.Verbose {
 			cfg.Boardlink[i].Trial.Log = s.err
 		}
 	}
-	r, err := netbench.Run(ctx, cfg)
-	p.done()
+	r, err := netbench.Run(run.ctx, cfg)
 	var end *trial.EndError
 	var setup *trial.SetupError
-	switch {
-	case ctx.Err() != nil:
-		return errors.New("interrupted")
-	case errors.As(err, &setup), errors.As(err, &end) && end.ExitCode() == exitUsage:
-		return usageError{err}
-	case err != nil:
-		return err
+	if errors.As(err, &setup) || errors.As(err, &end) && end.ExitCode() == exitUsage {
+		err = usageError{err}
 	}
-	if c.JSON {
-		e := json.NewEncoder(s.out)
-		e.SetIndent("", "  ")
-		return e.Encode(r)
-	}
-	printNet(s, r)
-	return nil
+	return run.report(err, r, func(w io.Writer) { printNet(w, r) }, nil)
 }
 
 // config checks the flags.
@@ -99,6 +89,12 @@ func (c *benchNetCmd) config() (cfg netbench.Config, err error) {
 	if c.Rounds < 1 || c.Rounds > 1000 {
 		return cfg, usagef("--rounds %d: 1 to 1000", c.Rounds)
 	}
+	var only *regexp.Regexp
+	if c.Only != "" {
+		if only, err = regexp.Compile(c.Only); err != nil {
+			return cfg, usagef("--only: %v", err)
+		}
+	}
 	for i, n := range c.Streams {
 		if n < 1 || n > 256 || slices.Contains(c.Streams[:i], n) {
 			return cfg, usagef("--streams %d: 1 to 256, each once", n)
@@ -113,7 +109,7 @@ func (c *benchNetCmd) config() (cfg netbench.Config, err error) {
 	if base.Trial.Window, err = windowSize(c.Window); err != nil {
 		return cfg, usagef("--window %s: %v", c.Window, err)
 	}
-	cfg = netbench.Config{MTUs: c.MTU, Link: c.Link, Offload: c.Offload, Streams: c.Streams, Rounds: c.Rounds, Duration: c.Duration, Verified: c.Verified,
+	cfg = netbench.Config{MTUs: c.MTU, Link: c.Link, Offload: c.Offload, Streams: c.Streams, Rounds: c.Rounds, Duration: c.Duration, Verified: c.Verified, Only: only,
 		Boardlink: []netbench.Boardlink{base}}
 	for _, text := range c.Also {
 		b, err := also(base, text)
@@ -138,6 +134,9 @@ func (c *benchNetCmd) config() (cfg netbench.Config, err error) {
 			return cfg, usagef("--paths %s: each once of %s", c.Paths[i], strings.ReplaceAll(strings.Join(known, ", "), " process", "-process"))
 		}
 		cfg.Paths = append(cfg.Paths, name)
+	}
+	if err := cfg.Check(); err != nil {
+		return cfg, usageError{err}
 	}
 	return cfg, nil
 }
@@ -191,13 +190,12 @@ func also(base netbench.Boardlink, text string) (netbench.Boardlink, error) {
 	return b, nil
 }
 
-func printNet(s *streams, r *netbench.Result) {
-	fmt.Fprintln(s.out, r.Environment)
+func printNet(out io.Writer, r *netbench.Result) {
 	offload := "offloads on"
 	if !r.Offload {
 		offload = "offloads off"
 	}
-	fmt.Fprintf(s.out, "%s, %s; %d rounds of %g s for each figure; cache line before each round: %s ns\n", r.Link, offload, r.Rounds, r.Seconds, whole(r.RoundTrips))
+	fmt.Fprintf(out, "%s, %s; %d rounds of %g s for each figure; cache line before each round: %s ns\n", r.Link, offload, r.Rounds, r.Seconds, whole(r.RoundTrips))
 	mtu := 0
 	var w *tabwriter.Writer
 	// Ratios of boardlink to the others.
@@ -219,7 +217,7 @@ func printNet(s *streams, r *netbench.Result) {
 				w.Flush()
 			}
 			mtu = f.MTU
-			w = tabwriter.NewWriter(s.out, 0, 8, 2, ' ', tabwriter.AlignRight)
+			w = tabwriter.NewWriter(out, 0, 8, 2, ' ', tabwriter.AlignRight)
 			fmt.Fprintf(w, "\nMTU %d\tunit\t", mtu)
 			for _, p := range r.Paths {
 				fmt.Fprintf(w, "%s\t", p)
@@ -245,7 +243,7 @@ func printNet(s *streams, r *netbench.Result) {
 	if w != nil {
 		w.Flush()
 	}
-	fmt.Fprintf(s.out, "\nmedian (min..max); a ratio is taken in each round. %d pings lost, %d frames dropped at taps.\n", r.PingsLost, r.Dropped)
+	fmt.Fprintf(out, "\nmedian (min..max); a ratio is taken in each round. %d pings lost, %d frames dropped at taps.\n", r.PingsLost, r.Dropped)
 }
 
 func cell(w *tabwriter.Writer, m map[string]netbench.Series, name string) {

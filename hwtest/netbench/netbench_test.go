@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -110,7 +111,7 @@ func TestPaths(t *testing.T) {
 					}
 				}
 			}
-			if n := len(r.Figures); n < 2*(6+4)+2*4 {
+			if n := len(r.Figures); n < 2*(6+4)+2*5 {
 				t.Errorf("%d figures", n)
 			}
 			// A super-packet, and each frame alone: counts, no times.
@@ -175,6 +176,10 @@ func TestConfig(t *testing.T) {
 		if _, err := Run(context.Background(), c); err == nil {
 			t.Errorf("paths %v: no error", paths)
 		}
+	}
+	none := Config{Only: regexp.MustCompile("^x")}
+	if _, err := Run(context.Background(), none); err == nil {
+		t.Error("nothing to measure: no error")
 	}
 	var c Config
 	c.Boardlink = []Boardlink{{Name: "a"}, {Name: "b"}}

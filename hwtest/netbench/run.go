@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
 	"runtime"
 	"slices"
 	"time"
@@ -33,7 +34,11 @@ type Config struct {
 	Verified bool          // every byte of TCP is checked, which takes time of the processors
 	// SocketBuffer is the room in bytes for what is under way between two processes; 0 leaves the kernel's default.
 	SocketBuffer int
-	Step         func(string) // if set, hears what is measured
+	// Only, if set, leaves out the measurements whose names it does not match: "tcp board to host", "ping flood".
+	Only *regexp.Regexp
+	// Environment is the machine as the caller found it; nil: Run looks itself. The caller's Finish ends it.
+	Environment *benchkit.Environment
+	Step        func(string) // if set, hears what is measured
 }
 
 // Boardlink is a link to measure.
@@ -41,6 +46,9 @@ type Boardlink struct {
 	Name  string
 	Trial trial.Config
 }
+
+// Check tells what is wrong with c, as Run would.
+func (c Config) Check() error { return c.setDefaults() }
 
 func (c *Config) setDefaults() error {
 	if c.Paths == nil {
@@ -76,6 +84,9 @@ func (c *Config) setDefaults() error {
 	}
 	if c.Step == nil {
 		c.Step = func(string) {}
+	}
+	if len(measures(c)) == 0 {
+		return fmt.Errorf("no measurement matches %v", c.Only)
 	}
 	return nil
 }
@@ -194,10 +205,13 @@ func Run(ctx context.Context, c Config) (r *Result, err error) {
 	old := runtime.GOMAXPROCS(0)
 	runtime.GOMAXPROCS(old + 2*slices.Max(c.Streams) + 4)
 	defer runtime.GOMAXPROCS(old)
-	r = &Result{Paths: c.Paths, Link: c.Link, Offload: c.Offload, Queues: c.Queues, Verified: c.Verified, Rounds: c.Rounds, Seconds: c.Duration.Seconds(),
+	r = &Result{Environment: c.Environment, Paths: c.Paths, Link: c.Link, Offload: c.Offload, Queues: c.Queues, Verified: c.Verified, Rounds: c.Rounds, Seconds: c.Duration.Seconds(),
 		Figures: []*Figure{}}
-	if r.Environment, err = benchkit.Look([2]int{}); err != nil {
-		return nil, err
+	if r.Environment == nil {
+		if r.Environment, err = benchkit.Look([2]int{}); err != nil {
+			return nil, err
+		}
+		defer r.Environment.Finish()
 	}
 	for _, mtu := range c.MTUs {
 		for n := range c.Rounds {
@@ -206,7 +220,6 @@ func Run(ctx context.Context, c Config) (r *Result, err error) {
 			}
 		}
 	}
-	r.Environment.Finish()
 	r.finish()
 	return r, nil
 }
@@ -275,14 +288,23 @@ func measures(c *Config) []measure {
 		name := "udp 64 B " + d.String()
 		l = append(l, measure{name, func(ctx context.Context, t *taker) error { return t.udp(ctx, name, d) }})
 	}
-	for _, i := range []time.Duration{500 * time.Microsecond, 10 * time.Millisecond, 0} {
-		name := "ping each " + i.String()
-		if i == 0 {
-			name = "ping flood"
-		}
-		l = append(l, measure{name, func(ctx context.Context, t *taker) error { return t.ping(ctx, name, i) }})
+	for _, p := range []struct {
+		name     string
+		interval time.Duration
+		awake    bool
+	}{
+		{"ping each 500µs", 500 * time.Microsecond, false},
+		{"ping each 500µs, awake", 500 * time.Microsecond, true},
+		{"ping each 10ms", 10 * time.Millisecond, false},
+		{"ping flood", 0, false},
+	} {
+		l = append(l, measure{p.name, func(ctx context.Context, t *taker) error { return t.ping(ctx, p.name, p.interval, p.awake) }})
 	}
-	return append(l, measure{"ping under tcp", func(ctx context.Context, t *taker) error { return t.pingUnder(ctx) }})
+	l = append(l, measure{"ping under tcp", func(ctx context.Context, t *taker) error { return t.pingUnder(ctx, "ping under tcp") }})
+	if c.Only != nil {
+		l = slices.DeleteFunc(l, func(m measure) bool { return !c.Only.MatchString(m.name) })
+	}
+	return l
 }
 
 // taker measures one path.
@@ -410,9 +432,9 @@ func (t *taker) udp(ctx context.Context, name string, d traffic.Direction) error
 	return nil
 }
 
-func (t *taker) ping(ctx context.Context, name string, interval time.Duration) error {
+func (t *taker) ping(ctx context.Context, name string, interval time.Duration, awake bool) error {
 	from, to := t.ends(traffic.HostToBoard)
-	p, err := ping(ctx, from, to, interval, t.c.Duration)
+	p, err := ping(ctx, from, to, interval, t.c.Duration, awake)
 	if err != nil {
 		return err
 	}
@@ -426,7 +448,7 @@ func (t *taker) ping(ctx context.Context, name string, interval time.Duration) e
 }
 
 // pingUnder pings while a stream goes the same way as the requests.
-func (t *taker) pingUnder(ctx context.Context) error {
+func (t *taker) pingUnder(ctx context.Context, name string) error {
 	from, to := t.ends(traffic.HostToBoard)
 	l, err := startTCP(ctx, from, to, 1, t.c.Verified)
 	if err != nil {
@@ -434,7 +456,7 @@ func (t *taker) pingUnder(ctx context.Context) error {
 	}
 	err = sleep(ctx, min(lingering, t.c.Duration))
 	if err == nil {
-		err = t.ping(ctx, "ping under tcp", 2*time.Millisecond)
+		err = t.ping(ctx, name, 2*time.Millisecond, false)
 	}
 	return errors.Join(err, l.stop())
 }
