@@ -19,11 +19,14 @@ import (
 // Sizes that the operator did not choose.
 const (
 	defaultQueueSize = 256
-	defaultRXBuffer  = 16 << 10 // largest receive buffer where merging is on
 	minRXBuffer      = 2 << 10
-	maxTXMemory      = 4 << 20   // of a queue: more only spreads the frames over the caches
-	minPairMemory    = 512 << 10 // of the device's memory, each kind, for each queue pair
-	ctrlQueueSize    = 8
+	// The largest receive buffer where merging is on. In placement window each takes reads across the bus to find: few large ones. In
+	// push they cost little, and more frames stay in the caches (docs/performance.md).
+	windowRXBuffer = 16 << 10
+	pushRXBuffer   = 4 << 10
+	maxTXMemory    = 768 << 10 // of a queue: what is sent and taken back goes round in it, and is best kept in the caches
+	minPairMemory  = 512 << 10 // of the device's memory, each kind, for each queue pair
+	ctrlQueueSize  = 8
 )
 
 // NetConfig says what a network device is to be like on this side.
@@ -43,10 +46,12 @@ type NetConfig struct {
 	// QueueSize is in descriptors, a power of two; 0 means 256. The host may ask for fewer.
 	QueueSize uint16
 	// RXBuffer is the size in bytes of one receive buffer where they can be merged; 0 chooses by the
-	// memory there is, 16 KiB at most.
+	// memory there is and the placement: at most 16 KiB in window, 4 KiB in push.
 	RXBuffer uint32
 	// Fallback is the pace of the poll fallback; the zero value is the default.
 	Fallback doorbell.Fallback
+	// Loop is how the loops wait; each pair's has one of the processors.
+	Loop tunbridge.LoopConfig
 }
 
 // transport is a virtio device as its driver reaches it, whatever carries the messages.
@@ -93,6 +98,7 @@ type Net struct {
 type netPair struct {
 	ifc    *tunbridge.Iface
 	rx, tx netQueue
+	loop   tunbridge.Pump // of both
 }
 
 type netQueue struct {
@@ -330,12 +336,10 @@ func (n *Net) setUp(t transport, m layout, set uint32, notify func(error)) error
 	return nil
 }
 
-// startPair starts the loops of a pair.
+// startPair starts the loop of a pair.
 func (n *Net) startPair(p *netPair, notify func(error)) {
-	for _, pump := range [...]tunbridge.Pump{p.rx.pump, p.tx.pump} {
-		n.loops.Add(1)
-		go n.run(pump, notify)
-	}
+	n.loops.Add(1)
+	go n.run(p.loop, notify)
 }
 
 // configure takes over what the host's configuration space says.
@@ -471,7 +475,7 @@ func (n *Net) layOut(l *laying) error {
 		p := &l.pairs[i/2]
 		q := p.queue(i)
 		pc := tunbridge.PumpConfig{Name: n.queueName(i, l.offers), Iface: p.ifc, Stop: l.stop, Wait: l.t.Call(i), Ring: l.t.Kick(i),
-			MaxFrame: max, Fallback: n.cfg.Fallback, Stats: q.stats, Bells: q.bells}
+			MaxFrame: max, Fallback: n.cfg.Fallback, Across: places[i].device.Region.Across, Stats: q.stats, Bells: q.bells}
 		mem := places[i].buffers.Accounted(&q.bus.Payload)
 		if q == &p.rx {
 			q.pump, err = tunbridge.NewDriverRX(pc, q.q, mem, places[i].bufferSize, merge)
@@ -480,6 +484,11 @@ func (n *Net) layOut(l *laying) error {
 		}
 		if err != nil {
 			return err
+		}
+		if i%2 == 1 {
+			if p.loop, err = tunbridge.NewLoop(n.cfg.Loop.Pair(i/2), p.rx.pump, p.tx.pump); err != nil {
+				return err
+			}
 		}
 	}
 	if l.count > 1 {
@@ -562,7 +571,7 @@ func (n *Net) reserve(l *laying, sizes []uint16, max int) ([]place, error) {
 			bytes /= 2 // the other half is for transmission
 		}
 		name := n.queueName(virtio.NetQueueRX(i), l.count)
-		size, count := rxBuffers(bytes, sizes[virtio.NetQueueRX(i)], n.cfg.RXBuffer, uint32(max), merge)
+		size, count := rxBuffers(bytes, sizes[virtio.NetQueueRX(i)], n.cfg.RXBuffer, uint32(max), merge, near != far)
 		if l.count > 1 && (count == 0 || count*int(size) < max) {
 			return nil, room(fmt.Errorf("%s: %d receive buffers of %d bytes are too few for frames of %d", name, count, size, max))
 		}
@@ -617,10 +626,15 @@ func newDriverQueue(c vring.Config, packed bool) (vring.Driver, error) {
 
 // rxBuffers chooses size and number of receive buffers in so many bytes: large ones, so that a
 // super-packet takes few, as long as there is one for each descriptor.
-func rxBuffers(bytes uint64, queue uint16, wish, max uint32, merge bool) (size uint32, count int) {
+func rxBuffers(bytes uint64, queue uint16, wish, max uint32, merge, push bool) (size uint32, count int) {
 	size = (max + 63) &^ 63
 	if merge {
-		size = defaultRXBuffer
+		size = windowRXBuffer
+		if push {
+			// A small queue has to hold several frames all the same.
+			for size = pushRXBuffer; size < windowRXBuffer && uint64(size)*uint64(queue) < 4*uint64(max); size *= 2 {
+			}
+		}
 		if wish != 0 {
 			size = (wish + 63) &^ 63
 		}
