@@ -40,18 +40,34 @@ func Loopback() (*Target, error) {
 		return dma.Span{Region: r, Len: boardMem}
 	}
 	h := dma.Span{Region: host.Region(), Len: boardMem}
-	return &Target{Name: "loopback", Memory: "RAM", Variants: []Variant{
+	return &Target{Name: "loopback", Memory: "RAM", Variants: append([]Variant{
 		{Name: RuntimeCopy, Host: h, Board: view(mmio.Cached)},
 		{Name: DeviceCopy, Host: h, Board: view(mmio.Uncached)},
 		{Name: WCCopy, Host: h, Board: view(mmio.WriteCombining)},
 		{Name: CPUEngine, Host: h, Board: view(mmio.Uncached), Engine: cpu},
-	}, Close: func() error {
+	}, wide(WCCopy, h, view(mmio.WriteCombining))...), Close: func() error {
 		err := host.Close()
 		if uerr := unix.Munmap(mem); err == nil {
 			err = uerr
 		}
 		return err
 	}}, nil
+}
+
+// wide returns variants of the processor's copy called name with each width that it can do and that is not the default.
+func wide(name string, host, board dma.Span) (vs []Variant) {
+	most := mmio.Widest()
+	for n := uint8(8); n <= most.Load && n <= most.Store; n *= 2 {
+		w := mmio.Widths{Load: n, Store: n}
+		m, err := board.Region.Mem.WithWidths(w)
+		if err != nil || w == board.Region.Mem.Widths() {
+			continue
+		}
+		r := *board.Region
+		r.Mem = m
+		vs = append(vs, Variant{Name: fmt.Sprintf("%s, %d bytes", name, n), Host: host, Board: dma.Span{Region: &r, Off: board.Off, Len: board.Len}})
+	}
+	return vs
 }
 
 // hostLink is a link address for the host's memory that no board has.
@@ -86,6 +102,9 @@ func Board(b board.Board, off, n uint64) (*Target, error) {
 	}
 	name := map[mmio.Kind]string{mmio.Cached: RuntimeCopy, mmio.WriteCombining: WCCopy, mmio.Uncached: DeviceCopy}[w.Mem.Kind()]
 	t.Variants = []Variant{{Name: name, Host: h, Board: window}, {Name: CPUEngine, Host: h, Board: window, Engine: cpu}}
+	if w.Mem.Kind() != mmio.Cached && !mmio.Emulated() {
+		t.Variants = append(t.Variants, wide(name, h, window)...)
+	}
 	e, ok := b.(board.Engined)
 	if !ok {
 		return t, nil
