@@ -3,6 +3,8 @@ package tunbridge
 import (
 	"fmt"
 	"runtime"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/boardlink/boardlink/doorbell"
@@ -351,4 +353,53 @@ func (b *busyPoll) slept(d time.Duration, woken bool) {
 			*c = 0
 		}
 	}
+}
+
+// SetBusyPoll sets BusyPoll from what an operator writes: "auto", "off", or a duration of at most a second. Errors are the operator's.
+func (c *LoopConfig) SetBusyPoll(s string) error {
+	switch s {
+	case "auto":
+		c.BusyPoll = 0
+		return nil
+	case "off":
+		c.BusyPoll = -1
+		return nil
+	}
+	d, err := time.ParseDuration(s)
+	if err != nil || d <= 0 || d > time.Second {
+		return fmt.Errorf("%q is no time to poll before a sleep: auto, off, or up to 1s, e.g. 50us", s)
+	}
+	c.BusyPoll = d
+	return nil
+}
+
+// SetCPU sets CPU from a list as "0,2-3" (or "", none). The processors have to be those that this program may run on. Errors are the
+// operator's.
+func (c *LoopConfig) SetCPU(s string) error {
+	c.CPU = nil
+	if s == "" {
+		return nil
+	}
+	var may unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &may); err != nil {
+		return fmt.Errorf("which processors this program may run on: %w", err)
+	}
+	for _, part := range strings.Split(s, ",") {
+		first, last := part, part
+		if i := strings.IndexByte(part, '-'); i >= 0 {
+			first, last = part[:i], part[i+1:]
+		}
+		a, err1 := strconv.ParseUint(first, 10, 16)
+		b, err2 := strconv.ParseUint(last, 10, 16)
+		if err1 != nil || err2 != nil || a > b {
+			return fmt.Errorf("%q is no list of processors: e.g. 1, 0,2 or 4-7", s)
+		}
+		for ; a <= b; a++ {
+			if !may.IsSet(int(a)) {
+				return fmt.Errorf("this program may not run on processor %d (it has %d)", a, may.Count())
+			}
+			c.CPU = append(c.CPU, int(a))
+		}
+	}
+	return nil
 }

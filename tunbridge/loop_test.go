@@ -1,8 +1,12 @@
 package tunbridge
 
 import (
+	"fmt"
+	"reflect"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // A loop looks on for as long as has paid off on that occasion, and gives it up where it does not pay.
@@ -144,5 +148,57 @@ func TestNewLoopRefuses(t *testing.T) {
 		} else {
 			t.Logf("%s: %v", name, err)
 		}
+	}
+}
+
+func TestLoopConfigSet(t *testing.T) {
+	var c LoopConfig
+	for s, want := range map[string]time.Duration{"auto": 0, "50us": 50 * time.Microsecond, "1s": time.Second} {
+		if err := c.SetBusyPoll(s); err != nil || c.BusyPoll != want {
+			t.Errorf("%s: %v, %v", s, c.BusyPoll, err)
+		}
+	}
+	if err := c.SetBusyPoll("off"); err != nil || c.BusyPoll >= 0 {
+		t.Errorf("off: %v, %v", c.BusyPoll, err)
+	}
+	for _, s := range []string{"", "0", "-1s", "2s", "fast", "50"} {
+		if err := c.SetBusyPoll(s); err == nil {
+			t.Errorf("%q is taken", s)
+		}
+	}
+	var may unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &may); err != nil {
+		t.Fatal(err)
+	}
+	var has, not []int
+	for i := 0; i < 1024 && (len(has) < 2 || len(not) < 1); i++ {
+		if may.IsSet(i) {
+			has = append(has, i)
+		} else {
+			not = append(not, i)
+		}
+	}
+	if err := c.SetCPU(fmt.Sprint(has[0])); err != nil || !reflect.DeepEqual(c.CPU, has[:1]) {
+		t.Errorf("%d: %v, %v", has[0], c.CPU, err)
+	}
+	if len(has) > 1 && has[1] == has[0]+1 {
+		if err := c.SetCPU(fmt.Sprintf("%d-%d", has[0], has[1])); err != nil || !reflect.DeepEqual(c.CPU, has[:2]) {
+			t.Errorf("%d-%d: %v, %v", has[0], has[1], c.CPU, err)
+		}
+		for i := 0; i < 5; i++ {
+			if p := c.Pair(i); len(p.CPU) != 1 || p.CPU[0] != has[i%2] {
+				t.Errorf("pair %d runs on %v", i, p.CPU)
+			}
+		}
+	}
+	for _, s := range []string{"x", "1-", "-1", "1-0", "0,,1", "70000", fmt.Sprint(not[0])} {
+		if err := c.SetCPU(s); err == nil {
+			t.Errorf("%q is taken: %v", s, c.CPU)
+		} else {
+			t.Log(err)
+		}
+	}
+	if err := c.SetCPU(""); err != nil || c.CPU != nil {
+		t.Errorf("none: %v, %v", c.CPU, err)
 	}
 }
