@@ -58,6 +58,7 @@ func run(f *lean.Flags, args []string, queueMax *uint, pool *bool, engine *strin
 	for i := range nets {
 		s := &nets[i]
 		ic := s.Interface()
+		ic.Queues = s.Queues
 		if ic.MTU == 0 {
 			ic.MTU = 1500
 		}

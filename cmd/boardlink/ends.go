@@ -40,8 +40,9 @@ type endFlags struct {
 	MAC       tunbridge.MAC `placeholder:"MAC" help:"MAC address of the interface (default: one that stays the same for --name)."`
 	Offload   bool          `default:"true" negatable:"" help:"Leave checksums and segmentation to the other side where the kernel can."`
 	Persist   bool          `help:"Keep the interface, with its addresses, when this program ends."`
+	Queues    int           `placeholder:"N" help:"Queue pairs of a device, 1 to ${max_queues}, each with loops and a queue of the interface of its own (default: 1 at the host; at the agent as many as the host offers, its processors at most)."`
 	Deny      []string      `placeholder:"FEATURE" help:"Virtio features not to negotiate, e.g. event_idx,host_uso."`
-	Net       []string      `placeholder:"SPEC" sep:"none" help:"Several devices: one SPEC each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000. Keys: name link addr mtu mac board-mac offload persist board (its number, from 0); the flags above give the defaults."`
+	Net       []string      `placeholder:"SPEC" sep:"none" help:"Several devices: one SPEC each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000. Keys: name link addr mtu mac board-mac offload persist queues board (its number, from 0); the flags above give the defaults."`
 
 	Account bool `default:"true" negatable:"" help:"Count the accesses across the bus."`
 
@@ -65,6 +66,7 @@ type netSpec struct {
 	boardMAC tunbridge.MAC
 	offload  bool
 	persist  bool
+	queues   int // pairs; 0: the default
 	board    int // which of the boards it is for
 }
 
@@ -83,7 +85,7 @@ func (p *prefix) UnmarshalText(b []byte) error {
 
 // specs returns the devices: those of --net, else the one that the other flags describe.
 func (f *endFlags) specs(side board.Side, boardMAC tunbridge.MAC) ([]netSpec, error) {
-	def := netSpec{name: f.Interface, mtu: f.MTU, mac: f.MAC, boardMAC: boardMAC, offload: f.Offload, persist: f.Persist}
+	def := netSpec{name: f.Interface, mtu: f.MTU, mac: f.MAC, boardMAC: boardMAC, offload: f.Offload, persist: f.Persist, queues: f.Queues}
 	if f.Link == "tun" {
 		def.link = tunbridge.TUN
 	}
@@ -161,10 +163,14 @@ func (s *netSpec) set(k, v string) (err error) {
 		s.offload, err = parseBool(v)
 	case "persist":
 		s.persist, err = parseBool(v)
+	case "queues":
+		if s.queues, err = strconv.Atoi(v); err != nil || s.queues < 1 || s.queues > tunbridge.MaxQueues {
+			return fmt.Errorf("%q is no number of queue pairs: 1 to %d", v, tunbridge.MaxQueues)
+		}
 	case "board":
 		s.board, err = strconv.Atoi(v)
 	default:
-		err = errors.New("no such key; there are name link addr mtu mac board-mac offload persist board")
+		err = errors.New("no such key; there are name link addr mtu mac board-mac offload persist queues board")
 	}
 	return err
 }
@@ -230,6 +236,9 @@ func (f *endFlags) check() error {
 	}
 	if f.Beat < time.Millisecond || f.Beat > time.Minute {
 		return usagef("--beat %v: 1ms to 1m are possible", f.Beat)
+	}
+	if f.Queues < 0 || f.Queues > tunbridge.MaxQueues {
+		return usagef("--queues %d: 1 to %d", f.Queues, tunbridge.MaxQueues)
 	}
 	if f.Lost < 2 {
 		return usagef("--lost %d: at least 2", f.Lost)
@@ -381,6 +390,7 @@ func (c *hostCmd) Run(s *streams) error {
 		if ic.MTU == 0 {
 			ic.MTU = 1500
 		}
+		ic.Queues = sp.queues
 		bm := sp.boardMAC
 		if bm == (tunbridge.MAC{}) {
 			bm = stableMAC(c.linkName(sp.board), board.Agent, i)
@@ -457,7 +467,7 @@ func (c *agentCmd) Run(s *streams) error {
 	}
 	for i, sp := range specs {
 		n, err := agent.NewNet(agent.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: sp.iface(&c.endFlags, board.Agent, i),
-			Deny: deny, Ring: c.Ring, QueueSize: c.QueueSize, RXBuffer: c.RXBuffer})
+			Deny: deny, Ring: c.Ring, Queues: sp.queues, QueueSize: c.QueueSize, RXBuffer: c.RXBuffer})
 		if err != nil {
 			closeAll()
 			return err

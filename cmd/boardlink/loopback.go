@@ -17,6 +17,7 @@ import (
 	"github.com/boardlink/boardlink/hwtest/traffic"
 	"github.com/boardlink/boardlink/hwtest/trial"
 	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/tunbridge"
 )
 
 type loopbackCmd struct {
@@ -25,6 +26,8 @@ type loopbackCmd struct {
 	Offload   bool          `default:"true" negatable:"" help:"Leave checksums and segmentation to the other side where the kernel can."`
 	MTU       int           `default:"1500" help:"MTU in bytes."`
 	Placement string        `enum:"auto,window,push" default:"auto" help:"Where rings and buffers lie (${enum}): window, all in the board's memory; push (as auto), each where its reader is."`
+	Ring      string        `enum:"auto,split,packed" default:"auto" help:"Kind of virtqueue (${enum}): packed goes with placement window only; auto, split."`
+	Queues    int           `default:"1" help:"Queue pairs of each device, 1 to ${max_queues}."`
 	Memory    string        `enum:"cached,write-combining,uncached" default:"cached" help:"How memory across the bus is accessed (${enum}): the last two take the paths for device memory."`
 	Window    string        `default:"16M" help:"Size of the shared memory (half the board's, half the host's): a power of two, with K, M or G."`
 	Devices   int           `default:"1" help:"Network devices on the link."`
@@ -53,6 +56,12 @@ func (c *loopbackCmd) Run(s *streams) error {
 	if c.Devices < 1 || c.Devices > 16 {
 		return usagef("--devices %d: 1 to 16", c.Devices)
 	}
+	if c.Queues < 1 || c.Queues > tunbridge.MaxQueues {
+		return usagef("--queues %d: 1 to %d", c.Queues, tunbridge.MaxQueues)
+	}
+	if c.Ring == "packed" && c.Placement == "push" {
+		return usagef("--ring packed: not with --placement push (both sides write the one ring, and one of them would read it across the bus)")
+	}
 	if err := netns.CheckTun(); err != nil {
 		return usageError{err}
 	}
@@ -68,7 +77,7 @@ func (c *loopbackCmd) Run(s *streams) error {
 
 	p := newProgress(s.err, !c.JSON && !c.Verbose)
 	cfg := trial.Config{Exe: exe, Link: c.Link, Offload: c.Offload, MTU: c.MTU, Window: window, Memory: c.Memory, Nets: c.Devices,
-		Placement: c.Placement}
+		Placement: c.Placement, Ring: c.Ring, Queues: c.Queues}
 	if c.Verbose {
 		cfg.Log = s.err
 	}
@@ -108,7 +117,12 @@ func (c *loopbackCmd) Run(s *streams) error {
 func printTrial(s *streams, r *trial.Result) {
 	w := tabwriter.NewWriter(s.out, 0, 8, 2, ' ', 0)
 	row := func(name, format string, args ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
-	row("link", "%s, MTU %d, window %s (%s memory), placement %s", r.Setup.Link, r.Setup.MTU, sizeString(r.Setup.Window), r.Setup.Memory, r.Setup.Placement)
+	pairs := ""
+	if r.Setup.Pairs > 1 {
+		pairs = fmt.Sprintf(", %d queue pairs", r.Setup.Pairs)
+	}
+	row("link", "%s, MTU %d, window %s (%s memory), placement %s, %s rings%s", r.Setup.Link, r.Setup.MTU, sizeString(r.Setup.Window), r.Setup.Memory, r.Setup.Placement,
+		r.Setup.Ring, pairs)
 	row("features", "%s", strings.Join(r.Setup.Negotiated, " "))
 	row("ping", "%d sent, %d lost, round trip %.0f us median, %.0f us p99", r.Ping.Sent, r.Ping.Lost, r.RTT.P50, r.RTT.P99)
 	row("tcp", "%.2f Gbit/s board to host, %.2f host to board, every byte checked", r.TCPGbps.BoardToHost, r.TCPGbps.HostToBoard)

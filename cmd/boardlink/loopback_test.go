@@ -47,7 +47,7 @@ func TestLoopbackJSON(t *testing.T) {
 		t.Run(who, func(t *testing.T) {
 			t.Parallel()
 			b := newBox(t)
-			st, out, errs := b.run(how, "loopback", "--json", "--duration", "200ms")
+			st, out, errs := b.run(how, "loopback", "--json", "--duration", "200ms", "--queues", "2", "--ring", "packed")
 			lackUser(t, errs)
 			if st != 0 || errs != "" {
 				t.Fatalf("status %d: %s\n%s", st, errs, out)
@@ -67,6 +67,12 @@ func TestLoopbackJSON(t *testing.T) {
 				if number(t, v, name) == 0 {
 					t.Errorf("%s is 0", name)
 				}
+			}
+			if n := number(t, v, "setup.queue_pairs"); n != 2 {
+				t.Errorf("%v queue pairs", n)
+			}
+			if s, _ := v.(map[string]any)["setup"].(map[string]any); s["ring"] != "packed" {
+				t.Errorf("rings %v", s["ring"])
 			}
 			for _, name := range []string{"ping.lost", "corrupt"} {
 				if n := number(t, v, name); n != 0 {

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"runtime/debug"
+	"strconv"
 	"strings"
 
 	"github.com/BurntSushi/toml"
@@ -99,7 +100,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	p, err := kong.New(&c, kong.Name("boardlink"),
 		kong.Description("An ordinary network interface between PCI(e) boards and their carrier: virtio across the bus, in user space."),
 		kong.UsageOnError(), kong.ConfigureHelp(kong.HelpOptions{Compact: true}),
-		kong.Vars{"status_dir": statusd.Dir()}, kong.Writers(stdout, stderr), kong.Exit(func(code int) { exited = code }))
+		kong.Vars{"status_dir": statusd.Dir(), "max_queues": strconv.Itoa(tunbridge.MaxQueues)}, kong.Writers(stdout, stderr), kong.Exit(func(code int) { exited = code }))
 	if err != nil {
 		fmt.Fprintln(stderr, "boardlink:", err)
 		return exitFail

@@ -93,6 +93,9 @@ func (c *statusCmd) print(s *streams, p *status.Program) {
 				fmt.Fprintf(w, "    error\t%s\n", d.LastError)
 			}
 			fmt.Fprintf(w, "    status\t%s\n", d.Status)
+			if d.MaxPairs > 1 {
+				fmt.Fprintf(w, "    queue pairs\t%d in use, %d at most\n", d.Pairs, d.MaxPairs)
+			}
 			fmt.Fprintf(w, "    offered\t%s\n", strings.Join(d.Offered, " "))
 			fmt.Fprintf(w, "    allowed\t%s\n", strings.Join(d.Allowed, " "))
 			fmt.Fprintf(w, "    negotiated\t%s\n", strings.Join(d.Negotiated, " "))

@@ -5,6 +5,7 @@ package trial
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -49,6 +50,8 @@ type Setup struct {
 	MTU        int      `json:"mtu"`
 	Offload    string   `json:"offload"` // what the board's interface leaves to the host
 	Placement  string   `json:"placement"`
+	Ring       string   `json:"ring"`        // "split" or "packed"
+	Pairs      int      `json:"queue_pairs"` // in use, of each device
 	Window     uint64   `json:"window"`
 	Memory     string   `json:"memory"`
 	Negotiated []string `json:"negotiated"`
@@ -76,6 +79,9 @@ func sum(p status.Program) totals {
 		}
 		for _, d := range l.Devices {
 			for _, q := range d.Queues {
+				if q.Name == "ctrl" {
+					continue // no frames go by it
+				}
 				w := &t.ways[1]
 				if strings.HasPrefix(q.Name, "tx") {
 					w = &t.ways[0]
@@ -186,7 +192,11 @@ func (r *Rig) setup(host status.Program) Setup {
 		l := host.Links[0]
 		s.Placement, s.Window, s.Memory = l.Placement, l.Window.Size, l.Window.Kind
 		if len(l.Devices) > 0 {
-			s.Offload, s.Negotiated = l.Devices[0].Offload, l.Devices[0].Negotiated
+			d := l.Devices[0]
+			s.Offload, s.Negotiated, s.Pairs, s.Ring = d.Offload, d.Negotiated, d.Pairs, "split"
+			if slices.Contains(d.Negotiated, "ring_packed") {
+				s.Ring = "packed"
+			}
 		}
 	}
 	return s

@@ -46,12 +46,16 @@ type Config struct {
 	Offload bool
 	MTU     int    // bytes; default 1500
 	Window  int64  // shared memory, bytes; default 16 MiB
-	Vectors int    // doorbells of each end; default 8
+	Vectors int    // doorbells of each end; default 8, or one for each queue
 	Memory  string // how memory across the bus is to be seen: "cached" (default), "write-combining", "uncached"
 	// Placement is "auto" (default), "window" or "push".
 	Placement string
-	Persist   bool // interfaces outlive the processes
-	Nets      int  // devices; default 1. Addresses are given to all
+	// Ring is "auto" (default), "split" or "packed".
+	Ring string
+	// Queues is how many queue pairs a device has at both ends; default 1 at the host, and the agent follows.
+	Queues  int
+	Persist bool // interfaces outlive the processes
+	Nets    int  // devices; default 1. Addresses are given to all
 	// HostArgs and AgentArgs are added to the command lines.
 	HostArgs, AgentArgs []string
 	Log                 io.Writer // of both processes; nil keeps it for errors
@@ -73,8 +77,11 @@ func (c Config) withDefaults() Config {
 	if c.Window == 0 {
 		c.Window = 16 << 20
 	}
+	if c.Nets == 0 {
+		c.Nets = 1
+	}
 	if c.Vectors == 0 {
-		c.Vectors = 8
+		c.Vectors = max(8, 1+c.Nets*(2*c.Queues+1))
 	}
 	for _, s := range []board.Side{board.Host, board.Agent} {
 		if c.Command[s] == nil {
@@ -87,8 +94,8 @@ func (c Config) withDefaults() Config {
 	if c.Placement == "" {
 		c.Placement = "auto"
 	}
-	if c.Nets == 0 {
-		c.Nets = 1
+	if c.Ring == "" {
+		c.Ring = "auto"
 	}
 	return c
 }
@@ -193,6 +200,9 @@ func (r *Rig) args(s board.Side) []string {
 		if s == board.Host {
 			spec += ",mtu=" + strconv.Itoa(r.cfg.MTU)
 		}
+		if r.cfg.Queues != 0 {
+			spec += ",queues=" + strconv.Itoa(r.cfg.Queues)
+		}
 		a = append(a, "--net", spec)
 	}
 	if r.cfg.Memory != "cached" {
@@ -200,6 +210,9 @@ func (r *Rig) args(s board.Side) []string {
 	}
 	if s == board.Agent {
 		a = append(a, "--placement", r.cfg.Placement)
+		if r.cfg.Ring != "auto" {
+			a = append(a, "--ring", r.cfg.Ring)
+		}
 	}
 	return append(a, extra...)
 }
@@ -303,12 +316,12 @@ func (r *Rig) Status(ctx context.Context, s board.Side) (status.Program, error) 
 	return p, json.NewDecoder(resp.Body).Decode(&p)
 }
 
-// running tells that every device of a program carries frames.
-func running(p status.Program, devices int) bool {
+// running tells that every device of a program carries frames, by as many queue pairs as it can.
+func running(p status.Program, devices, pairs int) bool {
 	n := 0
 	for _, l := range p.Links {
 		for _, d := range l.Devices {
-			if l.State == "up" && d.Carrier {
+			if l.State == "up" && d.Carrier && d.Pairs >= min(pairs, d.MaxPairs) {
 				n++
 			}
 		}
@@ -329,7 +342,7 @@ func (r *Rig) WaitUp(ctx context.Context) error {
 			default:
 			}
 			st, err := r.Status(ctx, s)
-			up = up && err == nil && running(st, r.cfg.Nets)
+			up = up && err == nil && running(st, r.cfg.Nets, r.cfg.Queues)
 			if s == board.Agent && err == nil {
 				if err := refused(st); err != nil {
 					return err

@@ -106,8 +106,9 @@ func New(side board.Side) *Flags {
 	s.Var((*macFlag)(&f.def.MAC), "mac", "`MAC` address of the interface")
 	s.BoolVar(&f.def.Offload, "offload", true, "leave checksums and segmentation to the other side where the kernel can")
 	s.BoolVar(&f.def.Persist, "persist", false, "keep the interface, with its addresses, when this program ends")
+	s.IntVar(&f.def.Queues, "queues", 0, fmt.Sprintf("queue pairs of a device, 1 to %d (default: 1 at the host; at the agent as many as the host offers, its processors at most)", tunbridge.MaxQueues))
 	s.StringVar(&f.deny, "deny", "", "virtio `features` not to negotiate, e.g. event_idx,host_uso")
-	s.Var(&f.nets, "net", "several devices: one `SPEC` each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000; keys: name link addr mtu mac board-mac offload persist")
+	s.Var(&f.nets, "net", "several devices: one `SPEC` each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000; keys: name link addr mtu mac board-mac offload persist queues")
 	s.BoolVar(&f.Account, "account", true, "count the accesses across the bus")
 	s.BoolVar(&f.Interrupts, "interrupts", true, "wait for the board's interrupts; without, everything is polled")
 	s.StringVar(&f.memory, "memory", "auto", "how memory across the bus is accessed: auto, cached, write-combining, uncached")
@@ -141,6 +142,8 @@ func (f *Flags) Parse(args []string) error {
 		return Usagef("--name: must not be empty")
 	case f.Beat < time.Millisecond || f.Beat > time.Minute:
 		return Usagef("--beat %v: 1ms to 1m are possible", f.Beat)
+	case f.def.Queues < 0 || f.def.Queues > tunbridge.MaxQueues:
+		return Usagef("--queues %d: 1 to %d", f.def.Queues, tunbridge.MaxQueues)
 	case f.Lost < 2:
 		return Usagef("--lost %d: at least 2", f.Lost)
 	}
@@ -157,6 +160,7 @@ type Net struct {
 	BoardMAC tunbridge.MAC // the host's only: what the board's interface is given
 	Offload  bool
 	Persist  bool
+	Queues   int // pairs; 0: the default
 }
 
 // Nets returns the devices: those of --net, else the one that the other flags describe.
@@ -223,8 +227,12 @@ func (n *Net) set(k, v string) (err error) {
 		n.Offload, err = strconv.ParseBool(v)
 	case "persist":
 		n.Persist, err = strconv.ParseBool(v)
+	case "queues":
+		if n.Queues, err = strconv.Atoi(v); err != nil || n.Queues < 1 || n.Queues > tunbridge.MaxQueues {
+			return fmt.Errorf("%q is no number of queue pairs: 1 to %d", v, tunbridge.MaxQueues)
+		}
 	default:
-		err = errors.New("no such key; there are name link addr mtu mac board-mac offload persist")
+		err = errors.New("no such key; there are name link addr mtu mac board-mac offload persist queues")
 	}
 	return err
 }
