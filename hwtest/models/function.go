@@ -152,6 +152,25 @@ func (f *Function) DMA(addr dma.Addr, n uint64, access pci.DMAAccess) (mmio.Mem,
 	return mmio.Mem{}, fmt.Errorf("models: DMA (%s) to %#x, %#x bytes: not mapped", access, uint64(addr), n)
 }
 
+// Burst returns n bytes of the carrier's memory at a bus address, as a DMA engine of the board reaches them; nil where it does not.
+func (f *Function) Burst(addr dma.Addr, n uint64, access pci.DMAAccess) []byte {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for a, m := range f.maps {
+		if off := uint64(addr - a); f.master && addr >= a && off < m.m.Size() && n <= m.m.Size()-off && m.access&access == access {
+			return m.m.Bytes()[off : off+n]
+		}
+	}
+	return nil
+}
+
+// BusMaster tells whether it may master the bus.
+func (f *Function) BusMaster() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.master
+}
+
 // String implements pci.Function.
 func (f *Function) String() string { return f.info.Address.String() + " (model)" }
 

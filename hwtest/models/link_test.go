@@ -23,6 +23,7 @@ import (
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/hwtest/netns"
 	"github.com/boardlink/boardlink/hwtest/traffic"
+	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/status"
 )
 
@@ -63,6 +64,8 @@ type rig struct {
 	agent     *agent.Link
 	placement string
 	devices   int
+	dma       host.DMAConfig
+	kind      *mmio.Kind // of the memory across the bus at the host
 	stop      context.CancelFunc
 	done      sync.WaitGroup
 	acct      [2]dma.Account
@@ -127,8 +130,8 @@ func start(t testing.TB, open [2]opener, tweaks ...tweak) *rig {
 			t.Fatal(err)
 		}
 	}
-	r.host = host.NewLink(host.Config{Name: "board0", Board: specs[board.Host], Devices: backends, Log: log.With("side", "host"),
-		Options: board.Options{Account: &r.acct[0], Logf: debugTo(log, "host")}})
+	r.host = host.NewLink(host.Config{Name: "board0", Board: specs[board.Host], Devices: backends, Log: log.With("side", "host"), DMA: r.dma,
+		Options: board.Options{Kind: r.kind, Account: &r.acct[0], Logf: debugTo(log, "host")}})
 	r.agent = agent.NewLink(agent.Config{Name: "host0", Board: specs[board.Agent], Devices: nets, Placement: r.placement,
 		Log: log.With("side", "agent"), Options: board.Options{Account: &r.acct[1], Logf: debugTo(log, "agent")}})
 	for i, ns := range r.ns {

@@ -7,13 +7,16 @@ import (
 	"sync/atomic"
 
 	"github.com/boardlink/boardlink/board/mpc83xx"
+	"github.com/boardlink/boardlink/dma"
+	dmamodel "github.com/boardlink/boardlink/hwtest/models/dma"
 	"github.com/boardlink/boardlink/mmio"
+	"github.com/boardlink/boardlink/pci"
 )
 
 // IMMRSize is the size of BAR 0.
 const IMMRSize = 1 << 20
 
-// MPC8349 is the messaging unit and the first inbound window of the chip as a PCI agent. It has the registers of
+// MPC8349 is the messaging unit, the first inbound window, the outbound windows and the DMA engine of the chip as a PCI agent. It has the registers of
 // package mpc83xx (whose sources and doubts are its own) and two views: PCI's and the core's.
 type MPC8349 struct {
 	rings [2]uint64 // atomic, first for its alignment: doorbell registers written, outbound and inbound
@@ -24,6 +27,9 @@ type MPC8349 struct {
 	Mem  *Memory
 	PCI  *Line // INTA
 	Core *Line // to the core's interrupt controller
+	// DMA is the DMA engine. It reaches the local memory, and through the outbound windows what the newest Function has
+	// mapped for it.
+	DMA *dmamodel.FSL
 
 	winSize uint64
 
@@ -31,6 +37,9 @@ type MPC8349 struct {
 	odr, idr            uint32
 	omimr, imimr        uint32
 	pitar, pibar, piwar uint32
+	pot                 [mpc83xx.POTs]struct{ potar, pobar, pocmr uint32 }
+	f                   *Function
+	stopped             uint64
 	stuckOut, stuckIn   uint32
 	dead                bool
 }
@@ -38,6 +47,11 @@ type MPC8349 struct {
 // NewMPC8349 makes a chip with mem bytes of local memory of which BAR 1 shows win bytes, from local address target on:
 // what a boot loader leaves. Close it.
 func NewMPC8349(mem, win, target uint64) (*MPC8349, error) {
+	return NewMPC8349WithDMA(mem, win, target, dmamodel.Options{})
+}
+
+// NewMPC8349WithDMA is NewMPC8349 with a DMA engine that fails as o says; o has no memory.
+func NewMPC8349WithDMA(mem, win, target uint64, o dmamodel.Options) (*MPC8349, error) {
 	m, err := NewMemory(mem, 1, 2, 4, 8)
 	if err != nil {
 		return nil, err
@@ -53,14 +67,74 @@ func NewMPC8349(mem, win, target uint64) (*MPC8349, error) {
 	for win>>(code+1) > 1 {
 		code++
 	}
+	o.Resolve = c.resolve
+	c.DMA = dmamodel.NewFSL(false, o)
+	// As a boot loader leaves them: the first one for prefetchable memory, the second one for I/O.
+	c.pot[0].potar, c.pot[0].pobar, c.pot[0].pocmr = OutboundPCI>>12, OutboundLocal>>12, mpc83xx.POCMREnable|0xf0000
+	c.pot[1].potar, c.pot[1].pobar, c.pot[1].pocmr = 0, 0xe2000000>>12, mpc83xx.POCMREnable|mpc83xx.POCMRIO|0xff000
 	c.pitar = uint32(target >> 12)
 	c.piwar = mpc83xx.PIWAREnable | mpc83xx.PIWARPrefetch | mpc83xx.PIWARReadSnp | mpc83xx.PIWARWriteSnp | code
 	c.aim()
 	return c, nil
 }
 
+// OutboundLocal is where the first outbound window is, OutboundPCI where the boot loader lets it lead to. It has 256 MiB.
+const (
+	OutboundLocal = 0x80000000
+	OutboundPCI   = 0xa0000000
+)
+
+// Outbound returns POTAR of an outbound window.
+func (c *MPC8349) Outbound(n int) uint32 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.pot[n].potar
+}
+
+// Stopped returns how often the DMA engine went where bus mastering, or the IOMMU, did not let it.
+func (c *MPC8349) Stopped() uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.stopped
+}
+
+// resolve is what the DMA engine finds at a local address.
+func (c *MPC8349) resolve(addr, n uint64, write bool) (b []byte, far bool) {
+	if size := c.Mem.dev.Size(); addr < size && n <= size-addr {
+		return c.Mem.b[addr : addr+n], false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, p := range c.pot {
+		mask := uint64(p.pocmr&mpc83xx.POCMRMask) << 12
+		if p.pocmr&mpc83xx.POCMREnable == 0 || p.pocmr&mpc83xx.POCMRIO != 0 || addr&mask != uint64(p.pobar)<<12&mask {
+			continue
+		}
+		need := pci.DMARead
+		if write {
+			need = pci.DMAWrite
+		}
+		if c.f != nil {
+			if b := c.f.Burst(dma.Addr(uint64(p.potar)<<12&mask|addr&^mask), n, need); b != nil {
+				return b, true
+			}
+		}
+		c.stopped++
+		return nil, true
+	}
+	return nil, false
+}
+
 // Function returns the chip as a PCI function, each time a new one.
 func (c *MPC8349) Function() *Function {
+	f := c.function()
+	c.mu.Lock()
+	c.f = f
+	c.mu.Unlock()
+	return f
+}
+
+func (c *MPC8349) function() *Function {
 	return NewFunction(FunctionConfig{Vendor: mpc83xx.Vendor, Device: 0x0080, Line: c.PCI, BARs: []BARConfig{
 		{Index: mpc83xx.BARRegs, Size: IMMRSize, Bus: &immr{c, false}},
 		{Index: mpc83xx.BARWindow, Size: c.winSize, Prefetch: true, Bus: c.Mem},
@@ -140,11 +214,15 @@ func (c *MPC8349) Err() error {
 	if err := c.faults.Err(); err != nil {
 		return err
 	}
+	if err := c.DMA.Err(); err != nil {
+		return err
+	}
 	return c.Mem.Err()
 }
 
 // Close gives memory and lines back.
 func (c *MPC8349) Close() error {
+	c.DMA.Settle()
 	c.PCI.Close()
 	c.Core.Close()
 	return c.Mem.Close()
@@ -186,9 +264,34 @@ func (v *immr) side() string {
 	return "PCI"
 }
 
+// dma tells whether an access is for the DMA engine, and where in its registers.
+func (v *immr) dma(off uint64) (uint64, bool) {
+	return off - mpc83xx.DMA, off >= mpc83xx.DMA && off < mpc83xx.DMA+mpc83xx.DMASize
+}
+
+// outbound returns the outbound window's register at off, nil where there is none.
+func (v *immr) outbound(off uint64) *uint32 {
+	n, reg := (off-mpc83xx.POT)/mpc83xx.POTSize, (off-mpc83xx.POT)%mpc83xx.POTSize
+	if off < mpc83xx.POT || n >= mpc83xx.POTs {
+		return nil
+	}
+	switch p := &v.c.pot[n]; reg {
+	case mpc83xx.POTAR:
+		return &p.potar
+	case mpc83xx.POBAR:
+		return &p.pobar
+	case mpc83xx.POCMR:
+		return &p.pocmr
+	}
+	return nil
+}
+
 // Load implements mmio.Bus.
 func (v *immr) Load(off uint64, width uint) uint64 {
 	c := v.c
+	if at, ok := v.dma(off); ok && !v.quiet() {
+		return c.DMA.Load(at, width)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.dead && !v.core {
@@ -199,6 +302,9 @@ func (v *immr) Load(off uint64, width uint) uint64 {
 		return ones(width)
 	}
 	omisr, imisr := c.status()
+	if r := v.outbound(off); r != nil {
+		return uint64(swap32(*r))
+	}
 	switch off {
 	case mpc83xx.MU + mpc83xx.ODR:
 		return uint64(c.odr)
@@ -230,9 +336,20 @@ func (v *immr) Load(off uint64, width uint) uint64 {
 	return ones(width)
 }
 
+// quiet tells that nobody answers.
+func (v *immr) quiet() bool {
+	v.c.mu.Lock()
+	defer v.c.mu.Unlock()
+	return v.c.dead && !v.core
+}
+
 // Store implements mmio.Bus.
 func (v *immr) Store(off uint64, width uint, x uint64) {
 	c := v.c
+	if at, ok := v.dma(off); ok && !v.quiet() {
+		c.DMA.Store(at, width, x)
+		return
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.dead && !v.core {
@@ -244,6 +361,10 @@ func (v *immr) Store(off uint64, width uint, x uint64) {
 	}
 	w := uint32(x)
 	defer c.lines()
+	if r := v.outbound(off); r != nil {
+		*r = swap32(w)
+		return
+	}
 	switch {
 	case off == mpc83xx.MU+mpc83xx.ODR && v.core:
 		// The reserved bits do not stick.

@@ -294,7 +294,7 @@ func (d *DW) fetch(dir int, c *dwChannel) []item {
 	}
 	c.lie, c.rie = false, false
 	for at := c.llp; ; at += 24 {
-		b, r := d.at(at, 24)
+		b, r := d.at(at, 24, false)
 		if b == nil {
 			d.violate("dw: no memory for a list element at %#x", at)
 			return items
@@ -328,8 +328,8 @@ func (d *DW) fetch(dir int, c *dwChannel) []item {
 		if it.n == 0 {
 			d.violate("dw: element of no bytes at %#x", at)
 		}
-		_, from := d.at(it.src, 1)
-		_, to := d.at(it.dst, 1)
+		_, from := d.at(it.src, 1, false)
+		_, to := d.at(it.dst, 1, true)
 		if from == nil || to == nil || from.Far == to.Far || from.Far != (dir == 1) {
 			d.violate("dw: %#x to %#x is not what a %s channel can do", it.src, it.dst, [2]string{"write", "read"}[dir])
 		}

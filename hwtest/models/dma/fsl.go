@@ -56,6 +56,13 @@ func (f *FSL) Busy(n int) {
 	c.chain = chain{run: true, end: hung}
 }
 
+// Reset makes all channels idle, as a reset of the chip does.
+func (f *FSL) Reset() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.ch = [4]fslChannel{}
+}
+
 func (f *FSL) access(off uint64, width uint) (*fslChannel, uint64, bool) {
 	if width != 4 || off%4 != 0 || off >= FSLSize {
 		f.violate("fsl: access of %d bytes at %#x: registers are words of 32 bits", width, off)
@@ -247,7 +254,7 @@ func (f *FSL) fetch(at uint64) []item {
 			f.violate("fsl: descriptor at %#x is not aligned to 32", addr)
 			return items
 		}
-		b, _ := f.at(addr, 32)
+		b, _ := f.at(addr, 32, false)
 		if b == nil {
 			f.violate("fsl: no memory for a descriptor at %#x", addr)
 			return items

@@ -42,6 +42,9 @@ type Range struct {
 // Options of a model.
 type Options struct {
 	Memory []Range
+	// Resolve, if set, is asked for what lies in none of Memory: n bytes at a bus address, nil where there is nothing, or nothing that may be
+	// accessed so. It must not call back into the model. far tells that they lie across the bus.
+	Resolve func(addr, n uint64, write bool) (b []byte, far bool)
 	// Fault, if set, is asked for each transfer, counted from 0.
 	Fault func(n uint64) Fault
 	// Polls is how many looks at its status a chain takes to end. With Delay it ends by itself, that long after its start.
@@ -104,7 +107,7 @@ func (m *model) Freeze(name string) {
 func (m *model) Settle() { m.timers.Wait() }
 
 // at returns n bytes at a bus address, nil where there are none.
-func (m *model) at(addr, n uint64) ([]byte, *Range) {
+func (m *model) at(addr, n uint64, write bool) ([]byte, *Range) {
 	for i := range m.o.Memory {
 		r := &m.o.Memory[i]
 		if off := addr - r.Base; off < uint64(len(r.Bytes)) && n <= uint64(len(r.Bytes))-off {
@@ -113,6 +116,11 @@ func (m *model) at(addr, n uint64) ([]byte, *Range) {
 				return nil, nil
 			}
 			return r.Bytes[off : off+n], r
+		}
+	}
+	if m.o.Resolve != nil {
+		if b, far := m.o.Resolve(addr, n, write); b != nil {
+			return b, &Range{Far: far}
 		}
 	}
 	return nil, nil
@@ -153,8 +161,8 @@ func (m *model) move(it *item) outcome {
 	case Runaway:
 		return wild
 	}
-	src, from := m.at(it.src, it.n)
-	dst, to := m.at(it.dst, it.n)
+	src, from := m.at(it.src, it.n, false)
+	dst, to := m.at(it.dst, it.n, true)
 	if from == nil || to == nil {
 		m.violate("transfer of %d bytes from %#x to %#x: no memory there", it.n, it.src, it.dst)
 		return bad
