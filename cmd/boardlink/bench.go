@@ -14,9 +14,10 @@ import (
 )
 
 type benchCmd struct {
-	DMA  benchDMACmd  `cmd:"" name:"dma" help:"What the bus can do: copies by the processor and by DMA engines, both ways, every one checked."`
-	Ring benchRingCmd `cmd:"" name:"ring" help:"Virtqueues between two processes: time and bus accesses of a buffer."`
-	Net  benchNetCmd  `cmd:"" name:"net" help:"TCP, UDP and round trips between two namespaces, beside veth, one process and two processes."`
+	DMA      benchDMACmd      `cmd:"" name:"dma" help:"What the bus can do: copies by the processor and by DMA engines, both ways, every one checked."`
+	Ring     benchRingCmd     `cmd:"" name:"ring" help:"Virtqueues between two processes: time and bus accesses of a buffer."`
+	Doorbell benchDoorbellCmd `cmd:"" name:"doorbell" help:"Waking and being woken: a round trip by each mechanism, or a board's doorbell to its interrupt."`
+	Net      benchNetCmd      `cmd:"" name:"net" help:"TCP, UDP and round trips between two namespaces, beside veth, one process and two processes."`
 }
 
 // benchFlags are those of every benchmark.

@@ -36,19 +36,21 @@ type benchRing struct {
 func (c *benchRingCmd) Run(s *streams) error {
 	base := ringbench.Config{Placement: c.Placement, Memory: c.Memory, Size: c.Size, Batch: c.Batch, Outstanding: c.Outstanding, Sleep: c.Sleep, Spins: c.Spins,
 		InOrder: c.InOrder, EventIdx: c.EventIdx, Write: c.Write, Buffers: c.Buffers, Runs: c.Runs}
+	var pair [2]int
 	if c.CPU != "" {
 		var err error
-		if base.CPU, err = benchkit.ParsePair(c.CPU); err != nil {
+		if pair, err = benchkit.ParsePair(c.CPU); err != nil {
 			return usagef("--cpu: %v", err)
 		}
-		if a := base.CPU; a[0] == a[1] && a[0] >= 0 && !c.Sleep {
-			return usagef("--cpu %s: two that poll need a processor each, or --sleep", c.CPU)
+		base.CPU = pair[:]
+		if pair[0] == pair[1] && pair[0] >= 0 {
+			return usagef("--cpu %s: the sides spin, and need a processor each", c.CPU)
 		}
 	}
 	for _, n := range []struct {
 		flag string
 		v    int
-	}{{"--size", c.Size}, {"--batch", c.Batch}, {"--runs", c.Runs}, {"--buffers", c.Buffers}, {"--spins", c.Spins + 1}, {"--outstanding", c.Outstanding + 1}} {
+	}{{"--size", c.Size}, {"--batch", c.Batch}, {"--runs", c.Runs}, {"--buffers", c.Buffers}, {"--spins", c.Spins}, {"--outstanding", c.Outstanding + 1}} {
 		if n.v < 1 {
 			return usagef("%s is too small", n.flag) // 0 would stand for the default
 		}
@@ -77,7 +79,7 @@ func (c *benchRingCmd) Run(s *streams) error {
 			todo = append(todo, k)
 		}
 	}
-	run, err := c.begin(s, base.CPU)
+	run, err := c.begin(s, pair)
 	if err != nil {
 		return err
 	}

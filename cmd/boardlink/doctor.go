@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,7 +11,8 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board"
-	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/hwtest/benchkit"
+	"github.com/boardlink/boardlink/hwtest/doorbench"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/pci/scan"
 	"github.com/boardlink/boardlink/virtiomsg"
@@ -199,51 +201,26 @@ func (c *doctorCmd) open(b board.Board, add func(check string, ok bool, l *laten
 // bells rings this side's own first vector, where the board can do that, and waits for it: the doorbell's way to the
 // bus and the interrupt's way back.
 func (c *doctorCmd) bells(b board.Board, add func(check string, ok bool, l *latency, format string, args ...any)) {
-	self := b.Self()
-	if self.Method == board.RingNone || b.Waiter(0).FD() < 0 {
+	r, err := doorbench.Board(context.Background(), b, 300)
+	if errors.Is(err, doorbench.ErrNoInterrupts) {
 		add("interrupts", true, nil, "none: this side polls, which costs latency and some processor time")
 		return
 	}
-	add("interrupts", true, nil, "%d vectors", self.Vectors)
-	sr, ok := b.(board.SelfRinging)
-	if !ok {
+	add("interrupts", true, nil, "%d vectors", b.Self().Vectors)
+	switch {
+	case errors.Is(err, doorbench.ErrNotSelf):
 		add("doorbell loop", true, nil, "this kind of board cannot ring itself: start the agent and look at `boardlink status`")
 		return
-	}
-	r, err := sr.RingSelf(0)
-	if err != nil {
+	case err != nil:
 		add("doorbell loop", false, nil, "%v", err)
 		return
 	}
-	sl := doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: b.Waiter(0), Fallback: doorbell.Fallback{Min: 200 * time.Millisecond, Max: 200 * time.Millisecond}})
-	const n = 300
-	var ring, loop []time.Duration
-	lost := 0
-	for range n {
-		t := time.Now()
-		if err := r.Ring(); err != nil {
-			add("doorbell loop", false, nil, "%v", err)
-			return
-		}
-		ring = append(ring, time.Since(t))
-		why, err := sl.Sleep(0)
-		sl.Found(true)
-		if err != nil {
-			add("doorbell loop", false, nil, "%v", err)
-			return
-		}
-		if why&doorbell.Rung == 0 {
-			if lost++; lost == 3 {
-				break
-			}
-			continue
-		}
-		loop = append(loop, time.Since(t))
-	}
-	add("doorbell write", true, latencyOf(ring), "")
-	if len(loop) == 0 || lost > 0 {
-		add("doorbell loop", false, nil, "%d of %d rings did not come back as interrupts within 200 ms: links work by polling", lost, lost+len(loop))
+	add("doorbell write", true, latencyFrom(r.Write), "")
+	if r.Lost > 0 {
+		add("doorbell loop", false, nil, "%d of %d rings did not come back as interrupts within %v: links work by polling", r.Lost, int64(r.Lost)+r.Loop.Count, doorbench.LostAfter)
 		return
 	}
-	add("doorbell loop", true, latencyOf(loop), "doorbell to interrupt to this program")
+	add("doorbell loop", true, latencyFrom(r.Loop), "doorbell to interrupt to this program")
 }
+
+func latencyFrom(l benchkit.Latency) *latency { return &latency{P50: l.P50, P99: l.P99, Max: l.Max} }

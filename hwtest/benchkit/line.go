@@ -24,7 +24,7 @@ type Line struct {
 	ram          mmio.RAM
 	mine, theirs uint64
 	lead         bool
-	seq          uint32
+	sent, seen   uint32
 	// Late, if not nil, is asked now and then while the other side lets this one wait; its error ends that.
 	Late func() error
 }
@@ -56,22 +56,29 @@ func (l *Line) RoundTrips(n int) (float64, error) {
 func (l *Line) trips(n int) (time.Duration, error) {
 	began := time.Now()
 	for i := 0; i < n; i++ {
-		l.seq++
 		if l.lead {
-			l.ram.Publish32(l.mine, l.seq)
+			l.Send()
 		}
-		if err := l.await(); err != nil {
+		if err := l.Await(); err != nil {
 			return 0, err
 		}
 		if !l.lead {
-			l.ram.Publish32(l.mine, l.seq)
+			l.Send()
 		}
 	}
 	return time.Since(began), nil
 }
 
-func (l *Line) await() error {
-	for i := 1; l.ram.Consume32(l.theirs) != l.seq; i++ {
+// Send passes the line to the other side. Send and Await take turns: the side that leads sends first.
+func (l *Line) Send() {
+	l.sent++
+	l.ram.Publish32(l.mine, l.sent)
+}
+
+// Await returns when the other side has passed the line.
+func (l *Line) Await() error {
+	l.seen++
+	for i := 1; l.ram.Consume32(l.theirs) != l.seen; i++ {
 		if i&(1<<16-1) == 0 && l.Late != nil {
 			if err := l.Late(); err != nil {
 				return err

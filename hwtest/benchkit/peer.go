@@ -84,6 +84,11 @@ func Command() ([]string, error) {
 // Start runs a role in a process of its own: this program, unless command is not nil. The files become its descriptors from FirstFD on.
 // It is killed when ctx ends, and when this process dies. Stop or Wait are to be called.
 func Start(ctx context.Context, role string, order any, files []*os.File, command []string) (*Process, error) {
+	return StartOn(ctx, -1, role, order, files, command)
+}
+
+// StartOn is Start of a process that may only use one processor, as taskset(1) has it; -1: all that this one may.
+func StartOn(ctx context.Context, cpu int, role string, order any, files []*os.File, command []string) (*Process, error) {
 	if os.Getenv(EnvPeer) != "" {
 		return nil, errors.New("a peer starts no peers: the program does not call benchkit.Peer")
 	}
@@ -108,7 +113,7 @@ func Start(ctx context.Context, role string, order any, files []*os.File, comman
 		unpin, err := Pin(-1)
 		if err == nil {
 			defer unpin()
-			err = p.cmd.Start()
+			err = p.startOn(cpu)
 		}
 		started <- err
 		if err == nil {
@@ -121,6 +126,15 @@ func Start(ctx context.Context, role string, order any, files []*os.File, comman
 		return nil, fmt.Errorf("the peer %s: %w", command[0], err)
 	}
 	return p, nil
+}
+
+func (p *Process) startOn(cpu int) error {
+	unpin, err := Pin(cpu) // inherited
+	if err != nil {
+		return err
+	}
+	defer unpin()
+	return p.cmd.Start()
 }
 
 // PID is the process'.

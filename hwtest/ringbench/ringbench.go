@@ -51,9 +51,8 @@ type Config struct {
 	// Buffers of one run; default 100000. Runs: default 31: many short ones, so that other programs do not disturb all.
 	Buffers int
 	Runs    int
-	// CPU are the processors of driver and device side; both 0 leave the first two that this process may use, -1
-	// does not pin.
-	CPU [2]int
+	// CPU are the processors of driver and device side, -1 does not pin; nil are the first two that this process may use.
+	CPU []int
 }
 
 // Result is what was measured.
@@ -69,7 +68,7 @@ type Result struct {
 	InOrder     bool   `json:"in_order"`
 	Write       bool   `json:"write"`
 	Buffers     int    `json:"buffers"`
-	CPU         [2]int `json:"cpu"`
+	CPU         []int  `json:"cpu"`
 	// NS is the time for a buffer, there and back, RoundTripNS that of a cache line between the two processors, measured around
 	// each run; Ratio is the first in units of the second, run by run. All are medians; Best is the fastest run in units of the median round trip:
 	// what remains where other programs disturb most runs.
@@ -158,8 +157,11 @@ func (c *Config) defaults() error {
 	case c.Runs < 1 || c.Buffers < c.Batch:
 		return fmt.Errorf("%d runs of %d buffers: one at least, of a batch (%d) at least", c.Runs, c.Buffers, c.Batch)
 	}
+	if c.CPU != nil && len(c.CPU) != 2 {
+		return fmt.Errorf("processors %v: two, of the driver and of the device side", c.CPU)
+	}
 	c.Buffers -= c.Buffers % c.Batch
-	if c.CPU == ([2]int{}) {
+	if c.CPU == nil {
 		cpus, err := benchkit.CPUs()
 		if err != nil {
 			return err
@@ -167,7 +169,7 @@ func (c *Config) defaults() error {
 		if len(cpus) < 2 {
 			return errors.New("two processors are needed: the sides poll")
 		}
-		c.CPU = [2]int{cpus[0], cpus[1]}
+		c.CPU = []int{cpus[0], cpus[1]}
 	}
 	return nil
 }
