@@ -38,7 +38,6 @@ type DeviceReceiver struct {
 	v     view
 	copy  bool
 	stage [][]byte // made when first needed
-	armed bool
 }
 
 // NewDeviceReceiver makes a receiver, which owns the queue.
@@ -73,6 +72,10 @@ func (r *DeviceReceiver) Receive(n int) ([][]byte, error) {
 	chains, spans, used, in := r.b.Chains[:n], r.b.Spans, r.used[:n], r.in
 	region, mem := r.v.region, r.v.bytes
 	max := uint32(r.max + HeaderLen)
+	var stage [][]byte
+	if r.copy {
+		stage = r.stage
+	}
 	for i := range chains {
 		c := &chains[i]
 		u := &used[i]
@@ -86,7 +89,7 @@ func (r *DeviceReceiver) Receive(n int) ([][]byte, error) {
 			r.v.of(s.Region)
 			region, mem = r.v.region, r.v.bytes
 		}
-		if c.Readable != 1 || mem == nil || r.copy {
+		if c.Readable != 1 || mem == nil {
 			f := r.take(c, k)
 			if !plain(f[0], f[1]) {
 				continue
@@ -98,13 +101,21 @@ func (r *DeviceReceiver) Receive(n int) ([][]byte, error) {
 			if !plain(f[0], f[1]) {
 				continue
 			}
-			in[k] = f[HeaderLen:len(f):len(f)]
+			f = f[HeaderLen:len(f):len(f)]
+			if stage != nil {
+				to := stage[k][HeaderLen:]
+				f = to[:copy(to, f)]
+			}
+			in[k] = f
 		}
 		k++
 		bytes += int(total) - HeaderLen
 	}
 	r.used = used
 	r.received(n, k, bytes, false)
+	if r.copy {
+		staged = k
+	}
 	r.stats.add(cStaged, uint64(staged))
 	return in[:k], nil
 }
@@ -116,11 +127,6 @@ func (r *DeviceReceiver) take(c *vring.Chain, k int) []byte {
 		r.stage = staging(r.batch, r.max)
 	}
 	to := r.stage[k]
-	if r.v.bytes != nil && c.Readable == 1 {
-		s := &r.b.Spans[c.First]
-		f := r.v.bytes[s.Off : s.Off+uint64(s.Len)]
-		return to[:copy(to, f)]
-	}
 	n := uint32(0)
 	for _, s := range r.b.Spans[c.First : int(c.First)+int(c.Readable)] {
 		s.CopyOut(to[n:n+s.Len], 0)

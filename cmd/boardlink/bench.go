@@ -17,6 +17,7 @@ type benchCmd struct {
 	DMA      benchDMACmd      `cmd:"" name:"dma" help:"What the bus can do: copies by the processor and by DMA engines, both ways, every one checked."`
 	Ring     benchRingCmd     `cmd:"" name:"ring" help:"Virtqueues between two processes: time and bus accesses of a buffer."`
 	Doorbell benchDoorbellCmd `cmd:"" name:"doorbell" help:"Waking and being woken: a round trip by each mechanism, or a board's doorbell to its interrupt."`
+	Packets  benchPacketsCmd  `cmd:"" name:"packets" help:"Frames through the whole virtio path between two processes, without an interface; in turns with DPDK, where it is installed."`
 	Net      benchNetCmd      `cmd:"" name:"net" help:"TCP, UDP and round trips between two namespaces, beside veth, one process and two processes."`
 }
 

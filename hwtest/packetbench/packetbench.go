@@ -95,7 +95,8 @@ type Result struct {
 	InOrder   bool      `json:"in_order"`
 	Verify    bool      `json:"verify"`
 	CPU       [2]int    `json:"cpu"`
-	Frames    uint64    `json:"frames"` // of all runs
+	Frames    uint64    `json:"frames"`            // of all runs
+	Stamped   uint64    `json:"stamped,omitempty"` // of them, those of Echo's runs for Latency: every other run, which Mpps leaves out
 	// Mpps and Gbps are medians of the runs, of the frames' own bytes: no header, no gaps.
 	Mpps benchkit.Spread `json:"mpps"`
 	Gbps float64         `json:"gbit_per_s"`
@@ -202,7 +203,10 @@ func (c *Config) defaults() error {
 	return nil
 }
 
-// dataSize returns the length of the memory for the frames of one queue, of each of the two memories, and of both.
+// Check returns what is wrong with c, or with the machine for it; nil where Run would begin.
+func (c Config) Check() error { return c.defaults() }
+
+// sizes returns the length of the memory for the frames of one queue, and of each of the two memories.
 func (c *Config) sizes() (data, mem int) {
 	data = (int(frames.MemSize(c.Bytes2, c.Size)) + 4095) &^ 4095
 	return data, offData + 2*data
@@ -449,10 +453,11 @@ func sum(b []byte, n uint64) uint32 {
 	return crc32.Update(uint32(n), castagnoli, b[minBytes:])
 }
 
-// make writes up to len(out) frames.
+// fill writes len(out) frames.
 func (s *side) fill(out []frames.Out) {
-	sent, length, at := s.sent, s.length, int(s.sent%lengths)
+	sent, length, at, own := s.sent, s.length, int(s.sent%lengths), s.own
 	t := &s.template
+	from := int(sent % uint64(s.c.Size))
 	for i := range out {
 		n := length[at]
 		if at++; at == len(length) {
@@ -461,18 +466,29 @@ func (s *side) fill(out []frames.Out) {
 		o := &out[i]
 		o.Len = n
 		b := o.Room
-		if s.own != nil {
-			b = s.own[sent%uint64(len(s.own))]
+		if own != nil {
+			b = own[from]
+			if from++; from == len(own) {
+				from = 0
+			}
 		}
 		*(*[minBytes]byte)(b) = *t
 		binary.LittleEndian.PutUint64(b[offNumber:], sent)
 		if s.c.Verify {
 			fill(b[:n], sent)
 		}
-		if s.own != nil {
-			copy(o.Room, b[:n])
-		}
 		sent++
+	}
+	if own != nil {
+		// Behind all of the batch, as testpmd makes a burst before it sends it.
+		from = int(s.sent % uint64(s.c.Size))
+		for i := range out {
+			o := &out[i]
+			copy(o.Room[:o.Len], own[from])
+			if from++; from == len(own) {
+				from = 0
+			}
+		}
 	}
 	s.sent = sent
 }
@@ -504,7 +520,9 @@ func (i *idle) nothing(s *side, wait func() (doorbell.Reason, error)) error {
 		}
 	}
 	if !s.c.Sleep || int(*i) < s.c.Spins {
-		relax()
+		if s.c.Direction != Echo {
+			relax()
+		}
 		return nil
 	}
 	*i = 0
@@ -578,6 +596,9 @@ func (s *side) echo(n int, h *benchkit.Histogram) error {
 			if err := s.send(1); err != nil {
 				return err
 			}
+			continue
+		}
+		if h == nil {
 			continue
 		}
 		now := time.Now()
@@ -799,7 +820,12 @@ func (r *Result) lead(c *Config, s *side) error {
 	var mpps, trips, ratio []float64
 	for i := 0; i <= c.Runs; i++ { // the first one warms up
 		s.mem.Store64(offOrder, uint64(n))
-		m, err := s.measure(i, h)
+		// Reading the clock for each frame takes part of the time that it tells: there are runs without.
+		stamps := h
+		if i&1 != 0 && c.Runs > 1 {
+			stamps = nil
+		}
+		m, err := s.measure(i, stamps)
 		if err != nil {
 			return err
 		}
@@ -811,6 +837,10 @@ func (r *Result) lead(c *Config, s *side) error {
 		}
 		r.Runs = append(r.Runs, m)
 		r.Frames += uint64(n)
+		if c.Direction == Echo && stamps != nil && c.Runs > 1 {
+			r.Stamped += uint64(n)
+			continue
+		}
 		rt := min(m.Before, m.After) // the one that was disturbed less
 		mpps, trips, ratio = append(mpps, m.Mpps), append(trips, rt), append(ratio, 1e3/m.Mpps/rt)
 	}

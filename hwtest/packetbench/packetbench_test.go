@@ -53,8 +53,8 @@ func TestRun(t *testing.T) {
 					if r.Mpps.Median <= 0 || r.Gbps <= 0 || r.RoundTripNS <= 0 || len(r.Runs) != 2 || r.Frames == 0 || r.Corrupt != 0 {
 						t.Errorf("%+v", r)
 					}
-					if (r.Latency != nil) != (d == packetbench.Echo) || r.Latency != nil && uint64(r.Latency.Count) != r.Frames {
-						t.Errorf("latency %+v of %d frames", r.Latency, r.Frames)
+					if (r.Latency != nil) != (d == packetbench.Echo) || r.Latency != nil && uint64(r.Latency.Count) != r.Stamped {
+						t.Errorf("latency %+v of %d frames", r.Latency, r.Stamped)
 					}
 					reads := r.Driver.Reads + r.Device.Reads
 					if placement == "local" && reads != 0 {
