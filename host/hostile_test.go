@@ -86,6 +86,12 @@ func onBoards(t *testing.T, f func(t *testing.T, r *rig)) {
 
 func newRig(t *testing.T, spec string) *rig {
 	t.Helper()
+	return newRigOf(t, spec, 0)
+}
+
+// newRigOf is newRig with so many queue pairs.
+func newRigOf(t *testing.T, spec string, pairs int) *rig {
+	t.Helper()
 	needRoot(t)
 	r := &rig{t: t, log: new(peer.Log), done: make(chan error, 1)}
 	t.Cleanup(func() {
@@ -99,7 +105,7 @@ func newRig(t *testing.T, spec string) *rig {
 	}
 	t.Cleanup(func() { r.ns.Close() })
 	err = r.ns.Do(func() error {
-		if r.net, err = host.NewNet(host.NetConfig{Name: "net0", Number: dev, Interface: tunbridge.Config{Name: "bl0", MTU: 1500},
+		if r.net, err = host.NewNet(host.NetConfig{Name: "net0", Number: dev, Interface: tunbridge.Config{Name: "bl0", MTU: 1500, Queues: pairs},
 			BoardMAC: tunbridge.MAC{2, 0, 0, 0, 0, 1}}); err != nil {
 			return err
 		}
