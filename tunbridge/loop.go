@@ -44,6 +44,15 @@ func (c LoopConfig) Pair(i int) LoopConfig {
 	return c
 }
 
+// From returns the configuration for a device whose first pair has the n-th processor, counting round.
+func (c LoopConfig) From(n int) LoopConfig {
+	if len(c.CPU) > 0 {
+		n %= len(c.CPU)
+		c.CPU = append(append([]int(nil), c.CPU[n:]...), c.CPU[:n]...)
+	}
+	return c
+}
+
 // MaxBusyPoll is the longest time that a loop looks on by itself before it sleeps: about what the two wake-ups of an answer take.
 const MaxBusyPoll = 60 * time.Microsecond
 

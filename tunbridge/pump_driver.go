@@ -139,13 +139,14 @@ func (p *DriverTX) step(mayRead bool) (ring, iface int, err error) {
 	return ring, n, err
 }
 
-// arm waits for half of the frames in flight, if there is no room for another: one by one the device would be in step with us.
+// arm waits for most of the frames in flight, if there is no room for another: the rest keeps the device busy until we are
+// awake, and a doorbell for each would keep us in step with it.
 func (p *DriverTX) arm() (bool, error) {
 	if !p.starved {
 		return false, nil
 	}
 	p.d[cNoBuffers]++
-	return p.q.ArmCallAfter(int(p.arena.nxt-p.arena.first+1) / 2)
+	return p.q.ArmCallAfter(int(p.arena.nxt-p.arena.first) * 3 / 4)
 }
 
 func (p *DriverTX) disarm() {

@@ -64,7 +64,7 @@ func run(f *lean.Flags, args []string, queueSize, rxBuffer *uint, placement, rin
 	}
 	for i := range nets {
 		n, err := agent.NewNet(agent.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: nets[i].Interface(),
-			Deny: deny, Ring: *ring, Queues: nets[i].Queues, QueueSize: uint16(*queueSize), RXBuffer: uint32(*rxBuffer)})
+			Deny: deny, Loop: f.Loop.From(i), Ring: *ring, Queues: nets[i].Queues, QueueSize: uint16(*queueSize), RXBuffer: uint32(*rxBuffer)})
 		if err != nil {
 			closeAll()
 			return err

@@ -69,7 +69,7 @@ func run(f *lean.Flags, args []string, queueMax *uint, pool *bool, engine *strin
 			s.BoardMAC = f.StableMAC(board.Agent, i)
 		}
 		n, err := host.NewNet(host.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: ic, BoardMAC: s.BoardMAC,
-			Deny: deny, QueueMax: uint16(*queueMax)})
+			Deny: deny, Loop: f.Loop.From(i), QueueMax: uint16(*queueMax)})
 		if err != nil {
 			closeAll()
 			return err

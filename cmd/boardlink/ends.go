@@ -44,6 +44,9 @@ type endFlags struct {
 	Deny      []string      `placeholder:"FEATURE" help:"Virtio features not to negotiate, e.g. event_idx,host_uso."`
 	Net       []string      `placeholder:"SPEC" sep:"none" help:"Several devices: one SPEC each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000. Keys: name link addr mtu mac board-mac offload persist queues board (its number, from 0); the flags above give the defaults."`
 
+	BusyPoll string `default:"auto" placeholder:"DURATION" help:"How long a loop with nothing to do looks on before it sleeps: auto (as long as has paid off lately, never across the bus), off, or e.g. 50us (default: ${default})."`
+	CPU      string `placeholder:"LIST" help:"Processors to lock the loops to, e.g. 1 or 2-5: one each, counting round (default: none)."`
+
 	Account bool `default:"true" negatable:"" help:"Count the accesses across the bus."`
 
 	Memory     string `enum:"auto,cached,write-combining,uncached" default:"auto" help:"How memory across the bus is accessed (${enum}); for trials of the device-memory paths on RAM."`
@@ -54,6 +57,8 @@ type endFlags struct {
 	Status string        `placeholder:"PATH" help:"Status socket (default ${status_dir}/SIDE-NAME.sock; none for no socket)."`
 
 	Verbose bool `short:"v" help:"Log more."`
+
+	loop tunbridge.LoopConfig // of BusyPoll and CPU, by check
 }
 
 // netSpec is one device as flags describe it.
@@ -240,6 +245,12 @@ func (f *endFlags) check() error {
 	if f.Queues < 0 || f.Queues > tunbridge.MaxQueues {
 		return usagef("--queues %d: 1 to %d", f.Queues, tunbridge.MaxQueues)
 	}
+	if err := f.loop.SetBusyPoll(f.BusyPoll); err != nil {
+		return usagef("--busy-poll: %v", err)
+	}
+	if err := f.loop.SetCPU(f.CPU); err != nil {
+		return usagef("--cpu: %v", err)
+	}
 	if f.Lost < 2 {
 		return usagef("--lost %d: at least 2", f.Lost)
 	}
@@ -396,7 +407,7 @@ func (c *hostCmd) Run(s *streams) error {
 			bm = stableMAC(c.linkName(sp.board), board.Agent, i)
 		}
 		n, err := host.NewNet(host.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: ic, BoardMAC: bm,
-			Deny: deny, QueueMax: c.QueueMax})
+			Deny: deny, Loop: c.loop.From(i), QueueMax: c.QueueMax})
 		if err != nil {
 			closeAll()
 			return err
@@ -467,7 +478,7 @@ func (c *agentCmd) Run(s *streams) error {
 	}
 	for i, sp := range specs {
 		n, err := agent.NewNet(agent.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: sp.iface(&c.endFlags, board.Agent, i),
-			Deny: deny, Ring: c.Ring, Queues: sp.queues, QueueSize: c.QueueSize, RXBuffer: c.RXBuffer})
+			Deny: deny, Loop: c.loop.From(i), Ring: c.Ring, Queues: sp.queues, QueueSize: c.QueueSize, RXBuffer: c.RXBuffer})
 		if err != nil {
 			closeAll()
 			return err

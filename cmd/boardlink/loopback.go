@@ -31,6 +31,8 @@ type loopbackCmd struct {
 	Memory    string        `enum:"cached,write-combining,uncached" default:"cached" help:"How memory across the bus is accessed (${enum}): the last two take the paths for device memory."`
 	Window    string        `default:"16M" help:"Size of the shared memory (half the board's, half the host's): a power of two, with K, M or G."`
 	Devices   int           `default:"1" help:"Network devices on the link."`
+	BusyPoll  string        `default:"auto" placeholder:"DURATION" help:"How long a loop with nothing to do looks on before it sleeps: auto, off, or e.g. 50us (default: ${default})."`
+	CPU       []string      `placeholder:"BOARD,HOST" help:"Processors to lock the loops of the board's end and of the host's to, e.g. 0,1 (default: none)."`
 	JSON      bool          `name:"json" help:"Print the result as JSON."`
 	Verbose   bool          `short:"v" help:"Show the log of both ends."`
 }
@@ -52,6 +54,18 @@ func (c *loopbackCmd) Run(s *streams) error {
 	}
 	if c.Duration < 100*time.Millisecond || c.Duration > time.Hour {
 		return usagef("--duration %v: 100ms to 1h", c.Duration)
+	}
+	var loop tunbridge.LoopConfig
+	if err := loop.SetBusyPoll(c.BusyPoll); err != nil {
+		return usagef("--busy-poll: %v", err)
+	}
+	if n := len(c.CPU); n != 0 && n != 2 {
+		return usagef("--cpu: two processors are needed, of the board's end and the host's, %d are given", n)
+	}
+	for _, cpu := range c.CPU {
+		if err := loop.SetCPU(cpu); err != nil {
+			return usagef("--cpu: %v", err)
+		}
 	}
 	if c.Devices < 1 || c.Devices > 16 {
 		return usagef("--devices %d: 1 to 16", c.Devices)
@@ -78,6 +92,10 @@ func (c *loopbackCmd) Run(s *streams) error {
 	p := newProgress(s.err, !c.JSON && !c.Verbose)
 	cfg := trial.Config{Exe: exe, Link: c.Link, Offload: c.Offload, MTU: c.MTU, Window: window, Memory: c.Memory, Nets: c.Devices,
 		Placement: c.Placement, Ring: c.Ring, Queues: c.Queues}
+	cfg.AgentArgs, cfg.HostArgs = []string{"--busy-poll", c.BusyPoll}, []string{"--busy-poll", c.BusyPoll}
+	if len(c.CPU) > 0 {
+		cfg.AgentArgs, cfg.HostArgs = append(cfg.AgentArgs, "--cpu", c.CPU[0]), append(cfg.HostArgs, "--cpu", c.CPU[1])
+	}
 	if c.Verbose {
 		cfg.Log = s.err
 	}

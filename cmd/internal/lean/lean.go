@@ -64,8 +64,10 @@ type Flags struct {
 	Lost        int
 	Account     bool
 	Interrupts  bool
+	Loop        tunbridge.LoopConfig // how the loops wait, by Parse
 
 	memory, status, deny string
+	busyPoll, cpu        string
 	verbose              bool
 	def                  Net
 	defLink              string
@@ -107,6 +109,8 @@ func New(side board.Side) *Flags {
 	s.BoolVar(&f.def.Offload, "offload", true, "leave checksums and segmentation to the other side where the kernel can")
 	s.BoolVar(&f.def.Persist, "persist", false, "keep the interface, with its addresses, when this program ends")
 	s.IntVar(&f.def.Queues, "queues", 0, fmt.Sprintf("queue pairs of a device, 1 to %d (default: 1 at the host; at the agent as many as the host offers, its processors at most)", tunbridge.MaxQueues))
+	s.StringVar(&f.busyPoll, "busy-poll", "auto", "how long a loop with nothing to do looks on before it sleeps: auto (as long as has paid off lately, never across the bus), off, or a `DURATION` like 50us")
+	s.StringVar(&f.cpu, "cpu", "", "processors to lock the loops to, a `LIST` like 1 or 2-5: one each, counting round (default: none)")
 	s.StringVar(&f.deny, "deny", "", "virtio `features` not to negotiate, e.g. event_idx,host_uso")
 	s.Var(&f.nets, "net", "several devices: one `SPEC` each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000; keys: name link addr mtu mac board-mac offload persist queues")
 	s.BoolVar(&f.Account, "account", true, "count the accesses across the bus")
@@ -129,6 +133,12 @@ func (f *Flags) Parse(args []string) error {
 		return usageError{err}
 	}
 	f.Log = &Log{w: f.out, debug: f.verbose}
+	if err := f.Loop.SetBusyPoll(f.busyPoll); err != nil {
+		return Usagef("--busy-poll: %v", err)
+	}
+	if err := f.Loop.SetCPU(f.cpu); err != nil {
+		return Usagef("--cpu: %v", err)
+	}
 	switch {
 	case f.Set.NArg() > 0:
 		return Usagef("unexpected argument %q", f.Set.Arg(0))
