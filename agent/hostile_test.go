@@ -52,7 +52,8 @@ type rig struct {
 	config         virtio.NetConfig
 	queueMax       uint32
 	status         uint32
-	queues         [2]virtiomsg.VQueue
+	queues         [5]virtiomsg.VQueue
+	pairs          int // to use at most; 0: the default
 	resets         int
 	running        int // how often DRIVER_OK was set
 	placement      string
@@ -82,7 +83,7 @@ func newRig(t *testing.T, change func(*rig)) *rig {
 	t.Cleanup(func() { ns.Close() })
 	var n *agent.Net
 	err = ns.Do(func() error {
-		if n, err = agent.NewNet(agent.NetConfig{Name: "net0", Number: dev, Interface: tunbridge.Config{Name: "bl0"}, QueueSize: 64}); err != nil {
+		if n, err = agent.NewNet(agent.NetConfig{Name: "net0", Number: dev, Interface: tunbridge.Config{Name: "bl0"}, Queues: r.pairs, QueueSize: 64}); err != nil {
 			return err
 		}
 		r.ifc = n.Interface()
@@ -182,6 +183,7 @@ func (r *rig) answer(h virtiomsg.Header, m *virtiomsg.Slot) bool {
 		}
 		if r.status = s; s == 0 {
 			r.resets++
+			r.queues = [5]virtiomsg.VQueue{}
 		} else if s&virtio.StatusDriverOK != 0 && s&virtio.StatusFailed == 0 {
 			r.running++
 		}
@@ -191,10 +193,12 @@ func (r *rig) answer(h virtiomsg.Header, m *virtiomsg.Slot) bool {
 		(&virtiomsg.VQueue{Index: i, MaxSize: r.queueMax}).EncodeResponse(m, h.Dev, h.Token)
 	case virtiomsg.SetVQueue:
 		var q virtiomsg.VQueue
-		if q.DecodeRequest(m) != nil || q.Index > 1 {
+		if q.DecodeRequest(m) != nil || int(q.Index) >= len(r.queues) && q.Index != 2*virtio.NetPairsMax {
 			return false
 		}
-		r.queues[q.Index] = q
+		if int(q.Index) < len(r.queues) {
+			r.queues[q.Index] = q
+		}
 		virtiomsg.EncodeEmptyResponse(m, h.ID, h.Dev, h.Token)
 	default:
 		return false
