@@ -48,6 +48,8 @@ type link struct {
 	pair      *testboard.Pair
 	spec      string
 	placement string
+	queues    [2]int // pairs; 0: the default
+	ring      string
 	ns        [2]*netns.NS
 	ends      [2]end
 	stop      [2]context.CancelFunc
@@ -90,7 +92,7 @@ func (l *link) start(s board.Side) {
 	err := l.ns[s].Do(func() error {
 		var ifc *tunbridge.Iface
 		if s == board.Host {
-			c.MTU = 1500
+			c.MTU, c.Queues = 1500, l.queues[s]
 			n, err := host.NewNet(host.NetConfig{Name: "net0", Interface: c})
 			if err != nil {
 				return err
@@ -98,7 +100,7 @@ func (l *link) start(s board.Side) {
 			ifc = n.Interface()
 			l.ends[s] = host.NewLink(host.Config{Name: "h", Board: l.spec, Options: board.Options{Account: new(dma.Account)}, Devices: map[uint16]host.Backend{0: n}, Log: &l.log, Beat: beat, LostBeats: lost})
 		} else {
-			n, err := agent.NewNet(agent.NetConfig{Name: "net0", Interface: c, QueueSize: 64})
+			n, err := agent.NewNet(agent.NetConfig{Name: "net0", Interface: c, Queues: l.queues[s], Ring: l.ring, QueueSize: 64})
 			if err != nil {
 				return err
 			}
