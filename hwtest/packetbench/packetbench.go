@@ -241,7 +241,6 @@ type side struct {
 	sent     uint64 // numbers of the next frame
 	got      uint64
 	corrupt  uint64
-	last     uint64 // of the time-out
 }
 
 func (c *Config) lengths() []int {
