@@ -112,3 +112,27 @@ func TestQueues(t *testing.T) {
 		})
 	}
 }
+
+// TestQueuesFewer: where memory does not do for as many pairs as there are processors, and the operator did not choose, there are
+// fewer; where he chose, the error says what to do.
+func TestQueuesFewer(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	l := newLink(t, testboard.PairOptions{Options: testboard.Options{BoardMem: 512 << 10}}, "window")
+	l.queues = [2]int{board.Host: 4}
+	l.start(board.Host)
+	l.start(board.Agent)
+	l.waitPairs(1)
+	l.works(ctx)
+	l.end(board.Agent)
+	l.queues[board.Agent] = 4
+	l.start(board.Agent)
+	for begin := time.Now(); ; time.Sleep(time.Millisecond) {
+		if e := l.ends[board.Agent].Status().Devices[0].LastError; strings.Contains(e, "fewer queue pairs (--queues)") {
+			return
+		} else if time.Since(begin) > 10*time.Second {
+			t.Fatalf("the agent's error is %q", e)
+		}
+	}
+}
