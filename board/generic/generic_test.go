@@ -56,7 +56,8 @@ func TestExample(t *testing.T) {
 	}
 	doc := "\n" + text
 	for _, k := range []string{"name", "vendor", "device", "bar", "path", "map", "offset", "size", "bus_address", "memory", "min_access", "max_access",
-		"width", "big_endian", "vectors", "write", "value", "stride", "kind", "mask", "clear", "clear_offset", "bits", "masks_when_set", "bus_offset", "highest_address"} {
+		"width", "big_endian", "vectors", "write", "value", "stride", "kind", "mask", "clear", "clear_offset", "bits", "masks_when_set", "bus_offset", "highest_address",
+		"to_host", "to_board", "window_address"} {
 		if !strings.Contains(doc, "\n"+k+" = ") && !strings.Contains(doc, "\n# "+k+" = ") {
 			t.Errorf("docs/boards.md has no %s", k)
 		}
@@ -71,6 +72,19 @@ func TestValidate(t *testing.T) {
 	}{
 		{"host", func(c *Config) { c.Host, c.Agent = nil, nil }},
 		{"host.window.bar", func(c *Config) { c.Host.Window.BAR = 6 }},
+		{"host.engine.kind", func(c *Config) { c.Host.Engine.Kind = "fast" }},
+		{"host.engine.bar", func(c *Config) { c.Host.Engine.BAR = 6 }},
+		{"host.engine.offset", func(c *Config) { c.Host.Engine.Offset = 4 }},
+		{"host.engine.to_host", func(c *Config) { c.Host.Engine.ToHost, c.Host.Engine.ToBoard = nil, nil }},
+		{"host.engine.to_host", func(c *Config) { c.Host.Engine.ToHost = []int{4} }},
+		{"host.engine.to_board", func(c *Config) { c.Host.Engine.ToBoard = []int{1, 1} }},
+		{"host.engine.window_address", func(c *Config) { c.Host.Engine.WindowAddress = 8 }},
+		{"host.engine.window_address", func(c *Config) { c.Host.Engine.WindowAddress, c.Host.Window.BusAddress = 0, 0 }},
+		{"host.engine.bus_offset", func(c *Config) { c.Host.Engine.BusOffset = 1 }},
+		{"host.engine.descriptors", func(c *Config) { c.Host.Engine.Kind = "dw-edma" }},
+		{"host.engine.descriptors", func(c *Config) { c.Host.Engine.Descriptors = &Descriptors{BusAddress: 8, Size: 4096} }},
+		{"host.engine.descriptors", func(c *Config) { c.Host.Engine.Descriptors = &Descriptors{} }},
+		{"host.engine.descriptors.path", func(c *Config) { c.Host.Engine.Descriptors = &Descriptors{Place: Place{Path: "x"}, Size: 4096} }},
 		{"host.window.path", func(c *Config) { c.Host.Window.Path = "/dev/mem" }},
 		{"host.window.offset", func(c *Config) { c.Host.Window.Offset = 4 }},
 		{"host.window.size", func(c *Config) { c.Host.Window.Size = 0x1000 }},

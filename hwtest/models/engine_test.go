@@ -15,13 +15,16 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/board/generic"
 	"github.com/boardlink/boardlink/board/mpc83xx"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/host"
+	"github.com/boardlink/boardlink/hwtest/dmabench"
 	"github.com/boardlink/boardlink/hwtest/models"
 	dmamodel "github.com/boardlink/boardlink/hwtest/models/dma"
 	"github.com/boardlink/boardlink/hwtest/traffic"
 	"github.com/boardlink/boardlink/mmio"
+	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/status"
 )
 
@@ -375,4 +378,81 @@ func TestMPC83xxEngineEnds(t *testing.T) {
 		t.Errorf("%+v, %v", res, err)
 	}
 	r.push(func() bool { return true })
+}
+
+// TestGenericEngine: the engines of boards that a description tells of, of all makes: both ways, byte-exact, descriptors where it says.
+func TestGenericEngine(t *testing.T) {
+	const win, outbound = 1 << 20, 0x4000_0000
+	for _, kind := range models.EngineMakes {
+		t.Run(kind, func(t *testing.T) {
+			mem, err := models.NewMemory(win+4096, 1, 2, 4, 8) // the window, and descriptors behind it
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer mem.Close()
+			local, _ := mem.Local(0, win+4096).RAM()
+			var f *models.Function
+			o := dmamodel.Options{Polls: 1, Memory: []dmamodel.Range{{Name: "board", Base: chipTarget, Bytes: local.Bytes()}},
+				Resolve: func(addr, n uint64, write bool) ([]byte, bool) {
+					need := pci.DMARead
+					if write {
+						need = pci.DMAWrite
+					}
+					return f.Burst(dma.Addr(addr-outbound), n, need), true
+				}}
+			var regs mmio.Bus
+			var violations func() error
+			if strings.HasPrefix(kind, "fsl") {
+				m := dmamodel.NewFSL(kind == "fsl85xx", o)
+				regs, violations = m, m.Err
+			} else {
+				m := dmamodel.NewDW(kind == "dw-hdma", 2, 2, o)
+				regs, violations = m, m.Err
+			}
+			c := &generic.Config{Host: &generic.Host{
+				Window: generic.Window{Place: generic.Place{BAR: 2}, Size: win, BusAddress: chipTarget},
+				Engine: &generic.Engine{Kind: kind, ToHost: []int{0, 1}, ToBoard: []int{0, 1}, BusOffset: outbound, HighestAddress: 0x3fff_ffff}}}
+			if kind != "fsl83xx" { // which has them in the carrier's memory
+				c.Host.Engine.Descriptors = &generic.Descriptors{Place: generic.Place{BAR: 2, Offset: win}, Size: 4096, BusAddress: chipTarget + win}
+			}
+			if err := c.Validate(); err != nil {
+				t.Fatal(err)
+			}
+			f = models.NewFunction(models.FunctionConfig{Vendor: 1, Device: 2, BARs: []models.BARConfig{
+				{Index: 0, Size: 0x2000, Bus: regs}, {Index: 2, Size: win + 4096, Bus: mem}}})
+			b, err := generic.New("generic:model", f, c, board.Options{}, true)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer b.Close()
+			target, err := dmabench.Board(b, 0, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r, err := dmabench.Run(t.Context(), target, dmabench.Config{Sizes: []int{64, 4096, 64 << 10}, InFlight: []int{1, 8}, Duration: 100 * time.Microsecond})
+			if err != nil || r.Corrupt != 0 {
+				t.Errorf("%d corrupt, %v", r.Corrupt, err)
+			}
+			engines := map[dmabench.Direction]int{}
+			for _, p := range r.Points {
+				if strings.HasPrefix(p.Variant, "fsl ") || strings.HasPrefix(p.Variant, "dw ") {
+					engines[p.Direction]++
+				}
+			}
+			if len(engines) != 2 || engines[dmabench.HostToBoard] < 10 || engines[dmabench.BoardToHost] < 10 {
+				t.Errorf("measured engines: %v; skipped %v", engines, r.Skipped)
+			}
+			if err := target.Close(); err != nil {
+				t.Error(err)
+			}
+			if n := len(f.DMAMaps()); n != 0 {
+				t.Errorf("%d DMA maps left", n)
+			}
+			for _, err := range []error{violations(), mem.Err()} {
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
 }
