@@ -2,7 +2,7 @@
 
 GO ?= go
 FUZZTIME ?= 30s
-BENCH ?= .
+GOBENCH ?= .
 BENCHTIME ?= 1s
 
 # The tree may belong to another user (sudo make): no version control in what is only run.
@@ -10,7 +10,7 @@ RUNTESTS = $(GO) run -buildvcs=false ./internal/runtests
 
 ARCHES = amd64 arm64 ppc64 ppc64le riscv64 386 arm
 
-.PHONY: build test test-ports lint race fuzz bench ports ports-ppc clean help
+.PHONY: build test test-ports lint race fuzz bench gobench ports ports-ppc clean help
 
 build: ## the program, static, as bin/boardlink
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/boardlink ./cmd/boardlink
@@ -30,8 +30,13 @@ race: ## the tests under the race detector
 fuzz: ## every fuzz target, FUZZTIME=30s each
 	@$(RUNTESTS) -only fuzz -fuzztime $(FUZZTIME)
 
-bench: ## every benchmark, BENCH=regexp BENCHTIME=1s
-	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) ./...
+bench: ## what links, rings, doorbells and copies do here, in .cache/bench, within ten minutes
+	@CGO_ENABLED=0 $(GO) build -trimpath -o bin/boardlink ./cmd/boardlink 2>/dev/null || \
+		CGO_ENABLED=0 $(GO) build -buildvcs=false -trimpath -o bin/boardlink ./cmd/boardlink
+	bin/boardlink bench all --dir .cache/bench $(if $(BENCH),--only $(BENCH))
+
+gobench: ## every benchmark in Go's harness, GOBENCH=regexp BENCHTIME=1s
+	$(GO) test -run '^$$' -bench '$(GOBENCH)' -benchtime $(BENCHTIME) ./...
 
 ports: ## the program for every architecture, as bin/boardlink-ARCH
 	@set -e; for a in $(ARCHES); do \
