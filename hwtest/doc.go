@@ -4,5 +4,5 @@
 //
 // In the room: those tests. Below it what they stand on: vm (machines), guest (what runs in them), trial (both ends on
 // one machine), traffic and remote (what crosses the link), netns, models (chips), ports (other
-// architectures).
+// architectures); and the benchmarks dmabench, ringbench, packetbench, doorbench and netbench, on benchkit.
 package hwtest
