@@ -141,6 +141,7 @@ func oneIn(n uint64, f dmamodel.Fault) func(uint64) dmamodel.Fault {
 // TestMovedPumps: real traffic over pumps whose payload a modelled controller moves, with failures in between: nothing is lost,
 // nothing is corrupt, and what failed is counted.
 func TestMovedPumps(t *testing.T) {
+	t.Cleanup(func() { goleak.VerifyNone(t) }) // after all that run at the same time: most of their time is waiting
 	base := rigConfig{typ: tunbridge.TAP, offload: true, mtu: 1500, merge: true, eventIdx: true, indirect: true, rxBuffer: 16 << 10, kind: mmio.Uncached, account: true}
 	for name, c := range map[string]struct {
 		e    *engines
@@ -161,6 +162,7 @@ func TestMovedPumps(t *testing.T) {
 			continue
 		}
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			e := c.e
 			e.t = t
 			cfg := base
@@ -176,7 +178,7 @@ func TestMovedPumps(t *testing.T) {
 			r := newRig(t, cfg)
 			ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 			defer cancel()
-			res, err := traffic.Run(ctx, r.pairs(), traffic.RunConfig{Duration: 100 * time.Millisecond, Ping: traffic.PingConfig{Count: 30, Interval: time.Millisecond}})
+			res, err := traffic.Run(ctx, r.pairs(), traffic.RunConfig{Duration: 60 * time.Millisecond, Ping: traffic.PingConfig{Count: 30, Interval: time.Millisecond}})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -208,5 +210,4 @@ func TestMovedPumps(t *testing.T) {
 			}
 		})
 	}
-	goleak.VerifyNone(t)
 }
