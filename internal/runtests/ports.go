@@ -46,9 +46,10 @@ func foreignNames() []string {
 //   - those that look at interfaces by netlink and packet sockets, of which it converts a part only; the stage cross has
 //     interfaces under emulated ends, looked at from outside;
 //   - those that read /proc/self/smaps, which it makes up, or need a mount namespace, which it refuses (TestNoProc);
+//   - TestSpin, which runs programs of this machine;
 //   - those that take minutes, while nothing in them depends on the processor (all that mutate a protocol, too), and
 //     those that wait for time-outs.
-var emulatedSkip = []string{"TestIface", "TestPump", "TestMovedPump", "TestPool$", "TestLinkRestartAnywhere", "TestHostileServer", "TestNoProc"}
+var emulatedSkip = []string{"TestIface", "TestPump", "TestMovedPump", "TestPool$", "TestLinkRestartAnywhere", "TestHostileServer", "TestNoProc", "TestSpin"}
 
 // longSkip is for the machines beside the big-endian one, so that all of them take two minutes. TestConcurrent and
 // TestTwoProcesses also rely on a store before a later load between two threads or processes: qemu-user 7.2 does
