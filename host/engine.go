@@ -142,6 +142,7 @@ func (s *engineSet) prepare(jobs []engineJob) {
 			return // posted writes by the processor are fast
 		}
 		for _, j := range jobs {
+			j := j
 			if j.toBoard != toBoard {
 				continue
 			}
@@ -185,10 +186,11 @@ func (s *engineSource) open(q *queueEngine, j engineJob) error {
 	if ram, ok := stage.RAM(); !ok || uint64(ram.Size()) < size {
 		return fmt.Errorf("board %s: its engine comes with %d bytes of memory, %d were wanted", s.b, stage.Len, size)
 	}
-	q.mover = dma.NewMover(dma.MoverConfig{Engine: e, Min: s.c.Min, Timeout: s.c.Timeout, Stats: q.stats,
+	mc := dma.MoverConfig{Engine: e, Min: s.c.Min, Timeout: s.c.Timeout, Stats: q.stats,
 		Logf: func(format string, args ...interface{}) {
 			s.log.Warn(fmt.Sprintf(format, args...), "link", s.link, "queue", j.name)
-		}})
+		}}
+	q.mover = dma.NewMover(mc)
 	if !j.toBoard && s.c.Min == 0 && s.sample.Len != 0 {
 		found := q.mover.Calibrate(stage, s.sample, calibrateTime)
 		if err := q.mover.Runaway(); err != nil {
@@ -201,7 +203,8 @@ func (s *engineSource) open(q *queueEngine, j engineJob) error {
 		}
 		if found == dma.Never {
 			// Wanted all the same.
-			q.mover = dma.NewMover(dma.MoverConfig{Engine: e, Min: dma.DefaultMin, Timeout: s.c.Timeout, Stats: q.stats})
+			mc.Min = dma.DefaultMin
+			q.mover = dma.NewMover(mc)
 		}
 	}
 	q.used, q.min = true, q.mover.Min()
