@@ -103,8 +103,8 @@ func (r *DeviceReceiver) Receive(n int) ([][]byte, error) {
 			}
 			f = f[HeaderLen:len(f):len(f)]
 			if stage != nil {
-				to := stage[k][HeaderLen:]
-				f = to[:copy(to, f)]
+				to := stage[k]
+				f = to[HeaderLen : HeaderLen+copy(to[HeaderLen:], f)]
 			}
 			in[k] = f
 		}
@@ -178,7 +178,7 @@ type DeviceSender struct {
 	outs     []Out // as b.Chains; Room is nil for those that are unusable
 	next     int   // first chain that was not sent
 	reserved int
-	used     []vring.Used
+	used     []vring.Used // as b.Chains
 	v        view
 	stage    [][]byte // made when first needed
 	placed   []bool   // the frame lies where it belongs
@@ -220,7 +220,7 @@ func (s *DeviceSender) gather(n int) error {
 	if n == 0 {
 		return err
 	}
-	chains, spans, outs, placed := s.b.Chains, s.b.Spans, s.outs[:n], s.placed[:n]
+	chains, spans, outs, placed, used := s.b.Chains, s.b.Spans, s.outs[:n], s.placed[:n], s.used[:n]
 	region, mem := s.v.region, s.v.bytes
 	min := uint32(s.max + HeaderLen)
 	for i := range outs {
@@ -230,13 +230,22 @@ func (s *DeviceSender) gather(n int) error {
 			s.drop()
 			return err
 		}
+		u := &used[i]
+		u.ID, u.Count = c.ID, c.Count
 		w := &spans[int(c.First)+int(c.Readable)]
 		if w.Region != region {
 			s.v.of(w.Region)
 			region, mem = s.v.region, s.v.bytes
 		}
 		if c.Writable == 1 && mem != nil {
-			outs[i].Room = mem[w.Off+HeaderLen : w.Off+uint64(w.Len)]
+			room := mem[w.Off : w.Off+uint64(w.Len)]
+			// Mostly the header stands there already: what is not written stays in the driver side's cache.
+			h := room[:HeaderLen]
+			if binary.LittleEndian.Uint64(h) != headerLow || binary.LittleEndian.Uint32(h[8:]) != headerHigh {
+				binary.LittleEndian.PutUint64(h, headerLow)
+				binary.LittleEndian.PutUint32(h[8:], headerHigh)
+			}
+			outs[i].Room = room[HeaderLen:]
 			placed[i] = true
 			continue
 		}
@@ -267,31 +276,17 @@ func (s *DeviceSender) Send(n int) error {
 		return nil
 	}
 	bytes, staged, max := 0, 0, s.max
-	chains, outs, placed := s.b.Chains[s.next:s.next+n], s.outs[s.next:s.next+n], s.placed[s.next:s.next+n]
-	used, spans, mem, region := s.used[:n], s.b.Spans, s.v.bytes, s.v.region
+	outs, placed, used := s.outs[s.next:s.next+n], s.placed[s.next:s.next+n], s.used[s.next:s.next+n]
 	for i := range outs {
-		c, k := &chains[i], outs[i].Len
+		k := outs[i].Len
 		if uint(k-1) >= uint(max) {
 			return fmt.Errorf("%s: frame %d of %d bytes, at most %d: %w", s.name, i, k, max, ErrLen)
 		}
-		u := &used[i]
-		u.ID, u.Count, u.Len = c.ID, c.Count, uint32(k+HeaderLen)
+		used[i].Len = uint32(k + HeaderLen)
 		bytes += k
 		if !placed[i] {
-			s.place(c, s.stage[s.next+i], k)
+			s.place(&s.b.Chains[s.next+i], s.stage[s.next+i], k)
 			staged++
-			continue
-		}
-		w := &spans[int(c.First)+int(c.Readable)]
-		if w.Region != region {
-			s.v.of(w.Region)
-			region, mem = s.v.region, s.v.bytes
-		}
-		// Mostly it stands there already: what is not written stays in the driver side's cache.
-		h := mem[w.Off : w.Off+HeaderLen]
-		if binary.LittleEndian.Uint64(h) != headerLow || binary.LittleEndian.Uint32(h[8:]) != headerHigh {
-			binary.LittleEndian.PutUint64(h, headerLow)
-			binary.LittleEndian.PutUint32(h[8:], headerHigh)
 		}
 	}
 	if err := s.q.Complete(used); err != nil {

@@ -149,7 +149,8 @@ func (c *benchPacketsCmd) compare(run *benchRun, r *benchPackets, todo []packetb
 	for len(todo) > 0 {
 		ring := todo[0].Ring
 		run.step("DPDK, " + ring)
-		d, err := packetbench.StartDPDK(run.ctx, ring, c.QueueSize, r.Environment.Pair)
+		todo[0].CPU = r.Environment.Pair
+		d, err := packetbench.StartDPDK(run.ctx, todo[0])
 		if err != nil {
 			return err
 		}

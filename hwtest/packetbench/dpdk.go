@@ -44,9 +44,16 @@ type DPDK struct {
 	restore func()
 }
 
-// StartDPDK starts the pair for one kind of ring. cpu are the processors of board and host side. Where there are too
+// StartDPDK starts the pair for c's kind of ring, size of queues, order, and processors, which must be named. Where there are too
 // few huge pages it reserves some, as root, and gives them back in Close.
-func StartDPDK(ctx context.Context, ring string, size int, cpu [2]int) (_ *DPDK, err error) {
+func StartDPDK(ctx context.Context, c Config) (_ *DPDK, err error) {
+	if err := c.defaults(); err != nil {
+		return nil, err
+	}
+	cpu := c.CPU
+	if cpu[0] < 0 || cpu[1] < 0 {
+		return nil, fmt.Errorf("processors %d and %d: testpmd runs on one of its own each", cpu[0], cpu[1])
+	}
 	path, err := exec.LookPath(testpmd)
 	if err != nil {
 		return nil, fmt.Errorf("%s is not installed (Debian: apt-get install dpdk-dev): %w", testpmd, ErrNoDPDK)
@@ -68,14 +75,16 @@ func StartDPDK(ctx context.Context, ring string, size int, cpu [2]int) (_ *DPDK,
 		return []string{"--lcores", fmt.Sprintf("0@%d,1@%d", cpu, cpu), "--in-memory", "--single-file-segments", "-m", strconv.Itoa(dpdkMiB), "--no-pci", "--no-telemetry",
 			"--file-prefix=" + filepath.Base(d.dir) + name, "--vdev", vdev, "--", "-i", "--forward-mode=" + mode, "--nb-cores=1", "--total-num-mbufs=16384", "--no-mlockall"}
 	}
-	packed := 0
-	if ring == "packed" {
-		packed = 1
+	bit := func(on bool) int {
+		if on {
+			return 1
+		}
+		return 0
 	}
 	if d.host, err = start(ctx, path, args(cpu[1], "host", "net_vhost0,iface="+sock, "rxonly")); err != nil {
 		return nil, err
 	}
-	d.board, err = start(ctx, path, args(cpu[0], "board", fmt.Sprintf("net_virtio_user0,path=%s,queues=1,packed_vq=%d,mrg_rxbuf=0,in_order=0,queue_size=%d", sock, packed, size), "txonly"))
+	d.board, err = start(ctx, path, args(cpu[0], "board", fmt.Sprintf("net_virtio_user0,path=%s,queues=1,packed_vq=%d,mrg_rxbuf=0,in_order=%d,queue_size=%d", sock, bit(c.Ring == "packed"), bit(c.InOrder), c.Size), "txonly"))
 	if err != nil {
 		return nil, err
 	}
