@@ -38,7 +38,7 @@ func ParseDMAMode(s string) (DMAMode, error) {
 // DMAConfig says how a link uses the DMA engine of its board, where that has one (board.Engined). The zero value is the default.
 type DMAConfig struct {
 	Mode DMAMode
-	// Min is the length in bytes below which the processor copies; 0: measured at each start of a device for what the board sends,
+	// Min is the length in bytes below which the processor copies; 0: measured when the link has come up, for what the board sends,
 	// dma.DefaultMin the other way.
 	Min uint32
 	// Timeout bounds one transfer; 0 is dma.DefaultTimeout.
@@ -52,7 +52,7 @@ const (
 	stageStep dma.Addr = 1 << 32
 	// stageSize is how much staging memory a queue gets, in bytes: 62 of the largest frames.
 	stageSize = 4 << 20
-	// calibrateTime is about how long the start of a device may be held up to compare the engine with the processor,
+	// calibrateTime is about how long the first start of a device may be held up to compare the engine with the processor,
 	// calibrateSpan how many bytes of the board's memory are read for it, again and again.
 	calibrateTime = 20 * time.Millisecond
 	calibrateSpan = 256 << 10
@@ -67,6 +67,7 @@ type engineSource struct {
 	window []board.WindowPart
 	sample dma.Span // memory of the board that may be read at any time; of length 0: there is none
 	next   dma.Addr // of the next staging memory
+	min    uint32   // from where on an engine is faster than the processor; 0: not measured yet
 	wild   func(error)
 }
 
@@ -174,6 +175,10 @@ func (s *engineSource) open(q *queueEngine, j engineJob) error {
 	if n := 64 * uint64(tunbridge.StagingMin(j.maxFrame)); n < size {
 		size = n // what all frames in flight can take
 	}
+	measure := !j.toBoard && s.c.Min == 0 && s.sample.Len != 0
+	if measure && s.min == dma.Never && s.c.Mode == DMAAuto {
+		return nil
+	}
 	if s.next >= poolLink-stageStep {
 		s.next = stageLink
 	}
@@ -191,21 +196,23 @@ func (s *engineSource) open(q *queueEngine, j engineJob) error {
 			s.log.Warn(fmt.Sprintf(format, args...), "link", s.link, "queue", j.name)
 		}}
 	q.mover = dma.NewMover(mc)
-	if !j.toBoard && s.c.Min == 0 && s.sample.Len != 0 {
-		found := q.mover.Calibrate(stage, s.sample, calibrateTime)
+	if measure && s.min == 0 {
+		// Once for all channels of the board: the link's heartbeat waits meanwhile.
+		s.min = q.mover.Calibrate(stage, s.sample, calibrateTime)
 		if err := q.mover.Runaway(); err != nil {
 			return err
 		}
-		if found == dma.Never && s.c.Mode == DMAAuto {
+	}
+	if measure {
+		if s.min == dma.Never && s.c.Mode == DMAAuto {
 			s.log.Info("the processor copies: the DMA engine is not faster", "link", s.link, "queue", j.name, "engine", e.Caps().Name)
 			s.close(q)
 			return nil
 		}
-		if found == dma.Never {
-			// Wanted all the same.
-			mc.Min = dma.DefaultMin
-			q.mover = dma.NewMover(mc)
+		if mc.Min = s.min; s.min == dma.Never {
+			mc.Min = dma.DefaultMin // it is wanted all the same
 		}
+		q.mover = dma.NewMover(mc)
 	}
 	q.used, q.min = true, q.mover.Min()
 	s.log.Info("DMA engine", "link", s.link, "queue", j.name, "engine", e.Caps().Name, "from_bytes", q.min)
