@@ -136,10 +136,10 @@ func (r *benchRing) print(out io.Writer) {
 	fmt.Fprintf(out, "two processes, placement %s, memory across %s, queue of %d, buffers %s, %s; %d runs of %d buffers; each there and back\n",
 		c.Placement, c.Memory, c.Size, dir, how, len(c.Runs), c.Buffers)
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(w, "ring\tbatch\tunder way\tns a buffer\tof a cache line's ns\tround trips\tbest\treads across\twrites across\tidle looks\tsleeps\trings\t")
+	fmt.Fprintln(w, "ring\tbatch\tunder way\tns a buffer\tof a cache line's ns\tround trips\tbest\treads across\tin vain\twrites across\tidle looks\tsleeps\trings\t")
 	for _, q := range r.Results {
-		fmt.Fprintf(w, "%s\t%d\t%d\t%.1f\t%.0f\t%.3f\t%.3f\t%.2f\t%.2f\t%.2f\t%.4f\t%.4f\t\n", q.Ring, q.Batch, q.Outstanding, q.NS, q.RoundTripNS, q.Ratio, q.Best,
-			q.Driver.Reads+q.Device.Reads, q.Driver.Writes+q.Device.Writes, q.Idle, q.Sleeps, q.Rings)
+		fmt.Fprintf(w, "%s\t%d\t%d\t%.1f\t%.0f\t%.3f\t%.3f\t%.2f\t%.2f\t%.2f\t%.2f\t%.4f\t%.4f\t\n", q.Ring, q.Batch, q.Outstanding, q.NS, q.RoundTripNS, q.Ratio, q.Best,
+			q.Driver.Reads+q.Device.Reads, q.InVain, q.Driver.Writes+q.Device.Writes, q.Idle, q.Sleeps, q.Rings)
 	}
 	w.Flush()
 }

@@ -83,6 +83,8 @@ type Result struct {
 	// Idle is how often a side looked for each buffer and found nothing: polling, each look across the bus is a read
 	// that is counted above.
 	Idle float64 `json:"idle_polls_per_buffer"`
+	// InVain is how many of the reads across were such looks: what is left without them does not depend on who waits for whom.
+	InVain float64 `json:"reads_in_vain"`
 	// With Sleep, how often each side slept for each buffer, and rang.
 	Sleeps float64 `json:"sleeps_per_buffer"`
 	Rings  float64 `json:"rings_per_buffer"`
@@ -580,6 +582,12 @@ func Run(ctx context.Context, cfg Config) (*Result, error) {
 	r.Device = perQueue(&t.Bus, n)
 	r.Sleeps = (r.Sleeps + float64(t.Sleeps)) / n
 	r.Rings = (r.Rings + float64(t.Rings)) / n
+	switch {
+	case c.Placement == "window":
+		r.InVain = float64(t.Idle) / n // the device side looks across
+	case c.Placement == "push" && c.Ring == "packed":
+		r.InVain = r.Idle / n // the driver side
+	}
 	r.Idle = (r.Idle + float64(t.Idle)) / n
 	r.Lost += t.Lost
 	return r, nil
@@ -682,6 +690,7 @@ func (r *Result) Add(o *Result) {
 		}
 	}
 	mean(&r.Idle, o.Idle)
+	mean(&r.InVain, o.InVain)
 	mean(&r.Sleeps, o.Sleeps)
 	mean(&r.Rings, o.Rings)
 	r.Lost += o.Lost
