@@ -16,13 +16,14 @@ import (
 	"github.com/boardlink/boardlink/hwtest/netbench"
 	"github.com/boardlink/boardlink/hwtest/netns"
 	"github.com/boardlink/boardlink/hwtest/trial"
+	"github.com/boardlink/boardlink/tunbridge"
 )
 
 type benchNetCmd struct {
 	Paths    []string      `placeholder:"NAME" help:"What to measure: veth, one-process, two-processes, boardlink, and names of --also (default: all)."`
 	MTU      []int         `name:"mtu" default:"1500,65000" help:"MTUs in bytes."`
 	Rounds   int           `default:"3" help:"How often each figure is taken of each path, in turns."`
-	Duration time.Duration `default:"500ms" help:"Of each measurement: TCP and UDP each way, pings."`
+	Duration time.Duration `default:"300ms" help:"Of each measurement: TCP and UDP each way, pings."`
 	Streams  []int         `default:"1,4" help:"TCP connections at once."`
 	Verified bool          `help:"Check every byte of TCP; that takes its share of the processors, on all paths."`
 	Only     string        `placeholder:"REGEXP" help:"Only the measurements whose names match, e.g. '^ping flood|^tcp board'."`
@@ -36,9 +37,12 @@ type benchNetCmd struct {
 	Ring      string   `enum:"auto,split,packed" default:"auto" help:"Kind of virtqueue (${enum})."`
 	Memory    string   `enum:"cached,write-combining,uncached" default:"cached" help:"How memory across the bus is accessed (${enum})."`
 	Window    string   `default:"16M" help:"Size of the shared memory: a power of two, with K, M or G."`
+	Queues    int      `default:"1" help:"Queue pairs, of all interfaces: 1 to ${max_queues}."`
+	BusyPoll  string   `default:"auto" placeholder:"DURATION" help:"How long boardlink's loops look on before they sleep: auto, off, or e.g. 50us (default: ${default})."`
+	CPU       []string `placeholder:"BOARD,HOST" help:"Processors to lock the loops of the board's end and of the host's to, e.g. 0,1 (default: none)."`
 	HostArg   []string `placeholder:"FLAG" sep:"none" help:"Flag for boardlink host, e.g. --host-arg=--deny=event_idx; may be repeated."`
 	AgentArg  []string `placeholder:"FLAG" sep:"none" help:"Flag for boardlink agent; may be repeated."`
-	Also      []string `placeholder:"NAME,KEY=VALUE..." sep:"none" help:"Measure one more boardlink beside; may be repeated. Keys: exe (another program) placement ring memory window host agent (a flag for that end); the flags above give the defaults."`
+	Also      []string `placeholder:"NAME,KEY=VALUE..." sep:"none" help:"Measure one more boardlink beside; may be repeated. Keys: exe (another program) placement ring memory window busy-poll host agent (a flag for that end); the flags above give the defaults."`
 }
 
 func (c *benchNetCmd) Run(s *streams) error {
@@ -104,12 +108,31 @@ func (c *benchNetCmd) config() (cfg netbench.Config, err error) {
 	if err != nil {
 		return cfg, err
 	}
-	base := netbench.Boardlink{Name: "boardlink", Trial: trial.Config{Exe: exe, Placement: c.Placement, Memory: c.Memory, HostArgs: c.HostArg}}
-	base.Trial.AgentArgs = append([]string{"--ring", c.Ring}, c.AgentArg...)
+	var loop tunbridge.LoopConfig
+	if err := loop.SetBusyPoll(c.BusyPoll); err != nil {
+		return cfg, usagef("--busy-poll: %v", err)
+	}
+	if n := len(c.CPU); n != 0 && n != 2 {
+		return cfg, usagef("--cpu: two processors are needed, of the board's end and the host's, %d are given", n)
+	}
+	for _, cpu := range c.CPU {
+		if err := loop.SetCPU(cpu); err != nil {
+			return cfg, usagef("--cpu: %v", err)
+		}
+	}
+	if c.Queues < 1 || c.Queues > tunbridge.MaxQueues {
+		return cfg, usagef("--queues %d: 1 to %d", c.Queues, tunbridge.MaxQueues)
+	}
+	base := netbench.Boardlink{Name: "boardlink", Trial: trial.Config{Exe: exe, Placement: c.Placement, Ring: c.Ring, Memory: c.Memory, Queues: c.Queues}}
+	base.Trial.HostArgs, base.Trial.AgentArgs = []string{"--busy-poll", c.BusyPoll}, []string{"--busy-poll", c.BusyPoll}
+	if len(c.CPU) > 0 {
+		base.Trial.AgentArgs, base.Trial.HostArgs = append(base.Trial.AgentArgs, "--cpu", c.CPU[0]), append(base.Trial.HostArgs, "--cpu", c.CPU[1])
+	}
+	base.Trial.HostArgs, base.Trial.AgentArgs = append(base.Trial.HostArgs, c.HostArg...), append(base.Trial.AgentArgs, c.AgentArg...)
 	if base.Trial.Window, err = windowSize(c.Window); err != nil {
 		return cfg, usagef("--window %s: %v", c.Window, err)
 	}
-	cfg = netbench.Config{MTUs: c.MTU, Link: c.Link, Offload: c.Offload, Streams: c.Streams, Rounds: c.Rounds, Duration: c.Duration, Verified: c.Verified, Only: only,
+	cfg = netbench.Config{MTUs: c.MTU, Link: c.Link, Offload: c.Offload, Queues: c.Queues, Streams: c.Streams, Rounds: c.Rounds, Duration: c.Duration, Verified: c.Verified, Only: only,
 		Boardlink: []netbench.Boardlink{base}}
 	for _, text := range c.Also {
 		b, err := also(base, text)
@@ -171,17 +194,19 @@ func also(base netbench.Boardlink, text string) (netbench.Boardlink, error) {
 		case "placement":
 			t.Placement = v
 		case "ring":
-			t.AgentArgs = append(t.AgentArgs, "--ring", v)
+			t.Ring = v
 		case "memory":
 			t.Memory = v
 		case "window":
 			t.Window, err = windowSize(v)
+		case "busy-poll":
+			t.HostArgs, t.AgentArgs = append(t.HostArgs, "--busy-poll", v), append(t.AgentArgs, "--busy-poll", v)
 		case "host":
 			t.HostArgs = append(t.HostArgs, v)
 		case "agent":
 			t.AgentArgs = append(t.AgentArgs, v)
 		default:
-			err = fmt.Errorf("there is no key %s; there are exe placement ring memory window host agent", k)
+			err = fmt.Errorf("there is no key %s; there are exe placement ring memory window busy-poll host agent", k)
 		}
 		if err != nil {
 			return b, err

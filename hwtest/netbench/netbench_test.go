@@ -71,11 +71,17 @@ func short(link string, offload bool, queues int) Config {
 // leftovers returns the processes that this one has left running.
 func leftovers(t *testing.T) []string {
 	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/children", os.Getpid()))
-	if err != nil {
-		t.Fatal(err)
+	tasks, err := filepath.Glob("/proc/self/task/*/children")
+	if err != nil || len(tasks) == 0 {
+		t.Fatal(tasks, err)
 	}
-	return strings.Fields(string(b))
+	var l []string
+	for _, f := range tasks {
+		if b, err := os.ReadFile(f); err == nil { // a thread may end meanwhile
+			l = append(l, strings.Fields(string(b))...)
+		}
+	}
+	return l
 }
 
 // TestPaths: each path carries everything, and has its figures.
@@ -114,19 +120,19 @@ func TestPaths(t *testing.T) {
 			if n := len(r.Figures); n < 2*(6+4)+2*5 {
 				t.Errorf("%d figures", n)
 			}
-			// A super-packet, and each frame alone: counts, no times.
-			size := r.Figure(1500, "tcp 2 streams board to host: bytes a frame")
+			// Super-packets, or each frame alone: counts, no times.
 			for _, p := range plain.Paths {
-				if b := size.Paths[p].Median; (b > 1600) != c.Offload {
-					t.Errorf("%s, offload %v: %.0f bytes a frame", p, c.Offload, b)
+				size := 0.0
+				for _, way := range []string{"board to host", "host to board"} {
+					size = max(size, r.Figure(1500, "tcp 2 streams "+way+": bytes a frame").Paths[p].Median)
+				}
+				if (size > 1600) != c.Offload {
+					t.Errorf("%s, offload %v: %.0f bytes a frame", p, c.Offload, size)
 				}
 			}
-			// One read and one write a frame, in each of the processes; but for the one that is under way.
-			for p, want := range map[string]float64{OneProcess: 2, TwoProcesses: 4} {
-				f := r.Figure(1500, "udp 64 B host to board: system calls a frame")
-				if got := f.Paths[p].Median; got < 0.5*want || got > 1.5*want {
-					t.Errorf("%s: %v system calls a frame, want %v", p, got, want)
-				}
+			// One read and one write a frame, but for the one that is under way.
+			if n := r.Figure(1500, "udp 64 B host to board: system calls a frame").Paths[OneProcess].Median; n < 1 || n > 4 {
+				t.Errorf("%v system calls a frame in one process", n)
 			}
 			if r.PingsLost != 0 || len(r.RoundTrips) != 1 {
 				t.Errorf("%d pings lost, %v", r.PingsLost, r.RoundTrips)
