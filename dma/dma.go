@@ -38,7 +38,8 @@ func (a Access) String() string {
 // an Account must be allocated on its own or first in its struct (64-bit alignment
 // on 32-bit machines). The reads and writes are transactions as the processor issues
 // them: one for each load or store, one for each 64 bytes (or part) of a bulk
-// access by a system call or by the runtime's copy.
+// access by a system call or by the runtime's copy. What hardware gathers (stores to write-combining memory, streaming
+// loads from it) is fewer on the bus.
 type Account struct {
 	Reads, ReadBytes            uint64 // data path
 	Writes, WriteBytes          uint64
