@@ -334,7 +334,7 @@ func (n *Net) Start() error {
 		n.loops.Wait() // they may want mu
 		n.mu.Lock()
 		n.engines.release()
-		n.stop = nil
+		n.stop, n.inUse = nil, 0
 		stop.Close()
 		return err
 	}
