@@ -23,7 +23,6 @@ type timedBoard struct {
 	takes    time.Duration
 	closeErr error
 	size     uint32 // of its memory; 0: what is wanted
-	links    map[dma.Addr]bool
 	opened   []board.EngineConfig
 	closed   int
 }
