@@ -212,6 +212,8 @@ func TestBadInput(t *testing.T) {
 		{name: "queue size", args: a + "--queue-size 100", want: "power of two"},
 		{name: "queue size 1", args: a + "--queue-size 1", want: "power of two"},
 		{name: "queue size large", args: h + "--queue-max 65536", want: "--queue-max"},
+		{name: "DMA mode", args: h + "--dma maybe", want: "--dma"},
+		{name: "DMA length", args: h + "--dma-min -1", want: "--dma-min"},
 		{name: "receive buffer", args: a + "--rx-buffer 10", want: "--rx-buffer"},
 		{name: "memory", args: h + "--memory tape", want: "--memory"},
 		{name: "beat", args: h + "--beat 1us", want: "--beat"},
