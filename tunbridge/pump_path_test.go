@@ -2,6 +2,7 @@ package tunbridge
 
 import (
 	"fmt"
+	"sync/atomic"
 	"testing"
 
 	"github.com/boardlink/boardlink/dma"
@@ -19,6 +20,7 @@ type path struct {
 	in     func() error // takes what is queued at the first tap into the ring
 	out    func() error // takes what is in the ring to the second tap
 	moved  *Stats
+	sent   *Stats // of the pump that reads the first interface
 	bells  *int
 	dev    vring.Device // what moved counts for a direction towards the host
 	to     PumpConfig
@@ -91,8 +93,8 @@ func newPathWith(t testing.TB, toHost, offload bool, size int, kind mmio.Kind, m
 	}
 	from, to := pc, pc
 	from.Iface, to.Iface = ifc[0], ifc[1]
-	to.Stats = new(Stats)
-	p := &path{frame: make([]byte, size), moved: to.Stats, bells: &bell.n, dev: dev, to: to}
+	from.Stats, to.Stats = new(Stats), new(Stats)
+	p := &path{frame: make([]byte, size), sent: from.Stats, moved: to.Stats, bells: &bell.n, dev: dev, to: to}
 	copy(p.frame, []byte{2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xb5}) // a local experimental EtherType
 	if toHost {
 		tx, err := NewDriverTX(from, drv, take(1<<20))
@@ -169,6 +171,7 @@ func TestPumpCosts(t *testing.T) {
 			}
 			const batch, runs = 16, 20
 			frames, bells := p.moved.Frames(), *p.bells
+			calls := [2]uint64{p.sent.count(cSyscalls), p.moved.count(cSyscalls)}
 			if frames != 16 {
 				t.Fatalf("16 frames were sent, %d came over", frames)
 			}
@@ -186,9 +189,18 @@ func TestPumpCosts(t *testing.T) {
 			if got := *p.bells - bells; got > 2*(runs+1) {
 				t.Errorf("%d doorbells for %d batches", got, runs+1)
 			}
+			// One read that finds nothing, for a batch.
+			if got := p.sent.count(cSyscalls) - calls[0]; got > (batch+1)*(runs+1) {
+				t.Errorf("%d system calls at the first interface for %d frames in %d batches", got, batch*(runs+1), runs+1)
+			}
+			if got := p.moved.count(cSyscalls) - calls[1]; got != batch*(runs+1) {
+				t.Errorf("%d system calls at the second interface for %d frames", got, batch*(runs+1))
+			}
 		})
 	})
 }
+
+func (s *Stats) count(i int) uint64 { return atomic.LoadUint64(&s.n[i]) }
 
 // BenchmarkPath is a frame's whole way over a link without a wake-up: sent by a socket, read
 // from the first tap, through the ring, written to the second.
