@@ -32,7 +32,8 @@ type Config struct {
 	Rounds   int           // default 3
 	Duration time.Duration // of each measurement; default 300 ms
 	Verified bool          // every byte of TCP is checked, which takes time of the processors
-	// SocketBuffer is the room in bytes for what is under way between two processes; 0 leaves the kernel's default.
+	// SocketBuffer is the room in bytes for what is under way between two processes; default 1 MiB, with which they are faster than
+	// with the kernel's default, and with 8 MiB.
 	SocketBuffer int
 	// Only, if set, leaves out the measurements whose names it does not match: "tcp board to host", "ping flood".
 	Only *regexp.Regexp
@@ -75,6 +76,9 @@ func (c *Config) setDefaults() error {
 	}
 	if c.Queues == 0 {
 		c.Queues = 1
+	}
+	if c.SocketBuffer == 0 {
+		c.SocketBuffer = 1 << 20
 	}
 	if c.Rounds == 0 {
 		c.Rounds = 3
@@ -442,7 +446,11 @@ func (t *taker) udp(ctx context.Context, name string, d traffic.Direction) error
 
 func (t *taker) ping(ctx context.Context, name string, interval time.Duration, awake bool) error {
 	from, to := t.ends(traffic.HostToBoard)
-	p, err := ping(ctx, from, to, interval, t.c.Duration, awake)
+	d := t.c.Duration
+	if interval >= 10*time.Millisecond {
+		d *= 3 // there are few of them
+	}
+	p, err := ping(ctx, from, to, interval, d, awake)
 	if err != nil {
 		return err
 	}
