@@ -275,6 +275,7 @@ func (r *rig) lost() {
 // TestMPC83xxEngineTraffic: the whole path with an engine in it, register by register, and errors in one transfer of a thousand: nothing
 // is corrupt, nothing lost. Then the engine fails for good, and is given up.
 func TestMPC83xxEngineTraffic(t *testing.T) {
+	t.Parallel()
 	var f faults
 	chip := engineChip(t, dmamodel.Options{Fault: f.draw, Delay: 20 * time.Microsecond})
 	f.set(dmamodel.Error, 1000)
@@ -316,6 +317,7 @@ func TestMPC83xxEngineTraffic(t *testing.T) {
 // TestMPC83xxEngineRunaway: a channel that cannot be stopped costs the link: bus mastering goes off, nothing stays mapped, and the board is
 // not used before a reset; then all is well again.
 func TestMPC83xxEngineRunaway(t *testing.T) {
+	t.Parallel()
 	var f faults
 	chip := engineChip(t, dmamodel.Options{Fault: f.draw})
 	e := &chipEnds{chip: chip, cfg: mpc83xx.Config{Engine: []int{0, 1}}}
@@ -349,6 +351,7 @@ func TestMPC83xxEngineRunaway(t *testing.T) {
 // TestMPC83xxEngineEnds: the board is pulled, and the agent replaced, with transfers under way: nothing stays mapped, nothing is written into
 // the rings to come.
 func TestMPC83xxEngineEnds(t *testing.T) {
+	t.Parallel()
 	chip := engineChip(t, dmamodel.Options{Delay: 200 * time.Microsecond})
 	e := &chipEnds{chip: chip, cfg: mpc83xx.Config{Engine: []int{0, 1}}}
 	r := start(t, e.openers(), func(r *rig) { r.dma = host.DMAConfig{Mode: host.DMAOn, Min: 64, Timeout: 100 * time.Millisecond} })

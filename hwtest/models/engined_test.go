@@ -82,6 +82,7 @@ func runAgent(spec string) error {
 // TestEngineAgentKilled: the agent is killed under load, with transfers of its buffers under way, and another one starts, over and over, with
 // DMA controllers of two makes: no transfer outlives the link it was for, and nothing arrives damaged.
 func TestEngineAgentKilled(t *testing.T) {
+	t.Parallel()
 	if netns.NeedsUser() {
 		missing(t, "needs CAP_SYS_ADMIN and CAP_NET_ADMIN")
 	}
