@@ -12,7 +12,7 @@
 // is behind them stays as it is. One copy of the whole frame is made, by the device side (the host), as vhost does: from the ring's
 // buffers to memory of its own where it receives, from memory of its own to the ring's buffers where it sends. The driver
 // side sends and receives in place, as virtio-user does. The receiver looks at each frame's length and number. (testpmd's looks at
-// nothing.) With Verify, the sender writes every byte, and the receiver checks a checksum of all.
+// nothing.) Of Echo the answer goes first, then the buffer back, where the sides poll. With Verify, the sender writes every byte, and the receiver checks a checksum of all.
 package packetbench
 
 import (
@@ -571,10 +571,13 @@ func (s *side) receive(n int) error {
 		}
 		id = 0
 		s.check(in)
+		n -= len(in)
+		if s.c.Direction == Echo && !s.c.Sleep {
+			continue // the answer goes first: the next Receive gives the buffer back
+		}
 		if err := s.in.Done(); err != nil {
 			return err
 		}
-		n -= len(in)
 	}
 	return nil
 }
