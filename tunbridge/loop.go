@@ -177,6 +177,7 @@ func (l *loop) Run() (err error) {
 				return err
 			}
 			if more {
+				l.busy.found()
 				continue
 			}
 		}
@@ -326,12 +327,21 @@ const (
 )
 
 // busyPoll adapts how long a loop looks on before it sleeps, for each occasion by itself: longer where sleeps have been
-// shorter than it may look on, shorter where they were longer. That is how Linux polls before it halts (haltpoll).
+// shorter than it may look on, shorter where they were longer. That is how Linux polls before it halts (haltpoll). Where looking on as long
+// as may be is in vain and a short sleep is not, the other side has no processor while this one looks: then not at all, for a while.
 type busyPoll struct {
 	fixed time.Duration // as configured; 0 adapts
 	cur   [occasions]time.Duration
-	last  int // occasion
+	vain  [occasions]int // looks of MaxBusyPoll, one after the other, that found nothing
+	rest  [occasions]int // sleeps until the next try
+	last  int            // occasion
 }
+
+// maxVain and restSleeps: so many long looks in vain, and then so many sleeps without.
+const (
+	maxVain    = 3
+	restSleeps = 100
+)
 
 func (b *busyPoll) set(d time.Duration) { b.fixed = d }
 
@@ -346,11 +356,20 @@ func (b *busyPoll) next(across bool) time.Duration {
 	return b.cur[b.last]
 }
 
-// slept notes a sleep, and whether something ended it.
+// found notes that there was something to do while the loop looked on.
+func (b *busyPoll) found() { b.vain[b.last] = 0 }
+
+// slept notes a sleep, which followed upon a look in vain if next was not 0, and whether something ended it.
 func (b *busyPoll) slept(d time.Duration, woken bool) {
-	c := &b.cur[b.last]
+	c, short := &b.cur[b.last], woken && d < MaxBusyPoll
 	switch {
-	case woken && d < MaxBusyPoll:
+	case b.rest[b.last] > 0:
+		b.rest[b.last]--
+	case short && *c == MaxBusyPoll:
+		if b.vain[b.last]++; b.vain[b.last] == maxVain {
+			*c, b.vain[b.last], b.rest[b.last] = 0, 0, restSleeps
+		}
+	case short:
 		if *c *= 2; *c < minBusyPoll {
 			*c = minBusyPoll
 		}

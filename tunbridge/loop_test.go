@@ -28,11 +28,38 @@ func TestBusyPollAdapts(t *testing.T) {
 		t.Errorf("%v on another occasion, want none", d)
 	}
 	b.last = sent
-	for i := 0; i < 10; i++ {
+	longest := func() {
+		t.Helper()
+		for i := 0; i < 10 && b.next(false) < MaxBusyPoll; i++ {
+			b.slept(20*time.Microsecond, true)
+		}
+		if d := b.next(false); d != MaxBusyPoll {
+			t.Errorf("%v after many short sleeps, want %v", d, MaxBusyPoll)
+		}
+	}
+	longest()
+	// The longest look in vain, and a short sleep, again and again: the other side waits for this processor.
+	for i := 1; i < maxVain; i++ {
 		b.slept(20*time.Microsecond, true)
 	}
 	if d := b.next(false); d != MaxBusyPoll {
-		t.Errorf("%v after many short sleeps, want %v", d, MaxBusyPoll)
+		t.Errorf("%v after %d looks in vain", d, maxVain-1)
+	}
+	b.slept(20*time.Microsecond, true)
+	for i := 0; i < restSleeps; i++ {
+		if d := b.next(false); d != 0 {
+			t.Fatalf("%v although all looks were in vain", d)
+		}
+		b.slept(20*time.Microsecond, true)
+	}
+	longest()
+	// Looks that find something now and then are not in vain.
+	for i := 0; i < 10; i++ {
+		b.slept(20*time.Microsecond, true)
+		b.found()
+	}
+	if d := b.next(false); d != MaxBusyPoll {
+		t.Errorf("%v, although every other look finds something", d)
 	}
 	b.slept(20*time.Microsecond, false) // the poll fallback's time is up: nothing came
 	if d := b.next(false); d >= MaxBusyPoll {
