@@ -15,7 +15,7 @@ import (
 type serveCmd struct {
 	Path    string `arg:"" help:"Socket to serve, e.g. /run/a.sock."`
 	Size    string `default:"16M" help:"Size of the shared memory: a power of two, with K, M or G."`
-	Vectors int    `default:"8" help:"Doorbells of each end."`
+	Vectors int    `default:"8" help:"Doorbells of each end: 2 N + 2 give each queue of a device of N pairs its own."`
 	Mode    string `default:"0600" help:"Permissions of the socket, octal."`
 	Verbose bool   `short:"v" help:"Tell of clients that come and go."`
 }
