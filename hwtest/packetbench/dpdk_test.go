@@ -97,17 +97,15 @@ func TestDPDK(t *testing.T) {
 	before, _ := os.ReadFile(hugePagesAt)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	d, err := StartDPDK(ctx, Config{CPU: [2]int{-1, 0}})
-	if err == nil {
+	if _, err := StartDPDK(ctx, Config{CPU: [2]int{-1, 0}}); err == nil {
 		t.Fatal("started without a processor for each side")
 	}
 	cpus, err := benchkit.CPUs()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if d, err = StartDPDK(ctx, Config{CPU: [2]int{cpus[0], cpus[len(cpus)-1]}}); err == nil {
-		var m float64
-		m, err = d.Measure(BoardToHost, 64, 20*time.Millisecond)
+	if d, err := StartDPDK(ctx, Config{CPU: [2]int{cpus[0], cpus[len(cpus)-1]}}); err == nil {
+		m, err := d.Measure(BoardToHost, 64, 20*time.Millisecond)
 		d.Close()
 		if err != nil || m <= 0 {
 			t.Error(m, err)

@@ -225,13 +225,13 @@ type side struct {
 	b        []byte
 	mem      mmio.RAM
 	line     *benchkit.Line
-	bus      dma.QueueAccount
+	bus      *dma.QueueAccount // allocated on its own: aligned everywhere
 	deadline time.Time
 	gone     atomic.Bool // the peer
 
 	bells  [4]*doorbell.Eventfd // kick and call of each queue
 	stop   *doorbell.Eventfd
-	counts doorbell.Counters
+	counts *doorbell.Counters
 	out    frames.Sender // whichever the direction needs
 	in     frames.Receiver
 
@@ -257,7 +257,7 @@ func newSide(c *Config, device bool, memfd int, bells []int) (_ *side, err error
 	if err != nil {
 		return nil, fmt.Errorf("mmap: %w", err)
 	}
-	s := &side{c: c, device: device, b: b, deadline: time.Now().Add(patience), length: c.lengths()}
+	s := &side{c: c, device: device, b: b, bus: new(dma.QueueAccount), counts: new(doorbell.Counters), deadline: time.Now().Add(patience), length: c.lengths()}
 	defer func() {
 		if err != nil {
 			s.close()
@@ -326,7 +326,7 @@ func newSide(c *Config, device bool, memfd int, bells []int) (_ *side, err error
 	end := func(n int) frames.Config {
 		f := frames.Config{Name: [...]string{"tx", "rx"}[n], MaxFrame: c.Bytes2, Batch: c.Batch, Copy: true}
 		kick, call := s.bells[2*n], s.bells[2*n+1]
-		f.Ring, f.Sleep = doorbell.Ringer(kick), doorbell.SleeperConfig{Doorbell: call, Stop: s.stop, Counters: &s.counts}
+		f.Ring, f.Sleep = doorbell.Ringer(kick), doorbell.SleeperConfig{Doorbell: call, Stop: s.stop, Counters: s.counts}
 		if device {
 			f.Ring, f.Sleep.Doorbell = call, kick
 		}
@@ -676,7 +676,7 @@ func serve(c *Config, t *told) error {
 }
 
 func (s *side) tell(t *told) {
-	t.Bus, t.Bells, t.Corrupt = s.bus, s.counts.Snapshot(), s.corrupt
+	t.Bus, t.Bells, t.Corrupt = *s.bus, s.counts.Snapshot(), s.corrupt
 	for _, st := range s.stats() {
 		t.Rings += st.Rings()
 		t.Dropped += st.Dropped()
@@ -702,7 +702,7 @@ func (s *side) measure(i int, h *benchkit.Histogram) (m Sample, err error) {
 	}
 	if i == 1 {
 		// Forget what was counted while warming up. Nobody else counts meanwhile.
-		s.bus, s.counts = dma.QueueAccount{}, doorbell.Counters{}
+		*s.bus, *s.counts = dma.QueueAccount{}, doorbell.Counters{}
 	}
 	if err := s.line.Meet(); err != nil {
 		return m, err
@@ -816,9 +816,10 @@ func (r *Result) lead(c *Config, s *side) error {
 	}
 	h := benchkit.NewHistogram()
 	n := warmUp
-	if c.Direction == Echo {
+	if c.Direction == Echo || c.Duration < 20*time.Millisecond {
 		n = warmUp / 10
 	}
+	n = max(n-n%c.Batch, c.Batch)
 	var mpps, trips, ratio []float64
 	for i := 0; i <= c.Runs; i++ { // the first one warms up
 		s.mem.Store64(offOrder, uint64(n))

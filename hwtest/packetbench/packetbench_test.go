@@ -38,7 +38,7 @@ func TestRun(t *testing.T) {
 		for _, placement := range []string{"local", "window", "push"} {
 			for _, d := range []packetbench.Direction{packetbench.BoardToHost, packetbench.HostToBoard, packetbench.Echo} {
 				c := packetbench.Config{Ring: ring, Placement: placement, Direction: d, Memory: memory[k%3], Sleep: k&1 != 0, EventIdx: k&2 != 0, InOrder: k&4 != 0,
-					Verify: true, Bytes: 64, Bytes2: 1514, Duration: 5 * time.Millisecond, Runs: 2}
+					Verify: true, Bytes: 64, Bytes2: 1514, Duration: 3 * time.Millisecond, Runs: 2}
 				k++
 				if ring == "packed" {
 					c.Size = 250
