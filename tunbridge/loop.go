@@ -59,7 +59,7 @@ const MaxBusyPoll = 60 * time.Microsecond
 // minBusyPoll is where adaption begins, and below which it is not worth the trouble.
 const minBusyPoll = 8 * time.Microsecond
 
-// looks is how often the rings are looked at for each look at the descriptors.
+// looks is how often the rings are looked at for each look at the descriptors, and each offer of the processor.
 const looks = 32
 
 // maxMiss limits the doubling of the frames between two reads of the interface on suspicion: 32.
@@ -241,18 +241,27 @@ func (l *loop) events() int16 {
 }
 
 // look stays awake for d, until there is something to do.
+//
+// It offers the processor to whoever waits for it, at first and every so often: the kernel likes to put both ends, and who waits for
+// their answer, on one processor, and then this is whom to wait for.
 func (l *loop) look(d time.Duration) (bool, error) {
 	end := time.Now().Add(d)
-	for i := 1; !l.stop.Raised(); i++ {
-		if !l.across || i%looks == 0 {
+	for i := 0; !l.stop.Raised(); i++ {
+		offer := i%looks == 0
+		if offer {
+			// Raw: the call does not block, and the scheduler of Go has nothing to do meanwhile.
+			unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+		}
+		if !l.across || offer {
 			ring, iface, err := l.step()
 			if err != nil || ring > 0 || iface > 0 {
 				return true, err
 			}
 		}
-		if i%looks != 0 {
+		if !offer {
 			continue
 		}
+		l.stats.looked()
 		why, err := l.sleeper.Look(l.events())
 		if err != nil {
 			return false, fmt.Errorf("%s: wait for a doorbell or a frame: %w", l.name, err)

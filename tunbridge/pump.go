@@ -90,13 +90,14 @@ const (
 	cNoBuffers         // times the loop slept while there was no buffer or descriptor for a frame
 	cRings             // doorbells rung
 	cRingErrors        // doorbells that could not be rung: the peer is absent
-	cSleeps
+	cSleeps            // of the loop
+	cLooks             // polls of the descriptors by the loop while it was awake with nothing to do
 	numCounters
 )
 
 var counterNames = [numCounters]string{
 	"frames", "bytes", "gso_frames", "batches", "syscalls", "again", "dropped", "oversize",
-	"bad_header", "staged", "no_buffers", "rings", "ring_errors", "sleeps",
+	"bad_header", "staged", "no_buffers", "rings", "ring_errors", "sleeps", "looks",
 }
 
 // Stats are a pump's counters: written by its loop once a batch, read at any time.
@@ -122,6 +123,9 @@ func (s *Stats) Each(f func(name string, v uint64)) {
 
 // slept counts one sleep of the loop.
 func (s *Stats) slept() { atomic.AddUint64(&s.n[cSleeps], 1) }
+
+// looked counts one look of the loop at its descriptors.
+func (s *Stats) looked() { atomic.AddUint64(&s.n[cLooks], 1) }
 
 // Frames returns the number of frames moved.
 func (s *Stats) Frames() uint64 { return atomic.LoadUint64(&s.n[cFrames]) }
