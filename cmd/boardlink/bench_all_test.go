@@ -58,7 +58,7 @@ func TestBenchAllCommands(t *testing.T) {
 		var c struct {
 			Bench benchCmd `cmd:""`
 		}
-		p, err := kong.New(&c)
+		p, err := kong.New(&c, vars())
 		if err != nil {
 			t.Fatal(err)
 		}

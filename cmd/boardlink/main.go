@@ -100,7 +100,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	p, err := kong.New(&c, kong.Name("boardlink"),
 		kong.Description("An ordinary network interface between PCI(e) boards and their carrier: virtio across the bus, in user space."),
 		kong.UsageOnError(), kong.ConfigureHelp(kong.HelpOptions{Compact: true}),
-		kong.Vars{"status_dir": statusd.Dir(), "max_queues": strconv.Itoa(tunbridge.MaxQueues)}, kong.Writers(stdout, stderr), kong.Exit(func(code int) { exited = code }))
+		vars(), kong.Writers(stdout, stderr), kong.Exit(func(code int) { exited = code }))
 	if err != nil {
 		fmt.Fprintln(stderr, "boardlink:", err)
 		return exitFail
@@ -123,6 +123,11 @@ func run(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "boardlink %s: %s\n", name, oneLine(err))
 	}
 	return exitStatus(err)
+}
+
+// vars are what the help of flags refers to.
+func vars() kong.Vars {
+	return kong.Vars{"status_dir": statusd.Dir(), "max_queues": strconv.Itoa(tunbridge.MaxQueues)}
 }
 
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
