@@ -31,8 +31,8 @@ import (
 // faults decides what goes wrong with the transfers of a modelled engine. It can be changed while they run.
 type faults struct {
 	every uint64 // atomic: one transfer in so many
-	kind  uint32 // atomic: dmamodel.Fault
 	hits  uint64 // atomic
+	kind  uint32 // atomic: dmamodel.Fault
 }
 
 func (f *faults) set(kind dmamodel.Fault, every uint64) {
