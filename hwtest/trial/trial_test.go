@@ -170,7 +170,7 @@ func TestModes(t *testing.T) {
 			c.Exe = exe
 			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 			defer cancel()
-			res, err := trial.Run(ctx, c, traffic.RunConfig{Duration: 300 * time.Millisecond,
+			res, err := trial.Run(ctx, c, traffic.RunConfig{Duration: 120 * time.Millisecond,
 				Ping: traffic.PingConfig{Count: 50, Interval: 2 * time.Millisecond}})
 			if err != nil {
 				t.Fatal(err)

@@ -31,7 +31,7 @@ func main() {
 	var (
 		only     = flag.String("only", "", "comma-separated `stages` to run; all if empty")
 		list     = flag.Bool("list", false, "list the stages and exit")
-		fuzztime = flag.Duration("fuzztime", 3*time.Second, "how long each fuzz target runs")
+		fuzztime = flag.Duration("fuzztime", 2*time.Second, "how long each fuzz target runs")
 		setup    = flag.Bool("setup", true, "install missing tools with apt-get")
 		sudo     = flag.Bool("sudo", isCI(), "when not root, run the tests that may need it through sudo (default: if CI=true)")
 	)
