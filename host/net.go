@@ -36,11 +36,12 @@ type NetConfig struct {
 // Net is the virtio-net device model: queues on one side, a tap or tun device on the
 // other. Each queue pair has a queue of the interface to itself.
 type Net struct {
+	ctl controlCounters // first: 64-bit alignment
+
 	cfg    NetConfig
 	ifc    *tunbridge.Iface
 	table  *dma.TableRef
 	notify func(Event)
-	ctl    controlCounters
 
 	mu      sync.Mutex // guards what Status reads
 	acked   virtio.Features
