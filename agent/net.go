@@ -237,11 +237,8 @@ func (n *Net) up(t transport, m layout, notify func(error)) error {
 	if _, err = t.SetStatus(set); err != nil {
 		return err
 	}
-	err = n.setUp(t, m, set, notify)
-	n.mu.Lock()
-	n.lastErr = err
-	n.mu.Unlock()
-	if err != nil {
+	if err = n.setUp(t, m, set, notify); err != nil {
+		n.failed(err)
 		// Best effort: the device is told that we gave up on it.
 		t.SetStatus(set | virtio.StatusFailed)
 	}
@@ -317,6 +314,7 @@ func (n *Net) setUp(t transport, m layout, set uint32, notify func(error)) error
 	n.acked, n.devStatus, n.stop = acked, set, stop
 	n.pairs, n.ctrl, n.setUps, n.offers, n.inUse = lay.pairs, lay.ctrl, lay.count, lay.offers, 1
 	n.ups++
+	n.lastErr = nil // from here on the loops may find something
 	n.mu.Unlock()
 	// Those that are not in use yet have nothing to send, but buffers to offer.
 	for i := 0; i < lay.count; i++ {
