@@ -281,6 +281,7 @@ func (l *loop) look(d time.Duration) (bool, error) {
 // or Stop is raised.
 func (l *loop) sleep() error {
 	armed, starved := true, l.in != nil && l.in.shared().starved
+	var why doorbell.Reason
 	for _, h := range [...]half{l.out, l.in} {
 		if h == nil {
 			continue
@@ -301,8 +302,8 @@ func (l *loop) sleep() error {
 			}
 		}
 		start := time.Now()
-		why, err := l.sleeper.Sleep(l.events())
-		if err != nil {
+		var err error
+		if why, err = l.sleeper.Sleep(l.events()); err != nil {
 			return fmt.Errorf("%s: wait for a doorbell or a frame: %w", l.name, err)
 		}
 		l.busy.slept(time.Since(start), why&doorbell.Timeout == 0)
@@ -320,11 +321,16 @@ func (l *loop) sleep() error {
 		return nil
 	}
 	_, _, err := l.step()
-	if starved {
-		l.outTook += l.inTook
-	}
 	// What nobody was to ring for is no work that a doorbell stands for.
-	l.sleeper.Found(l.outTook > 0)
+	switch {
+	case !starved || l.inTook == 0 || l.outTook > 0:
+		l.sleeper.Found(l.outTook > 0)
+	case why&doorbell.Timeout == 0 || l.inTook >= l.in.shared().asked:
+		l.sleeper.Found(true)
+	default:
+		// Some of the chains, and not yet as many as the doorbell was asked for: nothing was lost, and there is no reason to sleep
+		// longer or shorter.
+	}
 	return err
 }
 

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/boardlink/boardlink/doorbell"
 	"golang.org/x/sys/unix"
 )
 
@@ -227,5 +228,45 @@ func TestLoopConfigSet(t *testing.T) {
 	}
 	if err := c.SetCPU(""); err != nil || c.CPU != nil {
 		t.Errorf("none: %v, %v", c.CPU, err)
+	}
+}
+
+// A sender without room asks to be woken when most of its frames are through: what it finds before, when the poll fallback wakes it, no
+// doorbell was lost for.
+func TestLoopRescues(t *testing.T) {
+	bell, err := doorbell.NewEventfd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer bell.Close()
+	for _, c := range []struct {
+		name       string
+		asked      int
+		out, in    int  // chains that the step after the sleep takes
+		rung       bool // the doorbell ends the sleep
+		want, spur uint64
+	}{
+		{name: "some of what was asked for", asked: 48, in: 47},
+		{name: "all of it", asked: 48, in: 48, want: 1},
+		{name: "buffers for what the interface has", in: 1, want: 1},
+		{name: "nothing"},
+		{name: "frames the other way too", asked: 48, out: 1, in: 10, want: 1},
+		{name: "early", asked: 48, in: 10, rung: true},
+		{name: "for nothing", asked: 48, rung: true, spur: 1},
+	} {
+		n := new(doorbell.Counters)
+		in := &fakeHalf{common: common{starved: true, asked: c.asked}, next: func(bool) (int, int) { return c.in, 0 }}
+		out := &fakeHalf{next: func(bool) (int, int) { return c.out, 0 }}
+		l := &loop{out: out, in: in, stats: new(Stats), sleeper: doorbell.NewSleeper(doorbell.SleeperConfig{
+			Doorbell: bell, Fallback: doorbell.Fallback{Min: time.Millisecond, Max: time.Millisecond}, Counters: n})}
+		if c.rung {
+			bell.Ring()
+		}
+		if err := l.sleep(); err != nil {
+			t.Fatal(err)
+		}
+		if n.Rescued != c.want || n.Spurious != c.spur || n.Sleeps != 1 {
+			t.Errorf("%s: %+v, want %d rescued, %d spurious", c.name, *n, c.want, c.spur)
+		}
 	}
 }

@@ -172,6 +172,7 @@ type common struct {
 	// Of those that read the interface, for their loop.
 	dry     bool // the last read found nothing
 	starved bool // there is no room for a frame: the interface is not read
+	asked   int  // where it is starved: how many chains the ring is to notify of, by the last arm
 
 	mover    *dma.Mover // nil where the processor copies
 	stage    dma.Span

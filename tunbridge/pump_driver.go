@@ -146,7 +146,11 @@ func (p *DriverTX) arm() (bool, error) {
 		return false, nil
 	}
 	p.d[cNoBuffers]++
-	return p.q.ArmCallAfter(int(p.arena.nxt-p.arena.first) * 3 / 4)
+	// Each takes one descriptor.
+	if p.asked = (p.q.Size() - p.q.Free()) * 3 / 4; p.asked < 1 {
+		p.asked = 1
+	}
+	return p.q.ArmCallAfter(p.asked)
 }
 
 func (p *DriverTX) disarm() {
