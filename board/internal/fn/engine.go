@@ -276,11 +276,14 @@ func (h *held) Close() error {
 	h.once.Do(func() {
 		var wild error
 		if h.Engine != nil {
-			if fault := pci.Guard(func() { h.err = h.Engine.Close() }); fault != nil {
+			fault := pci.Guard(func() { h.err = h.Engine.Close() })
+			if fault != nil {
 				h.err = fault
 			}
 			if errors.Is(h.err, dma.ErrRunaway) {
 				wild = h.err
+			}
+			if wild != nil || fault != nil { // whose registers cannot be reached was not told to stand still
 				_ = h.e.c.F.SetBusMaster(false) // fails on a function that is gone, which is as good
 			}
 		}
