@@ -377,12 +377,12 @@ func (t *taker) watch(ctx context.Context, l load) (w window, err error) {
 			return w, err
 		}
 		w.Counts = w.Counts.sub(c0)
-		if w.received > 0 && (w.Frames > 0 || len(pids) == 0) {
+		if w.received > 0 && w.sent > 0 && (w.Frames > 0 || len(pids) == 0) {
 			return w, nil
 		}
-		// A machine that has more to do: without a frame there is nothing to divide by.
+		// A machine that has more to do: without a frame, or while the sender waits for a processor, there is nothing to divide by.
 		if time.Since(begin) > max(blastGrace, 2*t.c.Duration) {
-			return w, fmt.Errorf("nothing arrives in %.1f s", w.seconds)
+			return w, fmt.Errorf("in %.1f s %d is sent and %d arrives", w.seconds, w.sent, w.received)
 		}
 	}
 }
@@ -434,9 +434,7 @@ func (t *taker) udp(ctx context.Context, name string, d traffic.Direction) error
 		return err
 	}
 	t.add(name, "kpps", true, float64(w.received)/w.seconds/1e3)
-	if w.sent > 0 {
-		t.add(name+": lost", "%", false, 100*(1-min(1, float64(w.received)/float64(w.sent))))
-	}
+	t.add(name+": lost", "%", false, 100*(1-min(1, float64(w.received)/float64(w.sent))))
 	if w.Frames > 0 {
 		t.add(name+": cpu", "us a packet", false, w.cpu.Seconds()*1e6/float64(w.received))
 		t.add(name+": system calls a frame", "", false, float64(w.Syscalls)/float64(w.Frames))
