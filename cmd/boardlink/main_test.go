@@ -326,7 +326,7 @@ func (p *program) end(sig syscall.Signal, limit time.Duration) int {
 func (b *box) run(how string, args ...string) (status int, stdout, stderr string) {
 	b.t.Helper()
 	p := b.start(nil, how, args...)
-	status = p.end(0, 20*time.Second)
+	status = p.end(0, time.Minute)
 	return status, p.out.String(), p.err.String()
 }
 
