@@ -109,7 +109,7 @@ func TestBoard(t *testing.T) {
 		t.Fatal(err)
 	}
 	// A ring that took longer than LostAfter on a busy machine is told as lost.
-	if int(r.Loop.Count)+r.Lost != 100 && r.Lost < 3 || r.Write.Count != r.Loop.Count+int64(r.Lost) || r.Loop.P50 < r.Write.Min || !strings.Contains(r.Board, "loopback") {
+	if int(r.Loop.Count)+r.Lost != 100 && r.Lost < 3 || r.Write.Count != r.Loop.Count+int64(r.Lost) || r.Loop.Count > 0 && r.Loop.P50 < r.Write.Min || !strings.Contains(r.Board, "loopback") {
 		t.Errorf("%+v", r)
 	}
 	if r, err := Board(ctx, mute{b}, 100); err != nil || r.Lost != 3 || r.Loop.Count != 0 {
