@@ -379,6 +379,25 @@ func (m *Mover) Wait(ticket uint64) {
 	}
 }
 
+// WaitFor is Wait for d and a sleep of a millisecond at most: false where the copy has not landed by then. What takes
+// too long is aborted, as by Wait.
+func (m *Mover) WaitFor(ticket uint64, d time.Duration) bool {
+	if ticket > m.issued {
+		panic(fmt.Sprintf("dma: waits for ticket %d of %d", ticket, m.issued))
+	}
+	m.Start()
+	w := waiting{longest: time.Millisecond}
+	for end := (time.Time{}); m.landed() < ticket; {
+		m.pause(&w)
+		if now := time.Now(); end.IsZero() {
+			end = now.Add(d)
+		} else if now.After(end) {
+			break
+		}
+	}
+	return m.landed() >= ticket
+}
+
 // waitSlot waits until the slots below i have landed.
 func (m *Mover) waitSlot(i uint64) {
 	m.Start()
@@ -410,16 +429,19 @@ const (
 
 // waiting is how long a caller waits already. The zero value is its start.
 type waiting struct {
-	began time.Time
-	nap   time.Duration
+	began   time.Time
+	nap     time.Duration
+	longest time.Duration // sleep; 0: longestSleep
 }
+
+func (w *waiting) restart() { *w = waiting{longest: w.longest} }
 
 // pause looks once, and if nothing has come spins or sleeps.
 func (m *Mover) pause(w *waiting) {
 	came := m.poll() > 0
 	m.Start()
 	if came {
-		*w = waiting{}
+		w.restart()
 		return
 	}
 	m.watch()
@@ -445,20 +467,23 @@ func (m *Mover) pause(w *waiting) {
 		return
 	}
 	m.stats.add(mSleeps, 1)
-	if m.sleep(bell) {
-		*w = waiting{} // a controller may tell a little before it has stopped: spin for that
+	if m.sleep(bell, w.longest) {
+		w.restart() // a controller may tell a little before it has stopped: spin for that
 	} else if m.poll() > 0 {
 		m.stats.add(mRescued, 1)
-		*w = waiting{}
+		w.restart()
 	}
 }
 
-// sleep waits for the interrupt, no longer than until the oldest transfer is late; false where it
+// sleep waits for the interrupt, no longer than until the oldest transfer is late, or for longest; false where it
 // did not come.
-func (m *Mover) sleep(w EngineWaiter) bool {
+func (m *Mover) sleep(w EngineWaiter, longest time.Duration) bool {
 	d := m.timeout - time.Since(m.since)
-	if d > longestSleep {
-		d = longestSleep
+	if longest == 0 {
+		longest = longestSleep
+	}
+	if d > longest {
+		d = longest
 	}
 	if d < time.Millisecond {
 		d = time.Millisecond

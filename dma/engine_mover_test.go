@@ -224,6 +224,40 @@ func TestMoverDoesNotAllocate(t *testing.T) {
 	}
 }
 
+// TestWaitFor: who has something else to do gets back to it, as often as a transfer takes, and finds out like everybody else that one is late.
+func TestWaitFor(t *testing.T) {
+	dst, to := ram("dst", 0x100000, 4096)
+	src, from := ram("src", 0x800000, 4096)
+	for i := range from {
+		from[i] = byte(i * 7)
+	}
+	d, s := dma.Span{Region: dst, Len: 4096}, dma.Span{Region: src, Len: 4096}
+	e := slow(1, 1, 4096, 1<<30) // stuck
+	m := dma.NewMover(dma.MoverConfig{Engine: e, Min: 1, Timeout: 50 * time.Millisecond})
+	ticket, err := m.Queue(d, s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	calls := 1
+	for !m.WaitFor(ticket, time.Microsecond) {
+		calls++
+	}
+	if calls < 2 || m.Stats().Get("timeouts") != 1 || m.Stats().Get("aborted") != 1 || !bytes.Equal(to, from) {
+		t.Errorf("a transfer that is stuck: %d calls, %d time-outs, %d aborted, landed: %v", calls, m.Stats().Get("timeouts"), m.Stats().Get("aborted"), bytes.Equal(to, from))
+	}
+	e = slow(1, 1, 4096, 3)
+	m = dma.NewMover(dma.MoverConfig{Engine: e, Min: 1, Spin: time.Minute, Timeout: time.Minute})
+	if ticket, err = m.Queue(d, s); err != nil {
+		t.Fatal(err)
+	}
+	if !m.WaitFor(ticket, time.Minute) || m.Stats().Get("engine_copies") != 1 {
+		t.Error("a transfer that is not late has not landed")
+	}
+	if !m.WaitFor(ticket, 0) {
+		t.Error("what has landed is waited for")
+	}
+}
+
 // TestCalibrate: an engine that is faster from some length on is used from there, one that never is, never; the
 // operator's word counts for more.
 func TestCalibrate(t *testing.T) {

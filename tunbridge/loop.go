@@ -25,6 +25,8 @@ type half interface {
 	// undone by disarm.
 	arm() (pending bool, err error)
 	disarm()
+	// await waits a moment for what is flying (common.flying), and returns how many frames have come.
+	await() (ring int, err error)
 }
 
 // LoopConfig says how a loop waits.
@@ -83,6 +85,7 @@ type loop struct {
 	ready   bool // the interface may have a frame: poll said so, or the last batch ended before it was dry
 	miss    uint // reads of the interface on suspicion, one after the other, that found nothing
 	since   int  // frames written since the last
+	landed  int  // frames that await wrote
 	outTook int  // chains that the last step took from the ring of out, and of in
 	inTook  int
 	stats   *Stats
@@ -171,6 +174,12 @@ func (l *loop) Run() (err error) {
 		if ring > 0 || iface > 0 {
 			continue
 		}
+		if l.out != nil && l.out.shared().flying {
+			if err := l.await(); err != nil {
+				return err
+			}
+			continue
+		}
 		if d := l.busy.next(l.across); d > 0 {
 			more, err := l.look(d)
 			if err != nil {
@@ -194,6 +203,8 @@ func (l *loop) step() (ring, iface int, err error) {
 		if ring, _, err = l.out.step(false); err != nil {
 			return ring, 0, err
 		}
+		ring += l.landed
+		l.landed = 0
 		l.since += ring
 	}
 	l.outTook, l.inTook = ring, 0
@@ -230,6 +241,22 @@ func (l *loop) step() (ring, iface int, err error) {
 		l.busy.last = received
 	}
 	return ring + r, f, nil
+}
+
+// await waits a moment for the frames that a DMA engine moves. Where that takes longer, the other direction does not wait for it: an
+// engine may be stuck until its transfer is aborted.
+func (l *loop) await() (err error) {
+	if l.landed, err = l.out.await(); err != nil || l.landed > 0 {
+		return err
+	}
+	why, err := l.sleeper.Look(l.events())
+	if err != nil {
+		return fmt.Errorf("%s: wait for a doorbell or a frame: %w", l.name, err)
+	}
+	if why&doorbell.Extra != 0 {
+		l.ready = true
+	}
+	return nil
 }
 
 // events are what the loop waits for at the interface: nothing while there is no room for a frame.

@@ -87,14 +87,16 @@ type fakeHalf struct {
 	common
 	reads []bool // mayRead of each step
 	next  func(mayRead bool) (ring, iface int)
+	land  func() int // what an await brings
 }
 
-func (f *fakeHalf) Run() error         { return nil }
-func (f *fakeHalf) begin() error       { return nil }
-func (f *fakeHalf) end()               {}
-func (f *fakeHalf) arm() (bool, error) { return false, nil }
-func (f *fakeHalf) disarm()            {}
-func (f *fakeHalf) shared() *common    { return &f.common }
+func (f *fakeHalf) Run() error          { return nil }
+func (f *fakeHalf) begin() error        { return nil }
+func (f *fakeHalf) end()                {}
+func (f *fakeHalf) arm() (bool, error)  { return false, nil }
+func (f *fakeHalf) disarm()             {}
+func (f *fakeHalf) shared() *common     { return &f.common }
+func (f *fakeHalf) await() (int, error) { return f.land(), nil }
 func (f *fakeHalf) step(mayRead bool) (int, int, error) {
 	f.reads = append(f.reads, mayRead)
 	r, i := f.next(mayRead)
@@ -268,5 +270,62 @@ func TestLoopRescues(t *testing.T) {
 		if n.Rescued != c.want || n.Spurious != c.spur || n.Sleeps != 1 {
 			t.Errorf("%s: %+v, want %d rescued, %d spurious", c.name, *n, c.want, c.spur)
 		}
+	}
+}
+
+// While an engine keeps the frames of one direction, the other goes on: the loop neither waits for the engine where that has something to do,
+// nor misses what comes.
+func TestLoopWhileFlying(t *testing.T) {
+	stop, err := NewStop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop.Close()
+	ready, err := doorbell.NewEventfd() // stands for the interface: readable where there are frames
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ready.Close()
+	frames, read, awaits := 0, 0, 0
+	in := &fakeHalf{}
+	in.next = func(mayRead bool) (int, int) {
+		if in.dry = true; !mayRead || frames == 0 {
+			return 0, 0
+		}
+		in.dry = false
+		frames--
+		if read++; read == 11 {
+			stop.Raise()
+		}
+		return 0, 1
+	}
+	out := &fakeHalf{common: common{flying: true}, next: func(bool) (int, int) { return 0, 0 }}
+	out.land = func() int {
+		if frames > 0 {
+			t.Errorf("wait %d for the engine, with %d frames at the interface", awaits, frames)
+		}
+		switch awaits++; awaits {
+		case 2: // meanwhile frames come
+			frames = 10
+			ready.Ring()
+		case 3:
+			if read != 10 {
+				t.Errorf("%d frames of 10 were read while the engine has others", read)
+			}
+			ready.Ack()
+		case 4: // it has landed, and has its answer at once
+			frames = 1
+			out.flying = false
+			return 1
+		}
+		return 0
+	}
+	l := &loop{out: out, in: in, stop: stop, stats: new(Stats), sleeper: doorbell.NewSleeper(doorbell.SleeperConfig{
+		Stop: stop.Bell(), Extra: ready.FD(), HasExtra: true})}
+	if err := l.Run(); err != nil {
+		t.Fatal(err)
+	}
+	if awaits != 4 || read != 11 || l.busy.last != sent {
+		t.Errorf("waited %d times, %d frames read, the last occasion is %d", awaits, read, l.busy.last)
 	}
 }

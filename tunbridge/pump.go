@@ -174,6 +174,9 @@ type common struct {
 	starved bool // there is no room for a frame: the interface is not read
 	asked   int  // where it is starved: how many chains the ring is to notify of, by the last arm
 
+	// Of those that write it: an engine has frames on their way to this side, and the last step had nothing to do but to wait for them.
+	flying bool
+
 	mover    *dma.Mover // nil where the processor copies
 	stage    dma.Span
 	stageRAM []byte // the same
@@ -257,6 +260,9 @@ func (c *common) ring() {
 func (c *common) flush() { c.stats.flush(&c.d) }
 
 func (c *common) shared() *common { return c }
+
+// await is that of a half which never has frames in flight.
+func (c *common) await() (int, error) { return 0, nil }
 
 func (c *common) countFrame(n int) {
 	c.d[cFrames]++

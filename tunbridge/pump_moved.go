@@ -2,6 +2,7 @@ package tunbridge
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/vring"
@@ -65,8 +66,11 @@ func (f *txFlight) put(a dma.Addr, n uint32) *txFrame {
 	return t
 }
 
-// drainMoved moves chains into the staging memory, and frames that have landed there to the interface. It returns 0
-// only where there is nothing to do and nothing in flight.
+// moment is how long a loop waits for an engine at most while the other direction may get something to do.
+const moment = time.Millisecond
+
+// drainMoved moves chains into the staging memory, and frames that have landed there to the interface. It does not wait for the engine:
+// where it returns 0, flying tells that something is in flight.
 func (p *DeviceTX) drainMoved() (int, error) {
 	f := p.fly
 	popped, qerr := 0, error(nil)
@@ -89,12 +93,26 @@ func (p *DeviceTX) drainMoved() (int, error) {
 		}
 	}
 	p.mover.Start()
-	landed := p.mover.Landed()
-	if popped == 0 && f.first != f.nxt && f.frames[f.first&f.mask].ticket > landed {
-		p.mover.Wait(f.frames[f.first&f.mask].ticket)
-		landed = p.mover.Landed()
+	moved, err := p.arrived()
+	if err == nil {
+		err = qerr
 	}
-	moved, bytes := 0, 0
+	return popped + moved, err
+}
+
+// await gives the oldest frame in flight a moment to land.
+func (p *DeviceTX) await() (int, error) {
+	f := p.fly
+	if !p.mover.WaitFor(f.frames[f.first&f.mask].ticket, moment) {
+		return 0, nil
+	}
+	return p.arrived()
+}
+
+// arrived writes the frames that have landed to the interface, and returns their number.
+func (p *DeviceTX) arrived() (moved int, err error) {
+	f := p.fly
+	bytes, landed := 0, p.mover.Landed()
 	for ; f.first != f.nxt && f.frames[f.first&f.mask].ticket <= landed; moved++ {
 		t := &f.frames[f.first&f.mask]
 		if err := p.arrive(t); err != nil {
@@ -113,10 +131,8 @@ func (p *DeviceTX) drainMoved() (int, error) {
 	if f.first == f.nxt {
 		f.head, f.tail = 0, 0 // the same memory again, while it is in the caches
 	}
-	if err := p.complete(); err != nil {
-		return moved, err
-	}
-	return popped + moved, qerr
+	p.flying = f.first != f.nxt
+	return moved, p.complete()
 }
 
 func (p *DeviceTX) allRAM(n int) bool {
