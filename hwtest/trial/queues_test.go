@@ -67,6 +67,20 @@ func TestQueues(t *testing.T) {
 					}
 				}
 			}
+			// The agent asks for them once the link is up.
+			waitPairs := func() {
+				t.Helper()
+				for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+					host, agent := getStatus(t, r, board.Host).Links[0].Devices[0], getStatus(t, r, board.Agent).Links[0].Devices[0]
+					if host.Pairs == pairs && agent.Pairs == pairs {
+						return
+					}
+					if time.Since(begin) > 20*time.Second {
+						t.Fatalf("the host uses %d pairs, the agent %d: %q, %q", host.Pairs, agent.Pairs, host.LastError, agent.LastError)
+					}
+				}
+			}
+			waitPairs()
 			flows()
 			check()
 			for _, s := range []board.Side{board.Agent, board.Host} {
@@ -81,11 +95,12 @@ func TestQueues(t *testing.T) {
 					if st := getStatus(t, r, s.Other()); st.Links[0].Counters["link_ups"] > 1 {
 						break
 					}
-					if time.Since(begin) > 10*time.Second {
+					if time.Since(begin) > 20*time.Second {
 						t.Fatalf("the %s does not see that the %s was replaced", s.Other(), s)
 					}
 				}
 				waitUp(t, r)
+				waitPairs()
 				flows()
 			}
 			check()
