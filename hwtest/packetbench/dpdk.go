@@ -253,11 +253,11 @@ func start(ctx context.Context, path string, args []string) (*program, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", testpmd, err)
 	}
-	defer theirs.Close()
 	p.cmd.Stdout, p.cmd.Stderr = theirs, theirs
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if p.in, err = p.cmd.StdinPipe(); err != nil {
 		ours.Close()
+		theirs.Close()
 		return nil, err
 	}
 	started := make(chan error)
@@ -272,7 +272,9 @@ func start(ctx context.Context, path string, args []string) (*program, error) {
 			close(p.gone)
 		}
 	}()
-	if err := <-started; err != nil {
+	err = <-started
+	theirs.Close() // the program alone has it now: ours ends with it
+	if err != nil {
 		ours.Close()
 		return nil, fmt.Errorf("%s: %w", testpmd, err)
 	}

@@ -73,6 +73,17 @@ func TestConversation(t *testing.T) {
 	}
 }
 
+// A program that ends instead of asking is told of, and is no trap.
+func TestEndsAtOnce(t *testing.T) {
+	path := filepath.Join(t.TempDir(), testpmd)
+	if err := os.WriteFile(path, []byte("#!/bin/sh\necho EAL: Cannot init memory\nexit 1\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := start(context.Background(), path, nil); !errors.Is(err, ErrNoDPDK) {
+		t.Error(err)
+	}
+}
+
 func TestCompare(t *testing.T) {
 	d := fakeDPDK(t)
 	r, err := Compare(context.Background(), Config{Duration: 2 * time.Millisecond, Runs: 1}, d, 2, func(string) {})
