@@ -84,10 +84,18 @@ func startBlast(from, to traffic.Endpoint, streams int) (_ *blast, err error) {
 		if err := limit(snd, blastGrace); err != nil {
 			return nil, err
 		}
-		if err := unix.Connect(snd, at); err != nil {
+		// With a time limit the kernel does not go on by itself behind a signal (signal(7)): the runtime sends them.
+		err = unix.Connect(snd, at)
+		for errors.Is(err, unix.EINTR) {
+			err = unix.Connect(snd, at) // waits on for the same connection
+		}
+		if err != nil && !errors.Is(err, unix.EISCONN) {
 			return nil, fmt.Errorf("connect: %w", err)
 		}
 		rcv, _, err := unix.Accept4(ln, unix.SOCK_CLOEXEC)
+		for errors.Is(err, unix.EINTR) {
+			rcv, _, err = unix.Accept4(ln, unix.SOCK_CLOEXEC)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("accept: %w", err)
 		}
