@@ -23,9 +23,9 @@ const (
 	// The largest receive buffer where merging is on. In placement window each takes reads across the bus to find: few large ones. In
 	// push they cost little, and more frames stay in the caches (docs/performance.md).
 	windowRXBuffer = 16 << 10
-	pushRXBuffer   = 4 << 10
-	maxTXMemory    = 768 << 10 // of a queue: what is sent and taken back goes round in it, and is best kept in the caches
-	minPairMemory  = 512 << 10 // of the device's memory, each kind, for each queue pair
+	pushRXBuffer   = 8 << 10
+	maxTXMemory    = 1536 << 10 // of a queue: what is sent and taken back goes round in it, and is best kept in the caches
+	minPairMemory  = 512 << 10  // of the device's memory, each kind, for each queue pair
 	ctrlQueueSize  = 8
 )
 
@@ -46,7 +46,7 @@ type NetConfig struct {
 	// QueueSize is in descriptors, a power of two; 0 means 256. The host may ask for fewer.
 	QueueSize uint16
 	// RXBuffer is the size in bytes of one receive buffer where they can be merged; 0 chooses by the
-	// memory there is and the placement: at most 16 KiB in window, 4 KiB in push.
+	// memory there is and the placement: at most 16 KiB in window, 8 KiB in push.
 	RXBuffer uint32
 	// Fallback is the pace of the poll fallback; the zero value is the default.
 	Fallback doorbell.Fallback

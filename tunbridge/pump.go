@@ -28,7 +28,7 @@ type Pump interface {
 // flood neither starves the peer of buffers nor waits for them.
 const (
 	batchFrames = 64
-	batchBytes  = 256 << 10
+	batchBytes  = 128 << 10
 )
 
 // maxIPFrame is the largest frame behind the virtio-net header: 64 KiB of IP packet, an
