@@ -18,10 +18,10 @@ func TestMovedPumpCosts(t *testing.T) {
 				ifaceNS(t)
 				m := dma.NewMover(dma.MoverConfig{Engine: dma.NewCPUEngine(16), Min: 1})
 				p := newPathWith(t, toHost, true, size, mmio.Uncached, m)
-				if err := p.move(16); err != nil {
+				const batch, runs = 8, 20 // few enough for batchBytes
+				if err := p.move(batch); err != nil {
 					t.Fatal(err)
 				}
-				const batch, runs = 16, 20
 				frames, bells, copies := p.moved.Frames(), *p.bells, m.Stats().Get("engine_copies")
 				allocs := testing.AllocsPerRun(runs, func() {
 					if err := p.move(batch); err != nil {
