@@ -234,9 +234,9 @@ func (p linked) counts(ctx context.Context) (t Counts, err error) {
 					}
 					t.Dropped += q.Pump["dropped"]
 					t.Rings += q.Pump["rings"]
-					// Reads and writes at the tap, one to ring; to sleep, and to look on instead, one (the latter where it is counted), and
-					// one to take the bell back.
-					t.Syscalls += q.Pump["syscalls"] + q.Pump["rings"] + q.Pump["sleeps"] + q.Pump["looks"] + q.Doorbell["wakeups"]
+					// Reads and writes at the tap, one to ring; one to sleep, and one to take the bell back; two to look on instead
+					// (sched_yield and ppoll; the first alone, where it was enough, is not counted).
+					t.Syscalls += q.Pump["syscalls"] + q.Pump["rings"] + q.Pump["sleeps"] + 2*q.Pump["looks"] + q.Doorbell["wakeups"]
 				}
 			}
 		}
