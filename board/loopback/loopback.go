@@ -382,13 +382,14 @@ func (b *Board) peer(m message) error {
 	if m.fd < 0 && !m.lost {
 		b.mu.Lock()
 		l, ok := b.peers[m.val]
-		delete(b.peers, m.val)
-		b.mu.Unlock()
+		// Closed before it is seen to have gone: who has looked rings nobody any more.
 		for _, e := range l {
 			if e != nil {
 				e.Close()
 			}
 		}
+		delete(b.peers, m.val)
+		b.mu.Unlock()
 		if ok {
 			b.logf("%s: peer %d went", b.spec, m.val)
 			b.event()
