@@ -2,6 +2,7 @@ package doorbell
 
 import (
 	"fmt"
+	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -105,17 +106,19 @@ type SleeperConfig struct {
 // The loop arms its notification, looks for work once more, calls Sleep, looks for work, and tells
 // by Found whether there was any.
 type Sleeper struct {
-	fds   [4]unix.PollFd // doorbell, stop, extra, second doorbell
-	ts    unix.Timespec
-	doors [2]Waiter
-	deaf  bool // a doorbell is missing
-	extra int32
-	name  string
-	f     Fallback
-	cur   time.Duration // of the next sleep
-	lost  int           // rescues since the last ring
-	last  Reason        // of the last sleep, until Found
-	c     *Counters
+	fds    [4]unix.PollFd // doorbell, stop, extra, second doorbell
+	ts     unix.Timespec
+	doors  [2]Waiter
+	deaf   bool // a doorbell is missing
+	extra  int32
+	name   string
+	f      Fallback
+	cur    time.Duration // of the next sleep
+	idle   bool          // nothing ended the last sleep
+	places int32         // in Go's scheduler: GOMAXPROCS
+	lost   int           // rescues since the last ring
+	last   Reason        // of the last sleep, until Found
+	c      *Counters
 }
 
 // NewSleeper makes a Sleeper.
@@ -131,6 +134,7 @@ func NewSleeper(cfg SleeperConfig) *Sleeper {
 		s.name = "extra descriptor"
 	}
 	s.f.setDefaults()
+	s.places = int32(runtime.GOMAXPROCS(0))
 	for i := range s.fds {
 		s.fds[i] = unix.PollFd{Fd: -1, Events: unix.POLLIN} // poll skips negative ones
 	}
@@ -181,6 +185,7 @@ func (s *Sleeper) sleep(extra int16, d time.Duration) (Reason, error) {
 	if err != nil {
 		return 0, err
 	}
+	s.idle = why == 0
 	switch {
 	case why&Rung != 0:
 		s.lost = 0
@@ -205,25 +210,12 @@ func (s *Sleeper) poll(extra int16, d time.Duration) (Reason, error) {
 	if extra != 0 {
 		s.fds[2].Fd = s.extra
 	}
-	var ts *unix.Timespec
-	if d >= 0 {
-		s.ts = unix.NsecToTimespec(int64(d))
-		ts = &s.ts
+	n, err := s.ppoll(d)
+	if err != nil {
+		return 0, fmt.Errorf("doorbell: ppoll: %w", err)
 	}
-	for {
-		// ppoll leaves the time that remains in ts, so that a signal (the Go
-		// runtime preempts by them) does not make the sleep longer.
-		n, err := unix.Ppoll(s.fds[:], ts, nil)
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil {
-			return 0, fmt.Errorf("doorbell: ppoll: %w", err)
-		}
-		if n == 0 {
-			return 0, nil
-		}
-		break
+	if n == 0 {
+		return 0, nil
 	}
 	const bad = unix.POLLERR | unix.POLLHUP | unix.POLLNVAL
 	for i := range s.fds {
@@ -265,6 +257,7 @@ func (s *Sleeper) Found(work bool) {
 		}
 	case last&Timeout == 0:
 	case work:
+		s.idle = false
 		if s.deaf {
 			atomic.AddUint64(&s.c.Polled, 1)
 		} else {
