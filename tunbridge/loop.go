@@ -64,8 +64,11 @@ const minBusyPoll = 8 * time.Microsecond
 // looks is how often the rings are looked at for each look at the descriptors, and each offer of the processor.
 const looks = 32
 
-// maxMiss limits the doubling of the frames between two reads of the interface on suspicion: 32.
-const maxMiss = 5
+// A read of the interface on suspicion that finds nothing costs missFrames frames moved since, and there may be maxMisses at once.
+const (
+	missFrames = 24
+	maxMisses  = 4
+)
 
 // A loop moves the frames of a queue pair, both ways, on one goroutine: what goes out by the interface often has its answer there at
 // once, and one thread has to be woken where two had.
@@ -83,10 +86,10 @@ type loop struct {
 	across  bool // a look at a ring is a read across the bus
 
 	ready   bool // the interface may have a frame: poll said so, or the last batch ended before it was dry
-	miss    uint // reads of the interface on suspicion, one after the other, that found nothing
-	since   int  // frames written since the last
+	credit  int  // frames moved, of which reads of the interface on suspicion may take
 	landed  int  // frames that await wrote
-	outTook int  // chains that the last step took from the ring of out, and of in
+	guess   guess
+	outTook int // chains that the last step took from the ring of out, and of in
 	inTook  int
 	stats   *Stats
 }
@@ -180,7 +183,7 @@ func (l *loop) Run() (err error) {
 			}
 			continue
 		}
-		if d := l.busy.next(l.across); d > 0 {
+		if d := l.patience(); d > 0 {
 			more, err := l.look(d)
 			if err != nil {
 				return err
@@ -205,7 +208,6 @@ func (l *loop) step() (ring, iface int, err error) {
 		}
 		ring += l.landed
 		l.landed = 0
-		l.since += ring
 	}
 	l.outTook, l.inTook = ring, 0
 	if l.in == nil {
@@ -214,25 +216,25 @@ func (l *loop) step() (ring, iface int, err error) {
 		}
 		return ring, 0, nil
 	}
-	// Without knowing of a frame the interface is read after frames went out by it, less often where that was in vain: a read that finds
-	// nothing is a system call, and a sleep tells as well.
-	suspect := !l.ready && ring > 0 && l.since >= 1<<l.miss-1
+	// Without knowing of a frame the interface is read after frames went out by it: their answers are often there. Not much more often
+	// than that is so: a read that finds nothing is a system call, and the poll before a sleep tells as well.
+	suspect := !l.ready && ring > 0 && l.credit >= 0
+	in := l.in.shared()
+	in.want = l.guess.next(l.across)
 	r, f, err := l.in.step(l.ready || suspect)
 	l.inTook = r
 	if err != nil {
 		return ring + r, f, err
 	}
-	in := l.in.shared()
 	if l.ready || suspect {
-		l.since = 0
-		switch {
-		case f > 0:
-			l.miss = 0
-		case suspect && !in.starved && l.miss < maxMiss:
-			l.miss++
+		if suspect && f == 0 && in.dry {
+			l.credit -= missFrames
 		}
 		// Unread for want of buffers: as soon as there are some.
-		l.ready = !in.dry
+		l.ready = !l.guess.read(f, in) && !in.dry
+	}
+	if l.credit += ring + f; l.credit > (maxMisses-1)*missFrames {
+		l.credit = (maxMisses - 1) * missFrames
 	}
 	switch {
 	case f > 0:
@@ -253,6 +255,7 @@ func (l *loop) await() (err error) {
 	if err != nil {
 		return fmt.Errorf("%s: wait for a doorbell or a frame: %w", l.name, err)
 	}
+	l.guess.polled(why&doorbell.Extra != 0)
 	if why&doorbell.Extra != 0 {
 		l.ready = true
 	}
@@ -267,6 +270,65 @@ func (l *loop) events() int16 {
 	return doorbell.In
 }
 
+// A guess is where a batch from the interface ends. To know takes a read that finds nothing: where batches are small, as those of
+// super-packets are, nearly half of all reads. So a batch ends where the last ones did, and what is left tells by the poll that
+// comes before any sleep; every so often, and soon where that poll finds some left, it goes on until it is known.
+type guess struct {
+	size  int  // frames of the last batch that was read until nothing was found
+	done  int  // frames of this batch, which is read in several steps
+	run   int  // batches since, ended by guess; from maxRun on it has to be known
+	ended bool // the last batch did, and the descriptors have not been polled since
+	rest  bool // this batch is what it left
+}
+
+const (
+	maxGuess = 16 // frames; one read more does not matter in larger batches
+	maxRun   = 16
+	leftRun  = 4 // what a batch that left some counts for
+)
+
+// next returns how many frames are to be read now, 0 for all. Where a look at a ring is a read across the bus a frame that is left
+// costs more than the read: it keeps the loop from a sleep for which it has asked to be notified.
+func (g *guess) next(across bool) int {
+	if across || g.size >= maxGuess || g.run >= maxRun {
+		return 0
+	}
+	return g.size
+}
+
+// read notes that f frames were read, and tells whether that is likely all.
+func (g *guess) read(f int, in *common) bool {
+	g.ended = in.want > 0 && f == in.want
+	switch g.done += f; {
+	case g.ended:
+		g.run++
+		g.done = 0
+	case in.dry && g.done > 0:
+		if !g.rest || g.done > g.size {
+			g.size = g.done
+		}
+		g.done, g.run, g.rest = 0, 0, false
+	}
+	return g.ended
+}
+
+// polled notes that the descriptors were polled, and whether there are frames.
+func (g *guess) polled(more bool) {
+	if g.rest = g.ended && more; g.rest {
+		g.run += leftRun
+	}
+	g.ended = false
+}
+
+// patience returns how long to look on now. Not at all where there is no room for a frame, and the other side rings once it has made much: it
+// has the work of a whole ring, and may need this processor for it.
+func (l *loop) patience() time.Duration {
+	if l.busy.fixed == 0 && l.in != nil && l.in.shared().starved && l.in.shared().patient {
+		return 0
+	}
+	return l.busy.next(l.across)
+}
+
 // look stays awake for d, until there is something to do.
 //
 // It offers the processor to whoever waits for it, at first and every so often: the kernel likes to put both ends, and who waits for
@@ -275,7 +337,7 @@ func (l *loop) look(d time.Duration) (bool, error) {
 	end := time.Now().Add(d)
 	for i := 0; !l.stop.Raised(); i++ {
 		offer := i%looks == 0
-		if offer {
+		if offer && !l.guess.ended {
 			// Raw: the call does not block, and the scheduler of Go has nothing to do meanwhile.
 			unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 		}
@@ -293,6 +355,7 @@ func (l *loop) look(d time.Duration) (bool, error) {
 		if err != nil {
 			return false, fmt.Errorf("%s: wait for a doorbell or a frame: %w", l.name, err)
 		}
+		l.guess.polled(why&doorbell.Extra != 0)
 		if why&doorbell.Extra != 0 {
 			l.ready = true
 			return true, nil
@@ -334,6 +397,7 @@ func (l *loop) sleep() error {
 			return fmt.Errorf("%s: wait for a doorbell or a frame: %w", l.name, err)
 		}
 		l.busy.slept(time.Since(start), why&doorbell.Timeout == 0)
+		l.guess.polled(why&doorbell.Extra != 0)
 		l.stats.slept()
 		if why&doorbell.Extra != 0 {
 			l.ready = true

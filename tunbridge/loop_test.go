@@ -145,7 +145,7 @@ func TestLoopReadsOnSuspicion(t *testing.T) {
 		t.Errorf("the last occasion is %d", l.busy.last)
 	}
 	// Known to be ready: read, whatever suspicion says; and again while it is not dry.
-	answer, l.ready, l.miss, l.since = false, true, maxMiss, 0
+	answer, l.ready, l.credit, l.guess = false, true, -1000, guess{}
 	out.next = func(bool) (int, int) { return 0, 0 }
 	in.next = func(bool) (int, int) { in.dry = false; return 0, 1 }
 	if n := run(3); n != 3 {
@@ -154,6 +154,91 @@ func TestLoopReadsOnSuspicion(t *testing.T) {
 	in.next = func(bool) (int, int) { in.dry = true; return 0, 0 }
 	if n := run(3); n != 1 {
 		t.Errorf("%d reads in 3 steps of an interface that is dry", n)
+	}
+}
+
+// Where batches are small, few reads of the interface find nothing, and no frame is left for long.
+func TestLoopGuessesBatches(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		batches []int
+		most    float64 // reads a frame
+		across  bool
+	}{
+		{name: "single frames", batches: []int{1}, most: 1.1},
+		{name: "pairs", batches: []int{2}, most: 1.1},
+		{name: "mostly single frames", batches: []int{1, 1, 1, 1, 2, 1, 1, 1}, most: 1.1},
+		{name: "of some", batches: []int{5, 5, 5, 6, 5, 4}, most: 1.2},
+		{name: "many", batches: []int{30, 40, 64, 200}, most: 1.1},
+		{name: "floods after single frames", batches: []int{1, 1, 1, 1, 1, 1, 1, 100}, most: 1.1},
+		{name: "single frames, looks are reads across the bus", batches: []int{1}, most: 2, across: true},
+	} {
+		frames, reads, polls := 0, 0, 0
+		in := &fakeHalf{}
+		in.next = func(mayRead bool) (_, got int) {
+			for in.dry = false; mayRead && !in.enough(got, 0); got++ {
+				reads++
+				if frames == 0 {
+					in.dry = true
+					break
+				}
+				frames--
+			}
+			return 0, got
+		}
+		l := &loop{in: in, across: c.across}
+		total, batches := 0, 0
+		for round := 0; round < 200; round++ {
+			for _, n := range c.batches {
+				frames = n
+				total += n
+				batches++
+				for frames > 0 {
+					polls++
+					l.ready = true
+					l.guess.polled(true)
+					for l.ready {
+						if _, _, err := l.step(); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+				l.guess.polled(false)
+			}
+		}
+		if got := float64(reads) / float64(total); got > c.most {
+			t.Errorf("%s: %.3f reads a frame, at most %.2f expected", c.name, got, c.most)
+		}
+		// A poll finds what a guess left: in place of a read, and not often where batches are alike.
+		if polls > batches*2 {
+			t.Errorf("%s: %d polls for %d batches", c.name, polls, batches)
+		}
+		if c.across && polls != batches {
+			t.Errorf("%s: %d polls for %d batches, none was to be left", c.name, polls, batches)
+		}
+	}
+}
+
+// A loop without room for a frame does not look on where it will be told of much room: the other side has the work, and may have no processor.
+func TestLoopPatience(t *testing.T) {
+	in := &fakeHalf{}
+	l := &loop{in: in}
+	l.busy.cur[sent] = MaxBusyPoll
+	l.busy.last = sent
+	if d := l.patience(); d != MaxBusyPoll {
+		t.Errorf("looks on for %v, not %v", d, MaxBusyPoll)
+	}
+	in.starved = true
+	if d := l.patience(); d != MaxBusyPoll {
+		t.Errorf("looks on for %v, not %v, although it is told of any room", d, MaxBusyPoll)
+	}
+	in.patient = true
+	if d := l.patience(); d != 0 {
+		t.Errorf("looks on for %v without room for a frame", d)
+	}
+	l.busy.set(time.Millisecond)
+	if d := l.patience(); d != time.Millisecond {
+		t.Errorf("looks on for %v, configured is 1ms", d)
 	}
 }
 

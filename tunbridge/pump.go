@@ -171,7 +171,9 @@ type common struct {
 
 	// Of those that read the interface, for their loop.
 	dry     bool // the last read found nothing
+	want    int  // by their loop: how many frames a batch is, 0 if as many as it may be
 	starved bool // there is no room for a frame: the interface is not read
+	patient bool // where it is starved, it asks to be notified when there is much room
 	asked   int  // where it is starved: how many chains the ring is to notify of, by the last arm
 
 	// Of those that write it: an engine has frames on their way to this side, and the last step had nothing to do but to wait for them.
@@ -319,6 +321,11 @@ func (c *common) write() error {
 		return nil
 	}
 	return fmt.Errorf("%s: write a frame to %s: %w", c.name, c.ifc.Name(), err)
+}
+
+// enough tells whether a batch from the interface ends with so many frames and bytes.
+func (c *common) enough(frames, bytes int) bool {
+	return frames >= batchFrames || bytes >= batchBytes || c.want > 0 && frames >= c.want
 }
 
 // isRAM tells whether a system call may touch the span.

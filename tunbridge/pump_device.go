@@ -291,7 +291,7 @@ func (p *DeviceRX) writable(c *vring.Chain) []dma.Span {
 // fill reads frames until the interface is dry, the batch is full, or buffers run out (starved), and returns their number.
 func (p *DeviceRX) fill() (frames int, err error) {
 	p.dry, p.starved = false, false
-	for bytes := 0; frames < batchFrames && bytes < batchBytes && p.stageHasRoom(); frames++ {
+	for bytes := 0; !p.enough(frames, bytes) && p.stageHasRoom(); frames++ {
 		ok, err := p.gather()
 		if err != nil {
 			return frames, err

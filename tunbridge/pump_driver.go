@@ -100,7 +100,7 @@ func NewDriverTX(c PumpConfig, q vring.Driver, mem dma.Span) (*DriverTX, error) 
 		bufs:  make([]vring.Buffer, batchFrames),
 		done:  make([]vring.Completion, batchFrames),
 	}
-	p.reads = true
+	p.reads, p.patient = true, true
 	return p, nil
 }
 
@@ -194,7 +194,7 @@ func (p *DriverTX) fill() error {
 	p.reqs = p.reqs[:0]
 	p.dry, p.starved = false, false
 	bytes, free := 0, p.q.Free()
-	for len(p.reqs) < batchFrames && bytes < batchBytes {
+	for !p.enough(len(p.reqs), bytes) {
 		off, ok := p.arena.reserve(uint64(p.max))
 		if !ok || len(p.reqs) >= free {
 			p.starved = true

@@ -30,10 +30,12 @@ type Counts struct {
 	Syscalls uint64 // that move frames, wait for them or tell of them; the runtime's own are not among them
 	Rings    uint64 // doorbells
 	Dropped  uint64 // frames that an interface refused
+	BoardTap uint64 // of the system calls, reads and writes at the board's interface; counted for boardlink
+	HostTap  uint64 // and at the host's
 }
 
 func (c Counts) sub(d Counts) Counts {
-	return Counts{c.Frames - d.Frames, c.Bytes - d.Bytes, c.Syscalls - d.Syscalls, c.Rings - d.Rings, c.Dropped - d.Dropped}
+	return Counts{c.Frames - d.Frames, c.Bytes - d.Bytes, c.Syscalls - d.Syscalls, c.Rings - d.Rings, c.Dropped - d.Dropped, c.BoardTap - d.BoardTap, c.HostTap - d.HostTap}
 }
 
 // path joins two namespaces, and runs.
@@ -231,6 +233,9 @@ func (p linked) counts(ctx context.Context) (t Counts, err error) {
 					if s == board.Host { // both count each frame
 						t.Frames += q.Pump["frames"]
 						t.Bytes += q.Pump["bytes"]
+						t.HostTap += q.Pump["syscalls"]
+					} else {
+						t.BoardTap += q.Pump["syscalls"]
 					}
 					t.Dropped += q.Pump["dropped"]
 					t.Rings += q.Pump["rings"]

@@ -416,6 +416,7 @@ func (t *taker) tcp(ctx context.Context, name string, d traffic.Direction, strea
 	gb = float64(w.Bytes) / 1e9
 	t.add(name+": system calls", "/GB", false, float64(w.Syscalls)/gb)
 	t.add(name+": system calls a frame", "", false, float64(w.Syscalls)/float64(w.Frames))
+	t.addTaps(name, w)
 	t.add(name+": bytes a frame", "bytes", true, float64(w.Bytes)/float64(w.Frames))
 	if w.Rings > 0 {
 		t.add(name+": doorbells a frame", "", false, float64(w.Rings)/float64(w.Frames))
@@ -438,8 +439,17 @@ func (t *taker) udp(ctx context.Context, name string, d traffic.Direction) error
 	if w.Frames > 0 {
 		t.add(name+": cpu", "us a packet", false, w.cpu.Seconds()*1e6/float64(w.received))
 		t.add(name+": system calls a frame", "", false, float64(w.Syscalls)/float64(w.Frames))
+		t.addTaps(name, w)
 	}
 	return nil
+}
+
+// addTaps adds the reads and writes at each end's interface for a frame: one would be none in vain.
+func (t *taker) addTaps(name string, w window) {
+	if w.Frames > 0 && w.BoardTap+w.HostTap > 0 {
+		t.add(name+": calls at the board's tap a frame", "", false, float64(w.BoardTap)/float64(w.Frames))
+		t.add(name+": calls at the host's tap a frame", "", false, float64(w.HostTap)/float64(w.Frames))
+	}
 }
 
 func (t *taker) ping(ctx context.Context, name string, interval time.Duration, awake bool) error {
