@@ -233,7 +233,11 @@ func (l *loop) step() (ring, iface int, err error) {
 		// Unread for want of buffers: as soon as there are some.
 		l.ready = !l.guess.read(f, in) && !in.dry
 	}
-	if l.credit += ring + f; l.credit > (maxMisses-1)*missFrames {
+	if l.out != nil { // not chains, of which a frame may take many
+		l.credit += l.out.shared().moved
+		l.out.shared().moved = 0
+	}
+	if l.credit += f; l.credit > (maxMisses-1)*missFrames {
 		l.credit = (maxMisses - 1) * missFrames
 	}
 	switch {

@@ -106,7 +106,11 @@ func (f *fakeHalf) step(mayRead bool) (int, int, error) {
 // The interface is read on suspicion once frames went out by it; less often where that is in vain, and each time where it is not.
 func TestLoopReadsOnSuspicion(t *testing.T) {
 	answer := false
-	out := &fakeHalf{next: func(bool) (int, int) { return 1, 0 }}
+	out := &fakeHalf{}
+	out.next = func(bool) (int, int) {
+		out.countFrame(1)
+		return 8, 0 // chains
+	}
 	in := &fakeHalf{}
 	in.next = func(mayRead bool) (int, int) {
 		if !mayRead {

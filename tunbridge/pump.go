@@ -169,6 +169,8 @@ type common struct {
 	staging  []byte
 	hdr      *header
 
+	moved int // frames, since their loop set it to 0
+
 	// Of those that read the interface, for their loop.
 	dry     bool // the last read found nothing
 	want    int  // by their loop: how many frames a batch is, 0 if as many as it may be
@@ -267,6 +269,7 @@ func (c *common) shared() *common { return c }
 func (c *common) await() (int, error) { return 0, nil }
 
 func (c *common) countFrame(n int) {
+	c.moved++
 	c.d[cFrames]++
 	c.d[cBytes] += uint64(n)
 }
