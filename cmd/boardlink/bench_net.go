@@ -26,6 +26,7 @@ type benchNetCmd struct {
 	Duration time.Duration `default:"300ms" help:"Of each measurement: TCP and UDP each way, pings."`
 	Streams  []int         `default:"1,4" help:"TCP connections at once."`
 	Verified bool          `help:"Check every byte of TCP; that takes its share of the processors, on all paths."`
+	TCP      string        `name:"congestion-control" placeholder:"NAME" help:"Of TCP on all paths (default: the system's). With bbr its timers bound all of them; cubic is the kernel's own default."`
 	Only     string        `placeholder:"REGEXP" help:"Only the measurements whose names match, e.g. '^ping flood|^tcp board'."`
 	JSON     bool          `name:"json" help:"Print the result as JSON."`
 	Save     string        `placeholder:"FILE.json" help:"Write the result as JSON to a file, too."`
@@ -132,7 +133,7 @@ func (c *benchNetCmd) config() (cfg netbench.Config, err error) {
 	if base.Trial.Window, err = windowSize(c.Window); err != nil {
 		return cfg, usagef("--window %s: %v", c.Window, err)
 	}
-	cfg = netbench.Config{MTUs: c.MTU, Link: c.Link, Offload: c.Offload, Queues: c.Queues, Streams: c.Streams, Rounds: c.Rounds, Duration: c.Duration, Verified: c.Verified, Only: only,
+	cfg = netbench.Config{MTUs: c.MTU, Link: c.Link, Offload: c.Offload, Queues: c.Queues, Streams: c.Streams, Rounds: c.Rounds, Duration: c.Duration, Verified: c.Verified, Congestion: c.TCP, Only: only,
 		Boardlink: []netbench.Boardlink{base}}
 	for _, text := range c.Also {
 		b, err := also(base, text)
@@ -220,7 +221,7 @@ func printNet(out io.Writer, r *netbench.Result) {
 	if !r.Offload {
 		offload = "offloads off"
 	}
-	fmt.Fprintf(out, "%s, %s; %d rounds of %g s for each figure; cache line before each round: %s ns\n", r.Link, offload, r.Rounds, r.Seconds, whole(r.RoundTrips))
+	fmt.Fprintf(out, "%s, %s, TCP with %s; %d rounds of %g s for each figure; cache line before each round: %s ns\n", r.Link, offload, r.Congestion, r.Rounds, r.Seconds, whole(r.RoundTrips))
 	mtu := 0
 	var w *tabwriter.Writer
 	// Ratios of boardlink to the others.

@@ -143,7 +143,11 @@ func printTrial(s *streams, r *trial.Result) {
 		r.Setup.Ring, pairs)
 	row("features", "%s", strings.Join(r.Setup.Negotiated, " "))
 	row("ping", "%d sent, %d lost, round trip %.0f us median, %.0f us p99", r.Ping.Sent, r.Ping.Lost, r.RTT.P50, r.RTT.P99)
-	row("tcp", "%.2f Gbit/s board to host, %.2f host to board, every byte checked", r.TCPGbps.BoardToHost, r.TCPGbps.HostToBoard)
+	tcp := "every byte checked"
+	if r.Setup.Congestion != "" {
+		tcp += ", congestion control " + r.Setup.Congestion
+	}
+	row("tcp", "%.2f Gbit/s board to host, %.2f host to board, %s", r.TCPGbps.BoardToHost, r.TCPGbps.HostToBoard, tcp)
 	row("udp, 64 bytes", "%.0f kpps board to host, %.0f host to board", r.UDP64Kpps.BoardToHost, r.UDP64Kpps.HostToBoard)
 	row("corrupt", "%d", r.Corrupt)
 	row("bus, a frame", "%.2f reads, %.2f writes, %.0f bytes read, %.0f written, %.3f reads to flush, both sides", r.Bus.Reads, r.Bus.Writes, r.Bus.ReadBytes, r.Bus.WriteBytes, r.Bus.FlushReads)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/boardlink/boardlink/hwtest/benchkit"
 	"github.com/boardlink/boardlink/hwtest/netns"
+	"github.com/boardlink/boardlink/hwtest/traffic"
 	"github.com/boardlink/boardlink/hwtest/trial"
 	"go.uber.org/goleak"
 )
@@ -82,6 +83,52 @@ func leftovers(t *testing.T) []string {
 		}
 	}
 	return l
+}
+
+// The congestion control that is asked for is that of both namespaces, and of no other.
+func TestCongestionControl(t *testing.T) {
+	needRoot(t)
+	before, err := os.ReadFile(congestionControl)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []Config{{Congestion: "vegan"}, {Congestion: "reno "}} {
+		if err := c.Check(); err == nil {
+			t.Errorf("TCP with %q", c.Congestion)
+		}
+	}
+	c := short("tap", true, 1)
+	for _, want := range []string{"reno", ""} {
+		c.Congestion = want
+		if err := c.setDefaults(); err != nil {
+			t.Fatal(err)
+		}
+		if want == "" {
+			want = strings.TrimSpace(string(before))
+		}
+		for _, name := range []string{OneProcess, "boardlink"} {
+			p, err := startPath(t.Context(), &c, name, 1500)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, e := range []traffic.Endpoint{p.pair().Host, p.pair().Board} {
+				var now []byte
+				err := e.NS.Do(func() (err error) {
+					now, err = os.ReadFile(congestionControl)
+					return err
+				})
+				if got := strings.TrimSpace(string(now)); err != nil || got != want || c.Congestion != want {
+					t.Errorf("%s: TCP with %q, %v; want %q", name, got, err, want)
+				}
+			}
+			if err := p.close(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	if now, err := os.ReadFile(congestionControl); err != nil || string(now) != string(before) {
+		t.Errorf("TCP of the machine with %q, was %q (%v)", now, before, err)
+	}
 }
 
 // TestPaths: each path carries everything, and has its figures.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/boardlink/boardlink/board"
@@ -21,6 +22,12 @@ const (
 	Veth         = "veth"          // the kernel alone
 	OneProcess   = "one process"   // one process copies between two taps
 	TwoProcesses = "two processes" // a process at each tap, a unix SEQPACKET socket between them
+)
+
+// Settings of the network namespace of the thread that reads or writes them (ip-sysctl).
+const (
+	congestionControl   = "/proc/sys/net/ipv4/tcp_congestion_control"
+	availableCongestion = "/proc/sys/net/ipv4/tcp_available_congestion_control"
 )
 
 // Counts are what the processes of a path did since they started.
@@ -65,6 +72,18 @@ func startPath(ctx context.Context, c *Config, name string, mtu int) (path, erro
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	e := p.pair()
+	for _, end := range []traffic.Endpoint{e.Host, e.Board} {
+		err := end.NS.Do(func() error {
+			// A new namespace has the first one's.
+			if now, err := os.ReadFile(congestionControl); err != nil || strings.TrimSpace(string(now)) == c.Congestion {
+				return err
+			}
+			return os.WriteFile(congestionControl, []byte(c.Congestion), 0)
+		})
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("%s: set TCP's congestion control: %w", name, err), p.close())
+		}
+	}
 	for _, d := range [][2]traffic.Endpoint{{e.Host, e.Board}, {e.Board, e.Host}} {
 		if err := traffic.WaitReachable(ctx, d[0].NS, d[1].Addr); err != nil {
 			return nil, errors.Join(fmt.Errorf("%s: %w", name, err), p.close())

@@ -6,9 +6,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"regexp"
 	"runtime"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/boardlink/boardlink/hwtest/benchkit"
@@ -32,6 +34,9 @@ type Config struct {
 	Rounds   int           // default 3
 	Duration time.Duration // of each measurement; default 300 ms
 	Verified bool          // every byte of TCP is checked, which takes time of the processors
+	// Congestion is the congestion control of TCP in all namespaces, a name of net.ipv4.tcp_available_congestion_control;
+	// default: the system's. One that paces (bbr) bounds all paths by its timers.
+	Congestion string
 	// SocketBuffer is the room in bytes for what is under way between two processes; default 1 MiB, with which they are faster than
 	// with the kernel's default, and with 8 MiB.
 	SocketBuffer int
@@ -64,6 +69,20 @@ func (c *Config) setDefaults() error {
 		if !known || slices.Contains(c.Paths[:i], name) {
 			return fmt.Errorf("path %q: is given twice, or there is none of that name", name)
 		}
+	}
+	known, err := os.ReadFile(availableCongestion)
+	if err != nil {
+		return fmt.Errorf("which congestion controls TCP has: %w", err)
+	}
+	if names := strings.Fields(string(known)); c.Congestion != "" && !slices.Contains(names, c.Congestion) {
+		return fmt.Errorf("congestion control %q: this kernel has %s (modprobe tcp_%s may load more)", c.Congestion, strings.Join(names, ", "), c.Congestion)
+	}
+	if c.Congestion == "" {
+		now, err := os.ReadFile(congestionControl)
+		if err != nil {
+			return fmt.Errorf("the congestion control of TCP: %w", err)
+		}
+		c.Congestion = strings.TrimSpace(string(now))
 	}
 	if len(c.MTUs) == 0 {
 		c.MTUs = []int{1500, 65000}
@@ -124,6 +143,7 @@ type Result struct {
 	Offload     bool                  `json:"offload"`
 	Queues      int                   `json:"queues"`
 	Verified    bool                  `json:"verified"`
+	Congestion  string                `json:"congestion_control"` // of TCP
 	Rounds      int                   `json:"rounds"`
 	Seconds     float64               `json:"seconds_each"` // of each measurement
 	// RoundTrips are the times of a cache line between the two processors before each round, in nanoseconds; 0 where it was not measured.
@@ -209,7 +229,7 @@ func Run(ctx context.Context, c Config) (r *Result, err error) {
 	old := runtime.GOMAXPROCS(0)
 	runtime.GOMAXPROCS(old + 2*slices.Max(c.Streams) + 4)
 	defer runtime.GOMAXPROCS(old)
-	r = &Result{Environment: c.Environment, Paths: c.Paths, Link: c.Link, Offload: c.Offload, Queues: c.Queues, Verified: c.Verified, Rounds: c.Rounds, Seconds: c.Duration.Seconds(),
+	r = &Result{Environment: c.Environment, Paths: c.Paths, Link: c.Link, Offload: c.Offload, Queues: c.Queues, Verified: c.Verified, Congestion: c.Congestion, Rounds: c.Rounds, Seconds: c.Duration.Seconds(),
 		Figures: []*Figure{}}
 	if r.Environment == nil {
 		if r.Environment, err = benchkit.Look([2]int{}); err != nil {

@@ -5,6 +5,7 @@ package trial
 import (
 	"context"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -55,6 +56,9 @@ type Setup struct {
 	Window     uint64   `json:"window"`
 	Memory     string   `json:"memory"`
 	Negotiated []string `json:"negotiated"`
+	// Congestion is TCP's congestion control in the namespaces, the system's; "" where that cannot be read. One that paces (bbr) bounds
+	// TCP by its timers.
+	Congestion string `json:"congestion_control,omitempty"`
 }
 
 // totals are a program's counters, summed over its links.
@@ -188,6 +192,12 @@ func (res *Result) figures(before, after [2]totals) {
 
 func (r *Rig) setup(host status.Program) Setup {
 	s := Setup{Link: r.cfg.Link, MTU: r.cfg.MTU, Memory: r.cfg.Memory}
+	// Not known is no error: it is told, and no more.
+	_ = r.Pairs(0)[0].Host.NS.Do(func() error {
+		b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control")
+		s.Congestion = strings.TrimSpace(string(b))
+		return err
+	})
 	if len(host.Links) > 0 {
 		l := host.Links[0]
 		s.Placement, s.Window, s.Memory = l.Placement, l.Window.Size, l.Window.Kind
