@@ -20,13 +20,12 @@ import (
 const (
 	defaultQueueSize = 256
 	minRXBuffer      = 2 << 10
-	// The largest receive buffer where merging is on. In placement window each takes reads across the bus to find: few large ones. In
-	// push they cost little, and more frames stay in the caches (docs/performance.md).
-	windowRXBuffer = 16 << 10
-	pushRXBuffer   = 8 << 10
-	maxTXMemory    = 1536 << 10 // of a queue: what is sent and taken back goes round in it, and is best kept in the caches
-	minPairMemory  = 512 << 10  // of the device's memory, each kind, for each queue pair
-	ctrlQueueSize  = 8
+	// The largest receive buffer where merging is on. Each takes reads across the bus to find, in placement window, and several TCP
+	// streams at once gain by room for more frames.
+	maxRXBuffer   = 16 << 10
+	maxTXMemory   = 3 << 20   // of a queue; with half of it, several TCP streams at once lost a twentieth
+	minPairMemory = 512 << 10 // of the device's memory, each kind, for each queue pair
+	ctrlQueueSize = 8
 )
 
 // NetConfig says what a network device is to be like on this side.
@@ -569,7 +568,7 @@ func (n *Net) reserve(l *laying, sizes []uint16, max int) ([]place, error) {
 			bytes /= 2 // the other half is for transmission
 		}
 		name := n.queueName(virtio.NetQueueRX(i), l.count)
-		size, count := rxBuffers(bytes, sizes[virtio.NetQueueRX(i)], n.cfg.RXBuffer, uint32(max), merge, near != far)
+		size, count := rxBuffers(bytes, sizes[virtio.NetQueueRX(i)], n.cfg.RXBuffer, uint32(max), merge)
 		if l.count > 1 && (count == 0 || count*int(size) < max) {
 			return nil, room(fmt.Errorf("%s: %d receive buffers of %d bytes are too few for frames of %d", name, count, size, max))
 		}
@@ -624,15 +623,10 @@ func newDriverQueue(c vring.Config, packed bool) (vring.Driver, error) {
 
 // rxBuffers chooses size and number of receive buffers in so many bytes: large ones, so that a
 // super-packet takes few, as long as there is one for each descriptor.
-func rxBuffers(bytes uint64, queue uint16, wish, max uint32, merge, push bool) (size uint32, count int) {
+func rxBuffers(bytes uint64, queue uint16, wish, max uint32, merge bool) (size uint32, count int) {
 	size = (max + 63) &^ 63
 	if merge {
-		size = windowRXBuffer
-		if push {
-			// A small queue has to hold several frames all the same.
-			for size = pushRXBuffer; size < windowRXBuffer && uint64(size)*uint64(queue) < 4*uint64(max); size *= 2 {
-			}
-		}
+		size = maxRXBuffer
 		if wish != 0 {
 			size = (wish + 63) &^ 63
 		}
