@@ -14,24 +14,31 @@ import (
 // kept, ppoll returns to the loop at once.
 const dozeFor = 20 * time.Millisecond
 
-// dozers is how many Sleepers of this process doze now.
-var dozers int32
+// holders is how many Sleepers with SleeperConfig.Doze are in use: each may need a place at any time, asleep or not.
+var holders int32
 
-// mayDoze takes a place in the scheduler, unless it is the last: one is left for all other goroutines. Undone by doneDozing.
+// Done tells that the Sleeper, of a SleeperConfig with Doze, is not used again.
+func (s *Sleeper) Done() {
+	if s.holds {
+		s.holds = false
+		atomic.AddInt32(&holders, -1)
+	}
+}
+
+// mayDoze tells whether the next sleep keeps its place in the scheduler: if there is one for each Sleeper that might, and one more for all
+// other goroutines.
 //
 // Only the runtime of Go's own compiler interrupts a thread that is in a system call when it wants it to stop (for garbage collection).
 func (s *Sleeper) mayDoze() bool {
-	if s.idle || runtime.Compiler != "gc" {
+	if !s.doze || runtime.Compiler != "gc" {
 		return false
 	}
-	if atomic.AddInt32(&dozers, 1) < s.places {
-		return true
+	if !s.holds {
+		s.holds = true
+		atomic.AddInt32(&holders, 1)
 	}
-	doneDozing()
-	return false
+	return !s.idle && atomic.LoadInt32(&holders) < int32(runtime.GOMAXPROCS(0))
 }
-
-func doneDozing() { atomic.AddInt32(&dozers, -1) }
 
 // ppoll waits for the descriptors for at most d, for ever where d is negative; n is 0 if nothing happened.
 func (s *Sleeper) ppoll(d time.Duration) (n int, err error) {
@@ -44,7 +51,6 @@ func (s *Sleeper) ppoll(d time.Duration) (n int, err error) {
 			first = d
 		}
 		n, err = s.rawPpoll(first)
-		doneDozing()
 		if n > 0 || err != nil || d == first {
 			return n, err
 		}
@@ -69,15 +75,25 @@ func (s *Sleeper) ppoll(d time.Duration) (n int, err error) {
 
 // rawPpoll is ppoll without a word to the scheduler.
 func (s *Sleeper) rawPpoll(d time.Duration) (int, error) {
-	s.ts = unix.NsecToTimespec(int64(d))
+	var end time.Time
+	if d > 0 {
+		end = time.Now().Add(d)
+	}
 	for {
+		s.ts = unix.NsecToTimespec(int64(d))
 		n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&s.fds[0])), uintptr(len(s.fds)), uintptr(unsafe.Pointer(&s.ts)), 0, 0, 0)
 		switch errno {
 		case 0:
 			return int(n), nil
 		case unix.EINTR:
-			// The runtime may want this goroutine to stop, which it cannot in the system call.
+			// The runtime may want this goroutine to stop, which it cannot in the system call. It asks every 10 ms, and not everything
+			// that speaks Linux's system calls (qemu-user does not) leaves the time that remains in ts.
 			runtime.Gosched()
+			if d > 0 {
+				if d = time.Until(end); d < 0 {
+					d = 0
+				}
+			}
 		default:
 			return 0, errno
 		}

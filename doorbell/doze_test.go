@@ -16,37 +16,43 @@ func rungSleeper(t *testing.T, f Fallback) (*Sleeper, *Eventfd) {
 	return NewSleeper(SleeperConfig{Doorbell: e, Fallback: f}), e
 }
 
-// Sleepers keep their places in the scheduler while there is traffic, and leave one for others.
+// Sleepers keep their places in the scheduler while there is traffic, if there is one for each, and one for all others.
 func TestDozeLeavesAPlace(t *testing.T) {
-	a, bell := rungSleeper(t, Fallback{Min: time.Millisecond, Max: time.Millisecond})
-	b, _ := rungSleeper(t, Fallback{})
-	a.places, b.places = 2, 2
-	may := func(s *Sleeper) bool {
-		if !s.mayDoze() {
-			return false
-		}
-		doneDozing()
-		return true
+	if runtime.Compiler != "gc" {
+		t.Skip("only programs of Go's own compiler doze")
 	}
-	if !may(a) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(2))
+	a, bell := rungSleeper(t, Fallback{Min: time.Millisecond, Max: time.Millisecond})
+	if a.mayDoze() || holders != 0 {
+		t.Error("may doze unasked")
+	}
+	a.doze = true
+	if !a.mayDoze() {
 		t.Error("may not doze at first")
 	}
-	if !a.mayDoze() || b.mayDoze() {
-		t.Error("two may doze, or none, where there are two places")
+	b, _ := rungSleeper(t, Fallback{})
+	b.doze = true
+	if b.mayDoze() || a.mayDoze() {
+		t.Error("there are two places, and two that may want to doze: none is left")
 	}
-	doneDozing()
-	if a.places = 1; may(a) {
-		t.Error("may doze in the only place")
+	runtime.GOMAXPROCS(3)
+	if !a.mayDoze() || !b.mayDoze() {
+		t.Error("there are three places, and two do not doze")
 	}
-	a.places = 2
+	runtime.GOMAXPROCS(2)
+	b.Done()
+	b.Done()
+	if !a.mayDoze() {
+		t.Error("may not doze though the other is done")
+	}
 	if why, err := a.Sleep(0); why != Timeout || err != nil {
 		t.Fatalf("woken by %v, %v", why, err)
 	}
-	if may(a) {
+	if a.mayDoze() {
 		t.Error("may doze though nothing ended the last sleep")
 	}
 	a.Found(true)
-	if !may(a) {
+	if !a.mayDoze() {
 		t.Error("may not doze after work was found")
 	}
 	a.Sleep(0)
@@ -55,26 +61,32 @@ func TestDozeLeavesAPlace(t *testing.T) {
 	if why, err := a.Sleep(0); why != Rung || err != nil {
 		t.Fatalf("woken by %v, %v", why, err)
 	}
-	if !may(a) {
+	if !a.mayDoze() {
 		t.Error("may not doze after it was woken")
 	}
-	if dozers != 0 {
-		t.Errorf("%d doze although none sleeps", dozers)
+	runtime.GOMAXPROCS(1)
+	if a.mayDoze() {
+		t.Error("may doze in the only place")
+	}
+	if a.Done(); holders != 0 {
+		t.Errorf("%d hold places although all are done", holders)
 	}
 }
 
 // A sleep lasts as long as asked, and is woken, whether it begins as a doze or not.
 func TestSleepBeyondDoze(t *testing.T) {
 	const long = dozeFor + 10*time.Millisecond
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(2))
 	s, bell := rungSleeper(t, Fallback{Min: long, Max: long})
-	for _, places := range []int32{1, 2} {
-		s.idle, s.places = false, places
+	defer s.Done()
+	for _, doze := range []bool{false, true} {
+		s.idle, s.doze = false, doze
 		start := time.Now()
 		if why, err := s.Sleep(0); why != Timeout || err != nil {
 			t.Fatalf("woken by %v, %v", why, err)
 		}
 		if d := time.Since(start); d < long {
-			t.Errorf("%d places: slept %v, not %v", places, d, long)
+			t.Errorf("doze %v: slept %v, not %v", doze, d, long)
 		}
 		s.Found(false)
 		done := make(chan Reason)
@@ -86,7 +98,7 @@ func TestSleepBeyondDoze(t *testing.T) {
 		time.Sleep(long)
 		bell.Ring()
 		if why := <-done; why != Rung {
-			t.Errorf("%d places: woken by %v", places, why)
+			t.Errorf("doze %v: woken by %v", doze, why)
 		}
 	}
 }
@@ -94,10 +106,9 @@ func TestSleepBeyondDoze(t *testing.T) {
 // A sleeper that has told the scheduler nothing holds up no collection of garbage.
 func TestDozeIsInterrupted(t *testing.T) {
 	if runtime.Compiler != "gc" {
-		t.Skip("only Go's own compiler's programs doze")
+		t.Skip("only programs of Go's own compiler doze")
 	}
 	s, bell := rungSleeper(t, Fallback{})
-	s.fds[2].Fd = -1
 	started, done := make(chan bool), make(chan int)
 	go func() {
 		close(started)

@@ -2,7 +2,6 @@ package doorbell
 
 import (
 	"fmt"
-	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -98,6 +97,9 @@ type SleeperConfig struct {
 	Fallback  Fallback
 	// Counters, if not nil, is counted in; else the Sleeper has its own.
 	Counters *Counters
+	// Doze lets the first 20 ms of a sleep that follows upon work keep its place in Go's scheduler, so that what wakes it is seen
+	// sooner. It is for data loops; they call Done at their end.
+	Doze bool
 }
 
 // Sleeper is what a data loop sleeps on. It belongs to one goroutine, which need not be locked
@@ -106,24 +108,25 @@ type SleeperConfig struct {
 // The loop arms its notification, looks for work once more, calls Sleep, looks for work, and tells
 // by Found whether there was any.
 type Sleeper struct {
-	fds    [4]unix.PollFd // doorbell, stop, extra, second doorbell
-	ts     unix.Timespec
-	doors  [2]Waiter
-	deaf   bool // a doorbell is missing
-	extra  int32
-	name   string
-	f      Fallback
-	cur    time.Duration // of the next sleep
-	idle   bool          // nothing ended the last sleep
-	places int32         // in Go's scheduler: GOMAXPROCS
-	lost   int           // rescues since the last ring
-	last   Reason        // of the last sleep, until Found
-	c      *Counters
+	fds   [4]unix.PollFd // doorbell, stop, extra, second doorbell
+	ts    unix.Timespec
+	doors [2]Waiter
+	deaf  bool // a doorbell is missing
+	extra int32
+	name  string
+	f     Fallback
+	cur   time.Duration // of the next sleep
+	idle  bool          // nothing ended the last sleep
+	doze  bool          // SleeperConfig.Doze
+	holds bool          // counted in holders
+	lost  int           // rescues since the last ring
+	last  Reason        // of the last sleep, until Found
+	c     *Counters
 }
 
 // NewSleeper makes a Sleeper.
 func NewSleeper(cfg SleeperConfig) *Sleeper {
-	s := &Sleeper{doors: [2]Waiter{cfg.Doorbell, cfg.Second}, extra: -1, name: cfg.ExtraName, f: cfg.Fallback, c: cfg.Counters}
+	s := &Sleeper{doors: [2]Waiter{cfg.Doorbell, cfg.Second}, extra: -1, name: cfg.ExtraName, f: cfg.Fallback, c: cfg.Counters, doze: cfg.Doze}
 	if s.doors[0] == nil {
 		s.doors[0] = None
 	}
@@ -134,7 +137,6 @@ func NewSleeper(cfg SleeperConfig) *Sleeper {
 		s.name = "extra descriptor"
 	}
 	s.f.setDefaults()
-	s.places = int32(runtime.GOMAXPROCS(0))
 	for i := range s.fds {
 		s.fds[i] = unix.PollFd{Fd: -1, Events: unix.POLLIN} // poll skips negative ones
 	}

@@ -132,7 +132,7 @@ func NewLoop(c LoopConfig, pumps ...Pump) (Pump, error) {
 		l.across = l.across || c2.across
 	}
 	l.sleeper = doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: c1.wait, Second: second, Stop: c1.stop.Bell(),
-		Extra: c1.ifc.FD(), HasExtra: true, ExtraName: c1.ifc.Name(), Fallback: c1.fallback, Counters: c1.bells})
+		Extra: c1.ifc.FD(), HasExtra: true, ExtraName: c1.ifc.Name(), Fallback: c1.fallback, Counters: c1.bells, Doze: true})
 	return l, nil
 }
 
@@ -147,6 +147,7 @@ func alone(h half) error {
 
 // Run implements Pump.
 func (l *loop) Run() (err error) {
+	defer l.sleeper.Done()
 	if len(l.cpu) > 0 {
 		// Never unlocked: the thread ends with the goroutine that calls Run, or stays on its processors with it.
 		runtime.LockOSThread()
@@ -189,7 +190,9 @@ func (l *loop) Run() (err error) {
 				return err
 			}
 			if more {
-				l.busy.found()
+				if !l.guess.rest {
+					l.busy.found()
+				}
 				continue
 			}
 		}
@@ -221,6 +224,13 @@ func (l *loop) step() (ring, iface int, err error) {
 	suspect := !l.ready && ring > 0 && l.credit >= 0
 	in := l.in.shared()
 	in.want = l.guess.next(l.across)
+	out := 0 // frames: a frame may take many chains
+	if l.out != nil {
+		out, l.out.shared().moved = l.out.shared().moved, 0
+	}
+	if out > guessOut {
+		in.want = 0 // the ring keeps the loop from the poll: what is left would wait, batch after batch
+	}
 	r, f, err := l.in.step(l.ready || suspect)
 	l.inTook = r
 	if err != nil {
@@ -233,11 +243,7 @@ func (l *loop) step() (ring, iface int, err error) {
 		// Unread for want of buffers: as soon as there are some.
 		l.ready = !l.guess.read(f, in) && !in.dry
 	}
-	if l.out != nil { // not chains, of which a frame may take many
-		l.credit += l.out.shared().moved
-		l.out.shared().moved = 0
-	}
-	if l.credit += f; l.credit > (maxMisses-1)*missFrames {
+	if l.credit += out + f; l.credit > (maxMisses-1)*missFrames {
 		l.credit = (maxMisses - 1) * missFrames
 	}
 	switch {
@@ -252,8 +258,10 @@ func (l *loop) step() (ring, iface int, err error) {
 // await waits a moment for the frames that a DMA engine moves. Where that takes longer, the other direction does not wait for it: an
 // engine may be stuck until its transfer is aborted.
 func (l *loop) await() (err error) {
-	if l.landed, err = l.out.await(); err != nil || l.landed > 0 {
-		return err
+	if !l.guess.ended { // with a frame left, perhaps, there is no time to wait
+		if l.landed, err = l.out.await(); err != nil || l.landed > 0 {
+			return err
+		}
 	}
 	why, err := l.sleeper.Look(l.events())
 	if err != nil {
@@ -288,6 +296,7 @@ type guess struct {
 const (
 	maxGuess = 16 // frames; one read more does not matter in larger batches
 	maxRun   = 16
+	guessOut = 4 // frames: beside larger batches from the ring there is no guess
 	leftRun  = 4 // what a batch that left some counts for
 )
 
@@ -306,7 +315,7 @@ func (g *guess) read(f int, in *common) bool {
 	switch g.done += f; {
 	case g.ended:
 		g.run++
-		g.done = 0
+		g.done, g.rest = 0, false
 	case in.dry && g.done > 0:
 		if !g.rest || g.done > g.size {
 			g.size = g.done
@@ -400,8 +409,10 @@ func (l *loop) sleep() error {
 		if why, err = l.sleeper.Sleep(l.events()); err != nil {
 			return fmt.Errorf("%s: wait for a doorbell or a frame: %w", l.name, err)
 		}
-		l.busy.slept(time.Since(start), why&doorbell.Timeout == 0)
 		l.guess.polled(why&doorbell.Extra != 0)
+		if !l.guess.rest { // with a frame left it was no sleep
+			l.busy.slept(time.Since(start), why&doorbell.Timeout == 0)
+		}
 		l.stats.slept()
 		if why&doorbell.Extra != 0 {
 			l.ready = true

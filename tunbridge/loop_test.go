@@ -223,6 +223,47 @@ func TestLoopGuessesBatches(t *testing.T) {
 	}
 }
 
+// While the ring keeps the loop busy it does not come to poll: then nothing is left to that.
+func TestLoopGuessesNotWhileBusy(t *testing.T) {
+	frames, moved := 0, 0
+	out, in := &fakeHalf{}, &fakeHalf{}
+	out.next = func(bool) (int, int) {
+		for i := 0; i < moved; i++ {
+			out.countFrame(1)
+		}
+		return moved, 0
+	}
+	in.next = func(mayRead bool) (_, got int) {
+		for in.dry = false; mayRead && !in.enough(got, 0); got++ {
+			if frames == 0 {
+				in.dry = true
+				break
+			}
+			frames--
+		}
+		return 0, got
+	}
+	l := &loop{out: out, in: in}
+	step := func(arrive int) int {
+		frames += arrive
+		if _, _, err := l.step(); err != nil {
+			t.Fatal(err)
+		}
+		return frames
+	}
+	moved = 1
+	step(1) // batches are of one frame
+	if left := step(3); left != 2 {
+		t.Errorf("%d frames are left by a guess of one, of three", left)
+	}
+	moved = guessOut + 1
+	for i := 0; i < 100; i++ {
+		if left := step(3); left != 0 {
+			t.Fatalf("step %d: %d frames are left beside a batch of %d from the ring", i, left, moved)
+		}
+	}
+}
+
 // A loop without room for a frame does not look on where it will be told of much room: the other side has the work, and may have no processor.
 func TestLoopPatience(t *testing.T) {
 	in := &fakeHalf{}

@@ -100,7 +100,8 @@ func NewDriverTX(c PumpConfig, q vring.Driver, mem dma.Span) (*DriverTX, error) 
 		bufs:  make([]vring.Buffer, batchFrames),
 		done:  make([]vring.Completion, batchFrames),
 	}
-	p.reads, p.patient = true, true
+	p.reads = true
+	p.patient = q.Size() >= batchFrames // the frames of a small queue keep nobody busy while a loop wakes up
 	return p, nil
 }
 

@@ -66,7 +66,7 @@ func newWaiter(o *order, ram mmio.RAM, lead bool) (waiter, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := sleeper{s: doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: e}), theirs: theirs}
+	s := sleeper{s: doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: e, Doze: true}), theirs: theirs} // as a loop; for as long as the process lives
 	if o.Mechanism == PPoll || o.Mechanism == PPollLocked {
 		return &s, nil
 	}
