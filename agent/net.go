@@ -45,7 +45,7 @@ type NetConfig struct {
 	// QueueSize is in descriptors, a power of two; 0 means 256. The host may ask for fewer.
 	QueueSize uint16
 	// RXBuffer is the size in bytes of one receive buffer where they can be merged; 0 chooses by the
-	// memory there is and the placement: at most 16 KiB in window, 8 KiB in push.
+	// memory there is: at most 16 KiB.
 	RXBuffer uint32
 	// Fallback is the pace of the poll fallback; the zero value is the default.
 	Fallback doorbell.Fallback
