@@ -203,6 +203,19 @@ func (l *loop) Run() (err error) {
 	return nil
 }
 
+// poll looks at the descriptors. What the doorbells tell of has to be looked for after it.
+func (l *loop) poll() (doorbell.Reason, error) {
+	why, err := l.sleeper.Look(l.events())
+	if err != nil {
+		return 0, fmt.Errorf("%s: wait for a doorbell or a frame: %w", l.name, err)
+	}
+	l.guess.polled(why&doorbell.Extra != 0)
+	if why&doorbell.Extra != 0 {
+		l.ready = true
+	}
+	return why, nil
+}
+
 // step moves a batch each way. The ring first: what is written to the interface may have its answer there when that is read.
 func (l *loop) step() (ring, iface int, err error) {
 	if l.out != nil {
@@ -223,7 +236,7 @@ func (l *loop) step() (ring, iface int, err error) {
 	// than that is so: a read that finds nothing is a system call, and the poll before a sleep tells as well.
 	suspect := !l.ready && ring > 0 && l.credit >= 0
 	in := l.in.shared()
-	in.want = l.guess.next(l.across)
+	in.want = l.guess.next()
 	out := 0 // frames: a frame may take many chains
 	if l.out != nil {
 		out, l.out.shared().moved = l.out.shared().moved, 0
@@ -263,15 +276,8 @@ func (l *loop) await() (err error) {
 			return err
 		}
 	}
-	why, err := l.sleeper.Look(l.events())
-	if err != nil {
-		return fmt.Errorf("%s: wait for a doorbell or a frame: %w", l.name, err)
-	}
-	l.guess.polled(why&doorbell.Extra != 0)
-	if why&doorbell.Extra != 0 {
-		l.ready = true
-	}
-	return nil
+	_, err = l.poll()
+	return err
 }
 
 // events are what the loop waits for at the interface: nothing while there is no room for a frame.
@@ -300,10 +306,9 @@ const (
 	leftRun  = 4 // what a batch that left some counts for
 )
 
-// next returns how many frames are to be read now, 0 for all. Where a look at a ring is a read across the bus a frame that is left
-// costs more than the read: it keeps the loop from a sleep for which it has asked to be notified.
-func (g *guess) next(across bool) int {
-	if across || g.size >= maxGuess || g.run >= maxRun {
+// next returns how many frames are to be read now, 0 for all.
+func (g *guess) next() int {
+	if g.size >= maxGuess || g.run >= maxRun {
 		return 0
 	}
 	return g.size
@@ -364,13 +369,11 @@ func (l *loop) look(d time.Duration) (bool, error) {
 			continue
 		}
 		l.stats.looked()
-		why, err := l.sleeper.Look(l.events())
+		why, err := l.poll()
 		if err != nil {
-			return false, fmt.Errorf("%s: wait for a doorbell or a frame: %w", l.name, err)
+			return false, err
 		}
-		l.guess.polled(why&doorbell.Extra != 0)
 		if why&doorbell.Extra != 0 {
-			l.ready = true
 			return true, nil
 		}
 		if !time.Now().Before(end) {

@@ -199,7 +199,7 @@ func TestModes(t *testing.T) {
 				t.Errorf("placement %s: %f reads across the bus a frame", want, res.Bus.Reads)
 			}
 			// A read or a write at each interface, and few reads that find nothing: at most 1.1 at each.
-			if want == "push" && res.SyscallsPerFrame > 2.2 {
+			if res.SyscallsPerFrame > 2.2 {
 				t.Errorf("%.3f system calls a frame at both interfaces", res.SyscallsPerFrame)
 			}
 			checkBus(t, want, slices.Contains(c.AgentArgs, "packed"), res.Bus)
