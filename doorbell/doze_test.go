@@ -1,3 +1,7 @@
+//go:build gc
+
+// Only programs of Go's own compiler doze.
+
 package doorbell
 
 import (
@@ -18,9 +22,6 @@ func rungSleeper(t *testing.T, f Fallback) (*Sleeper, *Eventfd) {
 
 // Sleepers keep their places in the scheduler while there is traffic, if there is one for each, and one for all others.
 func TestDozeLeavesAPlace(t *testing.T) {
-	if runtime.Compiler != "gc" {
-		t.Skip("only programs of Go's own compiler doze")
-	}
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(2))
 	a, bell := rungSleeper(t, Fallback{Min: time.Millisecond, Max: time.Millisecond})
 	if a.mayDoze() || holders != 0 {
@@ -105,9 +106,6 @@ func TestSleepBeyondDoze(t *testing.T) {
 
 // A sleeper that has told the scheduler nothing holds up no collection of garbage.
 func TestDozeIsInterrupted(t *testing.T) {
-	if runtime.Compiler != "gc" {
-		t.Skip("only programs of Go's own compiler doze")
-	}
 	s, bell := rungSleeper(t, Fallback{})
 	started, done := make(chan bool), make(chan int)
 	go func() {
