@@ -41,9 +41,9 @@ type packedSlot struct {
 // content of all three areas: do it before the device is told of the queue. It fails with
 // an *Error of Code ErrConfig or ErrState.
 func NewPackedDriver(c Config) (*PackedDriver, error) {
-	q := &PackedDriver{}
-	if err := q.setupPacked(&c); err != nil {
-		return nil, configError(&c, err)
+	q, err := allocPackedDriver(&c)
+	if err != nil {
+		return nil, err
 	}
 	s, n, err := q.packedState(c.State)
 	if err == nil && n != 0 {
@@ -52,27 +52,37 @@ func NewPackedDriver(c Config) (*PackedDriver, error) {
 	if err != nil {
 		return nil, &Error{Queue: c.Name, Code: ErrState, Err: err}
 	}
-	if err := q.tables(&c); err != nil {
-		return nil, configError(&c, err)
-	}
 	size := int(c.Size)
-	q.slots = make([]packedSlot, size)
-	q.ids = make([]uint16, size)
 	for i := range q.ids {
 		q.ids[i] = uint16(size - 1 - i)
 	}
 	q.nids, q.nfree = size, size
-	q.p.words = make([]uint64, size)
 	q.p.anyhow = c.State != State{}
-	if q.inOrder {
-		q.order = make([]uint16, size)
-	}
-	q.scratch = make([]byte, q.indirectMax*descSize)
 	q.avail, q.used = s.Avail, s.Used
 	q.setState(q.avail, q.used)
 	q.wipe()
 	q.fence(mmio.FullBarrier)
 	q.flush()
+	return q, nil
+}
+
+// allocPackedDriver checks c and makes the driver side's own memory. It touches no shared memory.
+func allocPackedDriver(c *Config) (*PackedDriver, error) {
+	q := &PackedDriver{}
+	if err := q.setupPacked(c); err != nil {
+		return nil, configError(c, err)
+	}
+	if err := q.tables(c); err != nil {
+		return nil, configError(c, err)
+	}
+	size := int(c.Size)
+	q.slots = make([]packedSlot, size)
+	q.ids = make([]uint16, size)
+	q.p.words = make([]uint64, size)
+	if q.inOrder {
+		q.order = make([]uint16, size)
+	}
+	q.scratch = make([]byte, q.indirectMax*descSize)
 	return q, nil
 }
 

@@ -52,30 +52,14 @@ type slot struct {
 // content of all three areas: do it before the device is told of the queue. It fails with
 // an *Error of Code ErrConfig or ErrState.
 func NewSplitDriver(c Config) (*SplitDriver, error) {
-	q := &SplitDriver{}
-	if err := q.setupSplit(&c, SplitDriverAlign); err != nil {
-		return nil, configError(&c, err)
+	q, err := allocSplitDriver(&c)
+	if err != nil {
+		return nil, err
 	}
-	if c.State.Avail != c.State.Used {
-		return nil, &Error{Queue: c.Name, Code: ErrState, Err: fmt.Errorf("available index %d and used index %d differ: a driver side starts with nothing in flight", c.State.Avail, c.State.Used)}
-	}
-	n := int(c.Size)
-	if err := q.tables(&c); err != nil {
-		return nil, configError(&c, err)
-	}
-	scratch := n * usedSize
-	if t := q.indirectMax * descSize; t > scratch {
-		scratch = t
-	}
-	q.descs = make([][2]uint64, n)
-	q.ring = make([]uint16, n)
-	q.slots = make([]slot, n)
-	q.free = make([]uint16, n)
 	for i := range q.free {
 		q.free[i] = uint16(i)
 	}
-	q.nfree = n
-	q.scratch = make([]byte, scratch)
+	q.nfree = len(q.free)
 	q.avail, q.used, q.usedSeen, q.lastKick = c.State.Avail, c.State.Used, c.State.Used, c.State.Avail
 	q.usedEvent = c.State.Used
 	q.kickAny = c.State != State{}
@@ -87,6 +71,31 @@ func NewSplitDriver(c Config) (*SplitDriver, error) {
 	q.publish(&q.driver, 0, word(0, q.avail))
 	q.fence(mmio.FullBarrier)
 	q.flush()
+	return q, nil
+}
+
+// allocSplitDriver checks c and makes the driver side's own memory. It touches no shared memory.
+func allocSplitDriver(c *Config) (*SplitDriver, error) {
+	q := &SplitDriver{}
+	if err := q.setupSplit(c, SplitDriverAlign); err != nil {
+		return nil, configError(c, err)
+	}
+	if c.State.Avail != c.State.Used {
+		return nil, &Error{Queue: c.Name, Code: ErrState, Err: fmt.Errorf("available index %d and used index %d differ: a driver side starts with nothing in flight", c.State.Avail, c.State.Used)}
+	}
+	n := int(c.Size)
+	if err := q.tables(c); err != nil {
+		return nil, configError(c, err)
+	}
+	scratch := n * usedSize
+	if t := q.indirectMax * descSize; t > scratch {
+		scratch = t
+	}
+	q.descs = make([][2]uint64, n)
+	q.ring = make([]uint16, n)
+	q.slots = make([]slot, n)
+	q.free = make([]uint16, n)
+	q.scratch = make([]byte, scratch)
 	return q, nil
 }
 

@@ -61,6 +61,11 @@ type Driver interface {
 	ArmCallAfter(n int) (pending bool, err error)
 	// DisarmCall asks not to be called: to be used while awake.
 	DisarmCall()
+	// Save returns a versioned record of this side's own state, chains in flight included, from which
+	// ResumeSplitDriver and ResumePackedDriver go on, in this process or another one. The owner calls it
+	// between other calls, and uses this side no more where another one is resumed. The error is the one
+	// that broke the queue.
+	Save() ([]byte, error)
 	// State returns the ring state, as of the last call by the owner.
 	State() State
 	// Broken returns the error that broke the queue, nil as long as none has.

@@ -125,6 +125,8 @@ type Ring struct {
 	Sizes     func(n uint16) (desc, driver, device uint64)
 	NewDriver func(vring.Config) (vring.Driver, error)
 	NewDevice func(vring.Config) (vring.Device, error)
+	// Resume makes a driver side from a record of Driver.Save.
+	Resume func(vring.Config, []byte) (vring.Driver, error)
 }
 
 // Split is the split virtqueue.
@@ -140,6 +142,13 @@ var Split = Ring{
 	},
 	NewDevice: func(c vring.Config) (vring.Device, error) {
 		d, err := vring.NewSplitDevice(c)
+		if err != nil {
+			return nil, err
+		}
+		return d, nil
+	},
+	Resume: func(c vring.Config, record []byte) (vring.Driver, error) {
+		d, err := vring.ResumeSplitDriver(c, record)
 		if err != nil {
 			return nil, err
 		}
@@ -161,6 +170,13 @@ var Packed = Ring{
 	},
 	NewDevice: func(c vring.Config) (vring.Device, error) {
 		d, err := vring.NewPackedDevice(c)
+		if err != nil {
+			return nil, err
+		}
+		return d, nil
+	},
+	Resume: func(c vring.Config, record []byte) (vring.Driver, error) {
+		d, err := vring.ResumePackedDriver(c, record)
 		if err != nil {
 			return nil, err
 		}
