@@ -25,6 +25,9 @@ func (s *Sleeper) Done() {
 	}
 }
 
+// Dozes tells whether the Sleeper was made with SleeperConfig.Doze.
+func (s *Sleeper) Dozes() bool { return s.doze }
+
 // mayDoze tells whether the next sleep keeps its place in the scheduler: if there is one for each Sleeper that might, and one more for all
 // other goroutines.
 //

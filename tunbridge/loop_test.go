@@ -40,11 +40,11 @@ func TestBusyPollAdapts(t *testing.T) {
 	}
 	longest()
 	// The longest look in vain, and a short sleep, again and again: the other side waits for this processor.
-	for i := 1; i < maxVain; i++ {
+	for i := 1; i < maxFruitless; i++ {
 		b.slept(20*time.Microsecond, true)
 	}
 	if d := b.next(false); d != MaxBusyPoll {
-		t.Errorf("%v after %d looks in vain", d, maxVain-1)
+		t.Errorf("%v after %d looks in vain", d, maxFruitless-1)
 	}
 	b.slept(20*time.Microsecond, true)
 	for i := 0; i < restSleeps; i++ {
@@ -103,8 +103,8 @@ func (f *fakeHalf) step(mayRead bool) (int, int, error) {
 	return r, i, nil
 }
 
-// The interface is read on suspicion once frames went out by it; less often where that is in vain, and each time where it is not.
-func TestLoopReadsOnSuspicion(t *testing.T) {
+// The interface is read speculatively once frames went out by it: rarely where such reads are empty, each time where they are not.
+func TestLoopReadsSpeculatively(t *testing.T) {
 	answer := false
 	out := &fakeHalf{}
 	out.next = func(bool) (int, int) {
@@ -148,8 +148,8 @@ func TestLoopReadsOnSuspicion(t *testing.T) {
 	if l.busy.last != sent {
 		t.Errorf("the last occasion is %d", l.busy.last)
 	}
-	// Known to be ready: read, whatever suspicion says; and again while it is not dry.
-	answer, l.ready, l.credit, l.guess = false, true, -1000, guess{}
+	// Known to be ready: read, whatever the ration says; and again while it is not dry.
+	answer, l.ready, l.spec.credit, l.end = false, true, -1000, batchEnd{}
 	out.next = func(bool) (int, int) { return 0, 0 }
 	in.next = func(bool) (int, int) { in.dry = false; return 0, 1 }
 	if n := run(3); n != 3 {
@@ -162,7 +162,7 @@ func TestLoopReadsOnSuspicion(t *testing.T) {
 }
 
 // Where batches are small, few reads of the interface find nothing, and no frame is left for long.
-func TestLoopGuessesBatches(t *testing.T) {
+func TestLoopPredictsBatchEnds(t *testing.T) {
 	for _, c := range []struct {
 		name    string
 		batches []int
@@ -198,20 +198,20 @@ func TestLoopGuessesBatches(t *testing.T) {
 				for frames > 0 {
 					polls++
 					l.ready = true
-					l.guess.polled(true)
+					l.end.polled(true)
 					for l.ready {
 						if _, _, err := l.step(); err != nil {
 							t.Fatal(err)
 						}
 					}
 				}
-				l.guess.polled(false)
+				l.end.polled(false)
 			}
 		}
 		if got := float64(reads) / float64(total); got > c.most {
 			t.Errorf("%s: %.3f reads a frame, at most %.2f expected", c.name, got, c.most)
 		}
-		// A poll finds what a guess left: in place of a read, and not often where batches are alike.
+		// A poll finds what a predicted end left: in place of a read, and not often where batches are alike.
 		if polls > batches*2 {
 			t.Errorf("%s: %d polls for %d batches", c.name, polls, batches)
 		}
@@ -219,7 +219,7 @@ func TestLoopGuessesBatches(t *testing.T) {
 }
 
 // While the ring keeps the loop busy it does not come to poll: then nothing is left to that.
-func TestLoopGuessesNotWhileBusy(t *testing.T) {
+func TestLoopPredictsNotWhileBusy(t *testing.T) {
 	frames, moved := 0, 0
 	out, in := &fakeHalf{}, &fakeHalf{}
 	out.next = func(bool) (int, int) {
@@ -249,9 +249,9 @@ func TestLoopGuessesNotWhileBusy(t *testing.T) {
 	moved = 1
 	step(1) // batches are of one frame
 	if left := step(3); left != 2 {
-		t.Errorf("%d frames are left by a guess of one, of three", left)
+		t.Errorf("%d frames are left by a predicted end after one, of three", left)
 	}
-	moved = guessOut + 1
+	moved = maxPredictOut + 1
 	for i := 0; i < 100; i++ {
 		if left := step(3); left != 0 {
 			t.Fatalf("step %d: %d frames are left beside a batch of %d from the ring", i, left, moved)
@@ -260,24 +260,24 @@ func TestLoopGuessesNotWhileBusy(t *testing.T) {
 }
 
 // A loop without room for a frame does not look on where it will be told of much room: the other side has the work, and may have no processor.
-func TestLoopPatience(t *testing.T) {
+func TestLoopPollBudget(t *testing.T) {
 	in := &fakeHalf{}
 	l := &loop{in: in}
-	l.busy.cur[sent] = MaxBusyPoll
+	l.busy.budget[sent] = MaxBusyPoll
 	l.busy.last = sent
-	if d := l.patience(); d != MaxBusyPoll {
+	if d := l.pollBudget(); d != MaxBusyPoll {
 		t.Errorf("looks on for %v, not %v", d, MaxBusyPoll)
 	}
 	in.starved = true
-	if d := l.patience(); d != MaxBusyPoll {
+	if d := l.pollBudget(); d != MaxBusyPoll {
 		t.Errorf("looks on for %v, not %v, although it is told of any room", d, MaxBusyPoll)
 	}
 	in.patient = true
-	if d := l.patience(); d != 0 {
+	if d := l.pollBudget(); d != 0 {
 		t.Errorf("looks on for %v without room for a frame", d)
 	}
 	l.busy.set(time.Millisecond)
-	if d := l.patience(); d != time.Millisecond {
+	if d := l.pollBudget(); d != time.Millisecond {
 		t.Errorf("looks on for %v, configured is 1ms", d)
 	}
 }
