@@ -28,6 +28,12 @@ var ErrAbsent = errors.New("board: absent")
 // side of the link.
 var ErrSideTaken = errors.New("board: side taken")
 
+// Lasting reports whether err, an error of Open, will not go away by itself: only the operator can
+// change what was written (ErrInput). Every other error is temporary, and worth another try later: the
+// board is absent, another process has it, no driver is bound to it yet, this process may not open it
+// yet, a resource is short.
+func Lasting(err error) bool { return errors.Is(err, ErrInput) }
+
 // Error is why a board could not be opened.
 type Error struct {
 	Spec   string // "loopback:/run/a.sock"

@@ -26,10 +26,11 @@ type Config struct {
 	// DMA says what the board's DMA engine is for.
 	DMA DMAConfig
 	Log session.Logger
-	// Beat, LostBeats, NoInterrupts: see session.Config.
+	// Beat, LostBeats, NoInterrupts, Retry: see session.Config.
 	Beat         time.Duration
 	LostBeats    int
 	NoInterrupts bool
+	Retry        bool
 }
 
 // Link is the host's end of one link: it offers devices to the agent.
@@ -61,7 +62,7 @@ func NewLink(c Config) *Link {
 	}
 	c.Options.Side = board.Host
 	l.s = session.New(session.Config{Name: c.Name, Spec: c.Board, Options: c.Options, Log: c.Log,
-		Beat: c.Beat, LostBeats: c.LostBeats, NoInterrupts: c.NoInterrupts, Handler: (*handler)(l)})
+		Beat: c.Beat, LostBeats: c.LostBeats, NoInterrupts: c.NoInterrupts, Retry: c.Retry, Handler: (*handler)(l)})
 	for _, d := range l.devs {
 		d.be.Notify(d.event)
 	}

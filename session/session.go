@@ -101,8 +101,13 @@ func (l *limited) Error(msg string, args ...interface{}) {
 // Beat is the default interval of the heartbeat.
 const Beat = 100 * time.Millisecond
 
-// retryOpen is how often a board that is absent is tried again.
-const retryOpen = 250 * time.Millisecond
+// A board that cannot be opened is tried again after retryOpen. Where it is absent, that stays the
+// interval: it costs little, and the board is to come up soon after it is there. After any other
+// error the interval doubles with each try, up to maxRetryOpen.
+var (
+	retryOpen    = 250 * time.Millisecond
+	maxRetryOpen = 4 * time.Second
+)
 
 // batch limits how many messages and steps of the handshake are taken in a row: a peer that never
 // stops must not keep this side from its clock, its signals and its other work.
@@ -153,12 +158,16 @@ type Config struct {
 	LostBeats int
 	// NoInterrupts leaves this side's doorbells unheard: it polls.
 	NoInterrupts bool
-	Handler      Handler
+	// Retry makes Run try to open the board again and again whatever is wrong with it, from the
+	// first try on: for a program with several boards, where one must not stop the others.
+	Retry   bool
+	Handler Handler
 }
 
 // Counters of a session, updated with sync/atomic.
 type Counters struct {
 	Opened      uint64 // boards opened
+	OpenErrors  uint64 // attempts to open the board that failed
 	RingErrors  uint64 // the peer could not be rung for the control plane
 	Malformed   uint64 // messages that make no sense
 	Unexpected  uint64 // answers that nobody waits for
@@ -211,62 +220,123 @@ func New(c Config) *Session {
 }
 
 // Open opens the board, so that what is wrong with it shows before Run: nothing is said of the link
-// yet. That it is absent is no error: Run waits for it. Run has to follow.
+// yet. That it is absent is no error: Run waits for it. Run has to follow, unless there was an error
+// and Config.Retry is not set.
 func (s *Session) Open() error {
-	if err := s.open(); !errors.Is(err, board.ErrAbsent) {
-		return err
+	err := s.open(context.Background())
+	if err == nil {
+		return nil
 	}
-	return nil
+	s.fail(err)
+	if errors.Is(err, board.ErrAbsent) {
+		return nil
+	}
+	return err
 }
 
-// Run keeps the link going until ctx ends (nil) or the board cannot be opened. An absent board is
-// waited for, and one that was open once, whatever is wrong with it now.
+// Run keeps the link going until ctx ends (nil), or until the link is given up because its board
+// cannot be opened. With Config.Retry it never is. Without:
+//
+//	at the first try              an absent board is waited for, every other error is returned
+//	while waiting for the board   errors that last (board.Lasting) are returned, others waited for
+//	after the board was open      whatever is wrong is waited for
 func (s *Session) Run(ctx context.Context) error {
-	waiting := false
+	var waiting string // the error that was logged last; empty: none since the board was open
+	pause := retryOpen
 	for {
 		var err error
 		if s.b == nil {
-			err = s.open()
+			err = s.open(ctx)
+		}
+		if ctx.Err() != nil && s.b == nil {
+			return nil
 		}
 		if err == nil {
 			s.cfg.Log.Info("board opened", "link", s.cfg.Name, "board", s.cfg.Spec, "side", s.cfg.Options.Side.String(),
 				"window", s.b.Window().Mem.Size(), "memory", s.b.Window().Mem.Kind().String())
-			waiting = false
-			again, err := s.serve(ctx)
+			waiting, pause = "", retryOpen
+			again := s.serve(ctx)
 			s.close()
-			if err != nil || !again {
-				return err
+			if !again {
+				return nil
 			}
 			s.cfg.Log.Warn("opening the board anew", "link", s.cfg.Name, "board", s.cfg.Spec)
-			s.setState("waiting for the board")
+			s.setState(stateWaiting)
 			continue
 		}
-		if !errors.Is(err, board.ErrAbsent) && atomic.LoadUint64(&s.n.Opened) == 0 {
+		s.fail(err)
+		absent := errors.Is(err, board.ErrAbsent)
+		if !s.cfg.Retry && !absent && atomic.LoadUint64(&s.n.Opened) == 0 && (waiting == "" || board.Lasting(err)) {
+			s.setState(stateGivenUp)
 			return err
 		}
-		if !waiting {
-			waiting = true
-			s.cfg.Log.Info("waiting for the board", "link", s.cfg.Name, "board", s.cfg.Spec, "error", err)
-			s.setState("waiting for the board")
+		if text := err.Error(); text != waiting {
+			tell := s.cfg.Log.Warn
+			if absent {
+				tell = s.cfg.Log.Info
+			}
+			tell("waiting for the board", "link", s.cfg.Name, "board", s.cfg.Spec, "error", err)
+			waiting, pause = text, retryOpen
 		}
-		s.fail(err)
-		t := time.NewTimer(retryOpen)
+		s.setState(stateWaiting)
+		t := time.NewTimer(pause)
 		select {
 		case <-ctx.Done():
 			t.Stop()
 			return nil
 		case <-t.C:
 		}
+		if pause *= 2; absent {
+			pause = retryOpen
+		} else if pause > maxRetryOpen {
+			pause = maxRetryOpen
+		}
 	}
 }
 
-func (s *Session) open() error {
-	b, err := board.Open(s.cfg.Spec, s.cfg.Options)
+// States of a session in which it has no board, as Status tells them.
+const (
+	stateWaiting = "waiting for the board"
+	stateGivenUp = "given up" // Run has returned an error
+)
+
+// openBoard opens the board. When ctx ends it returns early; a board that comes later is closed.
+func (s *Session) openBoard(ctx context.Context) (board.Board, error) {
+	if ctx.Done() == nil {
+		return board.Open(s.cfg.Spec, s.cfg.Options)
+	}
+	type result struct {
+		b   board.Board
+		err error
+	}
+	c := make(chan result)
+	go func() {
+		b, err := board.Open(s.cfg.Spec, s.cfg.Options)
+		select {
+		case c <- result{b, err}:
+		case <-ctx.Done():
+			if err == nil {
+				b.Close()
+			}
+		}
+	}()
+	select {
+	case r := <-c:
+		return r.b, r.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (s *Session) open(ctx context.Context) error {
+	b, err := s.openBoard(ctx)
 	if err != nil {
+		atomic.AddUint64(&s.n.OpenErrors, 1)
 		return err
 	}
 	decl, err := s.cfg.Handler.Declare(b)
 	if err != nil {
+		atomic.AddUint64(&s.n.OpenErrors, 1)
 		b.Close()
 		return err
 	}
@@ -287,6 +357,7 @@ func (s *Session) open() error {
 		}
 	}
 	if err != nil {
+		atomic.AddUint64(&s.n.OpenErrors, 1)
 		b.Close()
 		return fmt.Errorf("board %s: %w", s.cfg.Spec, err)
 	}
@@ -339,10 +410,18 @@ func (s *Session) close() {
 }
 
 // serve runs the opened board; again tells that it has to be opened anew.
-func (s *Session) serve(ctx context.Context) (again bool, err error) {
+func (s *Session) serve(ctx context.Context) (again bool) {
 	stop, err := doorbell.NewEventfd()
 	if err != nil {
-		return false, err
+		// Out of descriptors or memory, which passes.
+		s.fail(err)
+		s.cfg.Log.Warn("the link cannot be served now", "link", s.cfg.Name, "error", err)
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(retryOpen):
+			return true
+		}
 	}
 	s.bell = make(chan struct{}, 1)
 	done := make(chan struct{})
@@ -362,7 +441,7 @@ func (s *Session) serve(ctx context.Context) (again bool, err error) {
 		select {
 		case <-ctx.Done():
 			s.safely(s.leave)
-			return false, nil
+			return false
 		case <-s.tick.C:
 			s.safely(func() {
 				s.poll(true)
@@ -371,7 +450,7 @@ func (s *Session) serve(ctx context.Context) (again bool, err error) {
 			look = !s.link.Up()
 			if served != nil && served.ServerLost() && look {
 				s.down()
-				return true, nil
+				return true
 			}
 		case <-s.bell:
 			s.safely(func() { s.poll(false) })
@@ -389,7 +468,7 @@ func (s *Session) serve(ctx context.Context) (again bool, err error) {
 			s.fail(gone)
 			s.cfg.Log.Warn("the board is gone", "link", s.cfg.Name, "board", s.cfg.Spec, "error", gone)
 			s.safely(s.down)
-			return true, nil
+			return true
 		}
 	}
 }
@@ -759,7 +838,7 @@ func (s *Session) Status() status.Link {
 	defer s.mu.Unlock()
 	l := status.Link{Name: s.cfg.Name, Board: s.cfg.Spec, State: s.state, Since: s.since.Format(time.RFC3339Nano),
 		Epoch: s.epochs[0], PeerEpoch: s.epochs[1], LastError: s.last, Regions: []status.Region{}}
-	l.Counters = status.Counters(Counters{Opened: atomic.LoadUint64(&s.n.Opened), RingErrors: atomic.LoadUint64(&s.n.RingErrors),
+	l.Counters = status.Counters(Counters{Opened: atomic.LoadUint64(&s.n.Opened), OpenErrors: atomic.LoadUint64(&s.n.OpenErrors), RingErrors: atomic.LoadUint64(&s.n.RingErrors),
 		Malformed: atomic.LoadUint64(&s.n.Malformed), Unexpected: atomic.LoadUint64(&s.n.Unexpected), CallTimeout: atomic.LoadUint64(&s.n.CallTimeout),
 		Floods: atomic.LoadUint64(&s.n.Floods)})
 	for k, v := range status.Counters(s.bells.Snapshot()) {

@@ -160,3 +160,65 @@ func TestOpen(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestRetry: which errors end Run, and which are waited for. Each change of the error is one line of the log.
+func TestRetry(t *testing.T) {
+	input := &board.Error{Spec: "flaky", Reason: "bad", Class: board.ErrInput}
+	absent := &board.Error{Spec: "flaky", Reason: "absent", Class: board.ErrAbsent}
+	taken := &board.Error{Spec: "flaky", Reason: "taken", Class: board.ErrSideTaken}
+	other := &board.Error{Spec: "flaky", Reason: "no driver"}
+	for _, c := range []struct {
+		name  string
+		retry bool
+		errs  []error
+		up    bool // the board is opened in the end; else the last error ends Run
+		lines int  // about waiting
+	}{
+		{"bad at once", false, []error{input}, false, 0},
+		{"taken at once", false, []error{taken}, false, 0},
+		{"no driver at once", false, []error{other}, false, 0},
+		{"no driver, taken, after absent", false, []error{absent, absent, other, other, taken}, true, 3},
+		{"bad after absent", false, []error{absent, input}, false, 1},
+		{"several boards", true, []error{input, taken, taken, other, absent, input}, true, 5},
+	} {
+		var log peer.Log
+		_, spec := peer.NewBoard(t, testboard.PairOptions{})
+		for len(openings) > 0 {
+			<-openings
+		}
+		for _, err := range c.errs {
+			openings <- err
+		}
+		openings <- nil
+		s := session.New(session.Config{Name: "x", Spec: "flaky:" + spec, Log: &log, Handler: none{}, Retry: c.retry})
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan error, 1)
+		go func() { done <- s.Run(ctx) }()
+		var err error
+		for begin := time.Now(); ; time.Sleep(time.Millisecond) {
+			st := s.Status()
+			if st.State == "waiting for the peer" || len(done) > 0 {
+				cancel()
+				err = <-done
+				break
+			}
+			if time.Since(begin) > 30*time.Second {
+				t.Fatalf("%s: state %q; log:\n%s", c.name, st.State, &log)
+			}
+		}
+		cancel()
+		st := s.Status()
+		if c.up && (err != nil || st.Counters["opened"] != 1) {
+			t.Errorf("%s: %v, opened %d times", c.name, err, st.Counters["opened"])
+		}
+		if last := c.errs[len(c.errs)-1]; !c.up && (err != last || st.State != "given up" || st.LastError != last.Error()) {
+			t.Errorf("%s: Run returned %v; status: %q, %q", c.name, err, st.State, st.LastError)
+		}
+		if n := st.Counters["open_errors"]; n != uint64(len(c.errs)) {
+			t.Errorf("%s: open_errors %d, want %d", c.name, n, len(c.errs))
+		}
+		if n := strings.Count(log.String(), "waiting for the board"); n != c.lines {
+			t.Errorf("%s: %d lines about waiting, want %d:\n%s", c.name, n, c.lines, &log)
+		}
+	}
+}

@@ -30,7 +30,7 @@ import (
 
 // endFlags are common to both ends.
 type endFlags struct {
-	Board []string `required:"" placeholder:"KIND:ARG" sep:"none" help:"The board, e.g. loopback:/run/a.sock. It may come later. A host may be given several."`
+	Board []string `required:"" placeholder:"KIND:ARG" sep:"none" help:"The board, e.g. loopback:/run/a.sock. It may come later. A host may be given several: one that cannot be used is tried again and does not stop the others."`
 	Name  string   `default:"board0" help:"Name of the link, for log, status and stable MAC addresses. With several boards the next ones count on from it."`
 
 	Interface string        `short:"i" placeholder:"NAME" help:"Interface to make, or to attach to where it persists (default: the kernel picks)."`
@@ -329,10 +329,8 @@ func (f *endFlags) serveEnd(side board.Side, ends []end, devices []device, log *
 	defer srv.Close()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	for _, e := range ends {
-		if err := e.Open(); err != nil {
-			return err
-		}
+	if err := openAll(ends); err != nil {
+		return err
 	}
 	for _, d := range devices {
 		for _, w := range d.Warnings() {
@@ -351,6 +349,22 @@ func (f *endFlags) serveEnd(side board.Side, ends []end, devices []device, log *
 		})
 	}
 	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// openAll opens the boards of all ends, at the same time, as one may take seconds to fail. An error
+// means that no board can be used nor waited for. Otherwise the ends go on: their Run waits for
+// what is not there, and with several boards also for what is wrong (session.Config.Retry).
+func openAll(ends []end) error {
+	var wg sync.WaitGroup
+	errs := make([]error, len(ends))
+	for i, e := range ends {
+		wg.Go(func() { errs[i] = e.Open() })
+	}
+	wg.Wait()
+	if slices.Contains(errs, nil) {
+		return nil
+	}
 	return errors.Join(errs...)
 }
 
@@ -424,7 +438,7 @@ func (c *hostCmd) Run(s *streams) error {
 	for b, spec := range c.Board {
 		ends = append(ends, host.NewLink(host.Config{Name: c.linkName(b), Board: spec, Options: c.options(log), Devices: devices[b], NoPool: !c.Pool,
 			DMA: host.DMAConfig{Mode: mode, Min: c.DMAMin},
-			Log: log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts}))
+			Log: log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts, Retry: len(c.Board) > 1}))
 	}
 	if err := c.serveEnd(board.Host, ends, open, log); err != nil {
 		closeAll()
