@@ -5,8 +5,10 @@ import (
 	"fmt"
 	"hash/fnv"
 	"os"
+	"strconv"
 	"sync"
 	"syscall"
+	"unicode/utf8"
 	"unsafe"
 
 	"github.com/songgao/water"
@@ -137,10 +139,13 @@ func checkName(name string) error {
 	case ".", "..", "all", "default":
 		return configError(name, nil, "the kernel reserves this name; choose another one")
 	}
-	for i := 0; i < len(name); i++ {
-		c := name[i]
+	for i, c := range name {
 		if c <= ' ' || c >= 0x7f || c == '/' || c == ':' || c == '%' {
-			return configError(name, nil, "byte %d (%q) cannot be in the name of an interface: use letters, digits, '-', '_' and '.'", i, c)
+			what := strconv.QuoteRune(c)
+			if c == utf8.RuneError && name[i] >= 0x80 {
+				what = fmt.Sprintf("%#02x", name[i]) // not UTF-8
+			}
+			return configError(name, nil, "%s (at byte %d) cannot be in the name of an interface: use letters, digits, '-', '_' and '.'", what, i)
 		}
 	}
 	return nil

@@ -11,7 +11,6 @@ import (
 	_ "github.com/boardlink/boardlink/board/loopback" // registers itself
 	"github.com/boardlink/boardlink/cmd/internal/lean"
 	"github.com/boardlink/boardlink/host"
-	"github.com/boardlink/boardlink/tunbridge"
 )
 
 func main() {
@@ -57,16 +56,14 @@ func run(f *lean.Flags, args []string, queueMax *uint, pool *bool, engine *strin
 	}
 	for i := range nets {
 		s := &nets[i]
+		if err := f.StableMACs(s, i); err != nil {
+			closeAll()
+			return err
+		}
 		ic := s.Interface()
 		ic.Queues = s.Queues
 		if ic.MTU == 0 {
 			ic.MTU = 1500
-		}
-		if ic.Type == tunbridge.TAP && ic.MAC == (tunbridge.MAC{}) {
-			ic.MAC = f.StableMAC(board.Host, i)
-		}
-		if s.BoardMAC == (tunbridge.MAC{}) {
-			s.BoardMAC = f.StableMAC(board.Agent, i)
 		}
 		n, err := host.NewNet(host.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: ic, BoardMAC: s.BoardMAC,
 			Deny: deny, Loop: f.Loop.From(i), QueueMax: uint16(*queueMax)})

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/agent"
+	"github.com/boardlink/boardlink/app"
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
 	"github.com/boardlink/boardlink/cmd/internal/ifaddr"
@@ -47,6 +48,8 @@ type endFlags struct {
 	BusyPoll string `default:"auto" placeholder:"DURATION" help:"How long a loop with nothing to do looks on before it sleeps: auto (as long as has paid off lately, never across the bus), off, or e.g. 50us (default: ${default})."`
 	CPU      string `placeholder:"LIST" help:"Processors to lock the loops to, e.g. 1 or 2-5: one each, counting round (default: none)."`
 
+	MachineID string `name:"machine-id" placeholder:"TEXT" help:"Identity of this machine, which MAC addresses are made of (default: BOARDLINK_MACHINE_ID of the environment, /etc/machine-id, or what the firmware says)."`
+
 	Account bool `default:"true" negatable:"" help:"Count the accesses across the bus."`
 
 	Memory     string `enum:"auto,cached,write-combining,uncached" default:"auto" help:"How memory across the bus is accessed (${enum}); for trials of the device-memory paths on RAM."`
@@ -58,7 +61,8 @@ type endFlags struct {
 
 	Verbose bool `short:"v" help:"Log more."`
 
-	loop tunbridge.LoopConfig // of BusyPoll and CPU, by check
+	loop    tunbridge.LoopConfig // of BusyPoll and CPU, by check
+	machine *app.Machine         // nil: not asked for yet
 }
 
 // netSpec is one device as flags describe it.
@@ -188,19 +192,36 @@ func parseBool(v string) (bool, error) {
 	return b, nil
 }
 
-// iface returns the interface of device n. Without a MAC it gets one that stays the same
-// from start to start, so that the other side's neighbour tables stay true.
-func (s netSpec) iface(f *endFlags, side board.Side, n int) tunbridge.Config {
-	link := f.linkName(s.board)
-	c := tunbridge.Config{Name: s.name, Type: s.link, Offload: s.offload, Persist: s.persist, MAC: s.mac, MTU: s.mtu}
-	if side == board.Host && s.link == tunbridge.TAP && c.MAC == (tunbridge.MAC{}) {
-		c.MAC = stableMAC(link, side, n)
-	}
-	return c
+// iface returns the interface of a device.
+func (s netSpec) iface() tunbridge.Config {
+	return tunbridge.Config{Name: s.name, Type: s.link, Offload: s.offload, Persist: s.persist, MAC: s.mac, MTU: s.mtu}
 }
 
-func stableMAC(name string, side board.Side, n int) tunbridge.MAC {
-	return tunbridge.StableMAC(fmt.Sprintf("boardlink %s %s %d", name, side, n))
+// stableMACs gives device n the MAC addresses that the operator did not choose, the host's own and the board's: they stay the
+// same from start to start, so that neighbour tables stay true, and differ from those of other machines and boards.
+func (f *endFlags) stableMACs(s *netSpec, n int, log *slog.Logger) error {
+	if s.link != tunbridge.TAP || s.mac != (tunbridge.MAC{}) && s.boardMAC != (tunbridge.MAC{}) {
+		return nil
+	}
+	if f.machine == nil {
+		m, err := app.Identify(f.MachineID)
+		if err != nil {
+			return usageError{err}
+		}
+		if m.Warning != "" {
+			log.Warn(m.Warning)
+		}
+		f.machine = &m
+	}
+	for _, a := range []struct {
+		side board.Side
+		mac  *tunbridge.MAC
+	}{{board.Host, &s.mac}, {board.Agent, &s.boardMAC}} {
+		if *a.mac == (tunbridge.MAC{}) {
+			*a.mac = f.machine.MAC(f.linkName(s.board), a.side, f.Board[s.board], n)
+		}
+	}
+	return nil
 }
 
 func (f *endFlags) deny() (virtio.Features, error) {
@@ -411,16 +432,16 @@ func (c *hostCmd) Run(s *streams) error {
 			devices[sp.board] = map[uint16]host.Backend{}
 		}
 		i := len(devices[sp.board]) // number on its link
-		ic := sp.iface(&c.endFlags, board.Host, i)
+		if err := c.stableMACs(&sp, i, log); err != nil {
+			closeAll()
+			return err
+		}
+		ic := sp.iface()
 		if ic.MTU == 0 {
 			ic.MTU = 1500
 		}
 		ic.Queues = sp.queues
-		bm := sp.boardMAC
-		if bm == (tunbridge.MAC{}) {
-			bm = stableMAC(c.linkName(sp.board), board.Agent, i)
-		}
-		n, err := host.NewNet(host.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: ic, BoardMAC: bm,
+		n, err := host.NewNet(host.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: ic, BoardMAC: sp.boardMAC,
 			Deny: deny, Loop: c.loop.From(i), QueueMax: c.QueueMax})
 		if err != nil {
 			closeAll()
@@ -491,7 +512,7 @@ func (c *agentCmd) Run(s *streams) error {
 		}
 	}
 	for i, sp := range specs {
-		n, err := agent.NewNet(agent.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: sp.iface(&c.endFlags, board.Agent, i),
+		n, err := agent.NewNet(agent.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: sp.iface(),
 			Deny: deny, Loop: c.loop.From(i), Ring: c.Ring, Queues: sp.queues, QueueSize: c.QueueSize, RXBuffer: c.RXBuffer})
 		if err != nil {
 			closeAll()

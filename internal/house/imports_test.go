@@ -19,7 +19,8 @@ var floors = map[string]int{
 	"virtiomsg": 4, "tunbridge": 4, "frames": 4,
 	"session": 5,
 	"host":    6, "agent": 6,
-	"cmd": 7,
+	"app": 7,
+	"cmd": 8,
 }
 
 // top returns the first element of a package's path inside the module.

@@ -22,6 +22,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/boardlink/boardlink/app"
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/cmd/internal/ifaddr"
 	"github.com/boardlink/boardlink/dma"
@@ -68,6 +69,7 @@ type Flags struct {
 
 	memory, status, deny string
 	busyPoll, cpu        string
+	machineID            string
 	verbose              bool
 	def                  Net
 	defLink              string
@@ -113,6 +115,7 @@ func New(side board.Side) *Flags {
 	s.StringVar(&f.cpu, "cpu", "", "processors to lock the loops to, a `LIST` like 1 or 2-5: one each, counting round (default: none)")
 	s.StringVar(&f.deny, "deny", "", "virtio `features` not to negotiate, e.g. event_idx,host_uso")
 	s.Var(&f.nets, "net", "several devices: one `SPEC` each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000; keys: name link addr mtu mac board-mac offload persist queues")
+	s.StringVar(&f.machineID, "machine-id", "", "identity of this machine, which MAC addresses are made of (default: BOARDLINK_MACHINE_ID of the environment, /etc/machine-id, or what the firmware says)")
 	s.BoolVar(&f.Account, "account", true, "count the accesses across the bus")
 	s.BoolVar(&f.Interrupts, "interrupts", true, "wait for the board's interrupts; without, everything is polled")
 	s.StringVar(&f.memory, "memory", "auto", "how memory across the bus is accessed: auto, cached, write-combining, uncached")
@@ -252,10 +255,26 @@ func (n *Net) Interface() tunbridge.Config {
 	return tunbridge.Config{Name: n.Name, Type: n.Type, Offload: n.Offload, Persist: n.Persist, MAC: n.MAC, MTU: n.MTU}
 }
 
-// StableMAC returns the address that device number n of this link has on a side unless told
-// otherwise: the same from start to start, and the same as boardlink's.
-func (f *Flags) StableMAC(side board.Side, n int) tunbridge.MAC {
-	return tunbridge.StableMAC(fmt.Sprintf("boardlink %s %s %d", f.Name, side, n))
+// StableMACs gives device number i the MAC addresses that the operator did not choose, the host's own and the board's: the
+// same from start to start, and those that boardlink gives.
+func (f *Flags) StableMACs(n *Net, i int) error {
+	if n.Type != tunbridge.TAP || n.MAC != (tunbridge.MAC{}) && n.BoardMAC != (tunbridge.MAC{}) {
+		return nil
+	}
+	m, err := app.Identify(f.machineID)
+	if err != nil {
+		return usageError{err}
+	}
+	if m.Warning != "" {
+		f.Log.Warn(m.Warning)
+	}
+	if n.MAC == (tunbridge.MAC{}) {
+		n.MAC = m.MAC(f.Name, board.Host, f.Board, i)
+	}
+	if n.BoardMAC == (tunbridge.MAC{}) {
+		n.BoardMAC = m.MAC(f.Name, board.Agent, f.Board, i)
+	}
+	return nil
 }
 
 // Deny returns the features not to negotiate.
