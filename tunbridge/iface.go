@@ -7,6 +7,7 @@ import (
 	"os"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"unicode/utf8"
 	"unsafe"
@@ -182,15 +183,23 @@ type Iface struct {
 	hdrLen    int
 	typ       LinkType
 	supported Offload
-	index     int
+	index     int32 // atomic
+	known     int32 // the MTU that was seen last; atomic
 	warnings  []string
 	attached  bool
+	cfg       Config // as Open got it
 
 	mu   sync.Mutex // guards what follows, and fd against Close
-	ctl  int        // a socket in the interface's network namespace
+	ctl  int        // a socket in the network namespace at.id
+	at   place
 	name string
+	made string // the name that Open gave it
 	mac  MAC
 	mtu  int
+	isUp bool // as it was seen last
+
+	watch   *watch // nil until Watch
+	remakes int
 
 	queues []*Iface // of the first: all of them
 	inUse  int      // of them, from the first on
@@ -208,7 +217,9 @@ func Open(cfg Config) (*Iface, error) {
 	if err != nil {
 		return nil, fmt.Errorf("tunbridge: interface %q: control socket: %w", cfg.Name, err)
 	}
-	it := &Iface{fd: -1, ctl: ctl, typ: cfg.Type}
+	it := &Iface{fd: -1, ctl: ctl, typ: cfg.Type, cfg: cfg}
+	it.at.home, it.at.homeID = openThreadNetns()
+	it.at.id = it.at.homeID
 	it.first, it.queues, it.inUse = it, []*Iface{it}, 1
 	if err := it.open(cfg); err != nil {
 		it.Close()
@@ -250,9 +261,8 @@ func (it *Iface) open(cfg Config) error {
 	if err := ioctlIfreq(it.ctl, unix.SIOCGIFINDEX, r); err != nil {
 		return it.failed("SIOCGIFINDEX", err)
 	}
-	for _, q := range it.queues {
-		q.index = int(*r.i32())
-	}
+	it.setIndex(int(*r.i32()))
+	it.made = it.name
 	if err := it.getMTU(); err != nil {
 		return it.failed("SIOCGIFMTU", err)
 	}
@@ -262,12 +272,12 @@ func (it *Iface) open(cfg Config) error {
 		}
 	}
 	if cfg.MTU != 0 {
-		if err := it.setMTU(cfg.MTU); err != nil {
+		if err := it.tolerate(it.setMTU(cfg.MTU), "its MTU stays %d, %d was asked for: run \"ip link set dev %s mtu %d\" as root", it.mtu, cfg.MTU, it.name, cfg.MTU); err != nil {
 			return err
 		}
 	}
 	if cfg.MAC != (MAC{}) {
-		if err := it.setMAC(cfg.MAC); err != nil {
+		if err := it.tolerate(it.setMAC(cfg.MAC), "its MAC address stays %v, %v was asked for: run \"ip link set dev %s address %v\" as root", it.mac, cfg.MAC, it.name, cfg.MAC); err != nil {
 			return err
 		}
 	}
@@ -486,8 +496,22 @@ func (it *Iface) warn(format string, args ...interface{}) {
 	}
 }
 
-// failed wraps the errno of a request about the interface.
+// tolerate makes a warning of a refusal for want of privileges, where the interface was there before: somebody
+// made it for a program without them.
+func (it *Iface) tolerate(err error, format string, args ...interface{}) error {
+	if err == nil || !it.attached || !errors.Is(err, unix.EPERM) {
+		return err
+	}
+	it.warn("not permitted to change the interface (CAP_NET_ADMIN is missing): "+format, args...)
+	return nil
+}
+
+// failed wraps the errno of a request about the interface; EBADFD, which a tun descriptor without an
+// interface answers, as ErrGone.
 func (it *Iface) failed(op string, err error) error {
+	if err == unix.EBADFD {
+		err = ErrGone
+	}
 	return fmt.Errorf("tunbridge: interface %q: %s: %w", it.name, op, err)
 }
 
@@ -496,23 +520,14 @@ func (it *Iface) Name() string {
 	it = it.first
 	it.mu.Lock()
 	defer it.mu.Unlock()
-	it.refresh()
+	if it.fd >= 0 {
+		_ = it.refresh() // else what we knew
+	}
 	return it.name
 }
 
-// refresh asks for the current name: somebody may have renamed the interface.
-func (it *Iface) refresh() {
-	if it.fd < 0 {
-		return
-	}
-	var r ifreq
-	if ioctlIfreq(it.fd, unix.TUNGETIFF, &r) == nil {
-		it.name = r.ifName()
-	}
-}
-
-// Index returns the interface's index.
-func (it *Iface) Index() int { return it.index }
+// Index returns the interface's index in the network namespace that it is in, as it was known last.
+func (it *Iface) Index() int { return int(atomic.LoadInt32(&it.index)) }
 
 // Type returns the kind of the interface.
 func (it *Iface) Type() LinkType { return it.typ }
@@ -587,23 +602,31 @@ func (it *Iface) SetCarrier(on bool) error {
 	return nil
 }
 
-// MTU returns the interface's MTU in bytes, as it is now.
+// MTU returns the interface's MTU in bytes, as it is now; as it was known last where it cannot be asked.
 func (it *Iface) MTU() int {
 	it = it.first
 	it.mu.Lock()
 	defer it.mu.Unlock()
-	it.refresh()
-	_ = it.getMTU() // else what we knew
+	_ = it.ask(it.getMTU) // else what we knew
 	return it.mtu
 }
+
+// KnownMTU returns the MTU in bytes as it was seen last, without a system call: by MTU, SetMTU, State or, soon after
+// a change, by Watch.
+func (it *Iface) KnownMTU() int { return int(atomic.LoadInt32(&it.first.known)) }
 
 func (it *Iface) getMTU() error {
 	r := newIfreq(it.name)
 	err := ioctlIfreq(it.ctl, unix.SIOCGIFMTU, r)
 	if err == nil {
-		it.mtu = int(*r.i32())
+		it.noteMTU(int(*r.i32()))
 	}
 	return err
+}
+
+func (it *Iface) noteMTU(mtu int) {
+	it.mtu = mtu
+	atomic.StoreInt32(&it.known, int32(mtu))
 }
 
 // SetMTU sets the MTU, in bytes.
@@ -614,12 +637,11 @@ func (it *Iface) SetMTU(mtu int) error {
 	if it.fd < 0 {
 		return ErrClosed
 	}
-	it.refresh()
 	if err := checkMTU(it.name, it.typ, mtu); err != nil {
 		return err
 	}
-	if err := it.getMTU(); err != nil {
-		return it.failed("SIOCGIFMTU", err)
+	if err := it.ask(it.getMTU); err != nil {
+		return err
 	}
 	return it.setMTU(mtu)
 }
@@ -636,7 +658,7 @@ func (it *Iface) setMTU(mtu int) error {
 		}
 		return it.failed(fmt.Sprintf("set MTU %d", mtu), err)
 	}
-	it.mtu = mtu
+	it.noteMTU(mtu)
 	return nil
 }
 
@@ -668,7 +690,6 @@ func (it *Iface) SetMAC(m MAC) error {
 	if it.fd < 0 {
 		return ErrClosed
 	}
-	it.refresh()
 	if err := checkMAC(it.name, it.typ, m); err != nil {
 		return err
 	}
@@ -682,14 +703,18 @@ func (it *Iface) setMAC(m MAC) error {
 	if m == it.mac {
 		return nil // needs no privilege then
 	}
-	r := newIfreq(it.name)
+	// By the descriptor: it goes to the device wherever that is, and needs no privilege.
+	r := newIfreq("")
 	*r.u16() = arphrdEther
 	copy(r.hwaddr()[2:], m[:])
-	err := ioctlIfreq(it.ctl, unix.SIOCSIFHWADDR, r)
+	err := ioctlIfreq(it.fd, unix.SIOCSIFHWADDR, r)
 	if err == unix.EBUSY {
 		// A kernel that cannot change it while the interface is up.
-		if err = it.setUp(false); err == nil {
-			err = ioctlIfreq(it.ctl, unix.SIOCSIFHWADDR, r)
+		if err = it.locate(); err == nil {
+			err = it.setUp(false)
+		}
+		if err == nil {
+			err = ioctlIfreq(it.fd, unix.SIOCSIFHWADDR, r)
 			if uerr := it.setUp(true); err == nil {
 				err = uerr
 			}
@@ -713,7 +738,9 @@ func (it *Iface) SetUp(up bool) error {
 	if it.fd < 0 {
 		return ErrClosed
 	}
-	it.refresh()
+	if err := it.locate(); err != nil {
+		return err
+	}
 	if err := it.setUp(up); err != nil {
 		if err == unix.EPERM {
 			return configError(it.name, err, "not permitted to set the interface up or down: CAP_NET_ADMIN is missing")
@@ -842,6 +869,7 @@ func (it *Iface) Close() error {
 	if it.first != it {
 		return nil
 	}
+	it.unwatch()
 	it.mu.Lock()
 	defer it.mu.Unlock()
 	var err error
@@ -860,6 +888,10 @@ func (it *Iface) Close() error {
 	if it.ctl >= 0 {
 		unix.Close(it.ctl)
 		it.ctl = -1
+	}
+	if it.at.home >= 0 {
+		unix.Close(it.at.home)
+		it.at.home = -1
 	}
 	return err
 }

@@ -109,5 +109,5 @@ func (it *Iface) ioError(op string, e unix.Errno) error {
 	case unix.EBADF:
 		return ErrClosed
 	}
-	return fmt.Errorf("tunbridge: interface %d: %s: %w", it.index, op, e)
+	return fmt.Errorf("tunbridge: interface %d: %s: %w", it.Index(), op, e)
 }

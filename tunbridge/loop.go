@@ -1,6 +1,7 @@
 package tunbridge
 
 import (
+	"errors"
 	"fmt"
 	"runtime"
 	"time"
@@ -41,6 +42,7 @@ const yieldPeriod = 32
 type loop struct {
 	name    string
 	stop    *Stop
+	ifc     *Iface
 	sleeper *doorbell.Sleeper
 	out     half // ring to interface; may be nil
 	in      half // interface to ring; may be nil
@@ -85,7 +87,7 @@ func NewLoop(c LoopConfig, pumps ...Pump) (Pump, error) {
 		return nil, fmt.Errorf("tunbridge: a loop without pumps")
 	}
 	c1 := first.shared()
-	l.name, l.stop, l.across, l.stats = c1.name, c1.stop, c1.across, c1.stats
+	l.name, l.stop, l.ifc, l.across, l.stats = c1.name, c1.stop, c1.ifc, c1.across, c1.stats
 	var second doorbell.Waiter
 	if l.in != nil && l.out != nil {
 		c2 := l.in.shared()
@@ -171,13 +173,23 @@ func (l *loop) Run() (err error) {
 func (l *loop) poll() (doorbell.Reason, error) {
 	why, err := l.sleeper.Look(l.events())
 	if err != nil {
-		return 0, fmt.Errorf("%s: wait for a doorbell or a frame: %w", l.name, err)
+		return 0, l.cannotWait(err)
 	}
 	l.end.polled(why&doorbell.Extra != 0)
 	if why&doorbell.Extra != 0 {
 		l.ready = true
 	}
 	return why, nil
+}
+
+// cannotWait explains why the descriptors cannot be waited for. A tun descriptor reports POLLERR once its interface
+// is removed.
+func (l *loop) cannotWait(err error) error {
+	var fe *doorbell.FDError
+	if errors.As(err, &fe) && fe.FD == l.ifc.FD() && fe.Revents&unix.POLLERR != 0 {
+		return fmt.Errorf("%s: wait for a frame from %s: %w", l.name, l.ifc.Name(), ErrGone)
+	}
+	return fmt.Errorf("%s: wait for a doorbell or a frame: %w", l.name, err)
 }
 
 // step moves a batch each way. The ring first: what is written to the interface may have its answer there when that is read.
@@ -320,7 +332,7 @@ func (l *loop) sleep() error {
 		start := time.Now()
 		var err error
 		if why, err = l.sleeper.Sleep(l.events()); err != nil {
-			return fmt.Errorf("%s: wait for a doorbell or a frame: %w", l.name, err)
+			return l.cannotWait(err)
 		}
 		l.end.polled(why&doorbell.Extra != 0)
 		if !l.end.rest { // with a frame left it was no sleep
