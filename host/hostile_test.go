@@ -952,3 +952,37 @@ func testLinkPage(t *testing.T, r *rig) {
 }
 
 func (r *rig) spec() string { return r.link.Status().Board }
+
+// TestRingMethod: an agent that asks to be rung in a way that this kind of board does not have is refused, and met
+// when it asks for one that there is.
+func TestRingMethod(t *testing.T) { onBoards(t, testRingMethod) }
+
+func testRingMethod(t *testing.T, r *rig) {
+	good := r.Link.Self()
+	for _, ring := range []board.RingInfo{
+		{Method: board.RingRegister, Vectors: 4, Addr: 0x1000},
+		{Method: board.RingBoard, Vectors: 4},
+	} {
+		bad := good
+		bad.Ring = ring
+		refused, ups := r.count("link_page_errors"), r.count("link_ups")
+		r.Redeclare(bad)
+		r.Until(20*time.Second, "the page is refused", func() bool { return r.count("link_page_errors") > refused })
+		if e := r.link.Status().LastError; !strings.Contains(e, "ring method") || !strings.Contains(e, "agent block") {
+			t.Errorf("method %d: the error is %q", ring.Method, e)
+		}
+		if r.count("link_ups") != ups {
+			t.Errorf("method %d: up", ring.Method)
+		}
+		r.Redeclare(good)
+		r.Until(20*time.Second, "the link comes up", func() bool { return r.count("link_ups") > ups })
+	}
+	// One that polls is not rung, and served all the same.
+	r.Until(20*time.Second, "up", func() bool { return r.Up })
+	polls := good
+	polls.Ring = board.RingInfo{Method: board.RingNone}
+	ups := r.count("link_ups")
+	r.Redeclare(polls)
+	r.Until(20*time.Second, "the link comes up", func() bool { return r.count("link_ups") > ups && r.Up })
+	r.bringUp(plain)
+}

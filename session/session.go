@@ -343,7 +343,11 @@ func (s *Session) open(ctx context.Context) error {
 	self := b.Self()
 	decl.Ring = self
 	link, err := virtiomsg.NewLink(virtiomsg.LinkConfig{Window: b.Window(), Side: s.cfg.Options.Side, Self: decl,
-		PeerDead: b.PeerDead, LostTicks: s.cfg.LostBeats})
+		PeerDead: b.PeerDead, LostTicks: s.cfg.LostBeats,
+		CanRing: func(r board.RingInfo) error {
+			_, err := b.Ringer(r, 0)
+			return err
+		}})
 	if err == nil {
 		err = s.assign(b, self)
 	}

@@ -71,20 +71,29 @@ func (p *Producer) Reset() {
 	p.f.w.store32(p.f.off+fifoHead, 0)
 }
 
+// Room tells whether there is room for a message. The error is a *FIFOError, as Put's.
+func (p *Producer) Room() (bool, error) {
+	f := &p.f
+	if f.own-f.seen < f.slots {
+		return true, nil
+	}
+	// Only a FIFO that looks full costs a read.
+	tail := f.w.load32(f.off + fifoTail)
+	if tail < f.seen || tail > f.own {
+		return false, &FIFOError{FIFO: f.name, Index: "tail", Value: tail, Low: f.seen, High: f.own}
+	}
+	f.seen = tail
+	return f.own-f.seen < f.slots, nil
+}
+
 // Put appends a message. The caller rings the peer. Errors: ErrFIFOFull; a *FIFOError where the
 // consumer's index is impossible, which stays so until Reset; ErrFIFOSpent.
 func (p *Producer) Put(s *Slot) error {
 	f := &p.f
-	if f.own-f.seen >= f.slots {
-		// Only a FIFO that looks full costs a read.
-		tail := f.w.load32(f.off + fifoTail)
-		if tail < f.seen || tail > f.own {
-			return &FIFOError{FIFO: f.name, Index: "tail", Value: tail, Low: f.seen, High: f.own}
-		}
-		f.seen = tail
-		if f.own-f.seen >= f.slots {
-			return ErrFIFOFull
-		}
+	if ok, err := p.Room(); err != nil {
+		return err
+	} else if !ok {
+		return ErrFIFOFull
 	}
 	if f.own == ^uint32(0) {
 		// Indices do not wrap: 2^32 is no multiple of 62, and a reset to 0 must never look
@@ -119,6 +128,16 @@ func (c *Consumer) Reset() {
 // Get takes the next message into s and tells whether there was one. A *FIFOError means that the
 // producer's index is impossible, which stays so until Reset.
 func (c *Consumer) Get(s *Slot) (bool, error) {
+	ok, err := c.Peek(s)
+	if ok {
+		c.Take()
+	}
+	return ok, err
+}
+
+// Peek copies the next message into s without taking it, and tells whether there is one. Errors: as
+// Get's.
+func (c *Consumer) Peek(s *Slot) (bool, error) {
 	f := &c.f
 	if f.own == f.seen {
 		head := f.w.load32(f.off + fifoHead)
@@ -135,9 +154,14 @@ func (c *Consumer) Get(s *Slot) (bool, error) {
 		}
 	}
 	f.w.loadSlot(f.slot(f.own), s)
+	return true, nil
+}
+
+// Take gives the slot that Peek has read back to the producer.
+func (c *Consumer) Take() {
+	f := &c.f
 	f.own++
 	// The slot has been read before the producer may fill it again.
 	f.w.mem.Barrier(mmio.FullBarrier)
 	f.w.store32(f.off+fifoTail, f.own)
-	return true, nil
 }

@@ -71,8 +71,10 @@ const (
 	ReasonBroken
 	// ReasonReset: Reset, Redeclare or Stop was called on this side.
 	ReasonReset
+	// ReasonWiped: somebody else changed this side's block of the link page.
+	ReasonWiped
 
-	reasons = int(ReasonReset) + 1
+	reasons = int(ReasonWiped) + 1
 )
 
 // String says it in a few words.
@@ -94,6 +96,8 @@ func (r Reason) String() string {
 		return "peer broke a FIFO"
 	case ReasonReset:
 		return "reset by this side"
+	case ReasonWiped:
+		return "link page wiped"
 	}
 	return fmt.Sprintf("reason(%d)", uint8(r))
 }
@@ -129,6 +133,9 @@ type LinkConfig struct {
 	PeerDead func() bool
 	// LostTicks is how many ticks the peer's heartbeat may stand still; 0 means DefaultLostTicks.
 	LostTicks int
+	// CanRing tells what is wrong with the way in which the peer wants to be rung, on this kind of
+	// board; the peer's block is refused then. nil: every method is taken.
+	CanRing func(board.RingInfo) error
 	// Rand returns a random number; nil means getrandom(2). It is asked at each Start.
 	Rand func() (uint32, error)
 }
@@ -161,6 +168,7 @@ type Link struct {
 	self      Declaration
 	image     block // self, as it is written
 	peerDead  func() bool
+	canRing   func(board.RingInfo) error
 	random    func() (uint32, error)
 	lostTicks int
 
@@ -173,6 +181,8 @@ type Link struct {
 	gone       bool
 	broken     Reason // to leave for, with the next Poll
 	look       bool
+	hold       bool // new epochs of the peer are left unanswered
+	looks      int  // wiped was asked so often since the whole block was compared
 	republish  bool // own block must be written anew
 	ring       bool
 	reason     Reason
@@ -192,7 +202,7 @@ func NewLink(c LinkConfig) (*Link, error) {
 	if c.Window.Mem.Size() < PageSize {
 		return nil, fmt.Errorf("virtiomsg: a window of %#x bytes cannot hold a link page", c.Window.Mem.Size())
 	}
-	l := &Link{w: newWords(c.Window), window: c.Window, side: c.Side, peerDead: c.PeerDead,
+	l := &Link{w: newWords(c.Window), window: c.Window, side: c.Side, peerDead: c.PeerDead, canRing: c.CanRing,
 		random: c.Rand, lostTicks: c.LostTicks, own: blockOff(c.Side), peer: blockOff(c.Side.Other())}
 	if l.lostTicks <= 0 {
 		l.lostTicks = DefaultLostTicks
@@ -359,6 +369,13 @@ func (l *Link) Poll(tick bool) (Event, error) {
 	if l.republish {
 		l.publish()
 	}
+	if tick && l.wiped() {
+		// The peer may be waiting for what stood there.
+		l.rewrite()
+	}
+	if l.hold && l.phase == phaseDown {
+		return EventNone, nil
+	}
 	if epoch == 0 {
 		l.peerEpoch, l.badEpoch = 0, 0
 		if l.side == board.Host && l.phase == phaseStopping && !l.released && l.w.load32(l.peer+offMagic) == Magic {
@@ -401,10 +418,18 @@ func (l *Link) pollUp(tick, check bool) (Event, error) {
 		return EventQuiesce, nil
 	}
 	if tick {
-		if beat := l.w.load32(l.peer + offBeat); beat != l.peerBeat {
+		beat, state := l.w.load64(l.peer + offBeat)
+		if beat != l.peerBeat {
 			l.peerBeat, l.stillTicks = beat, 0
 		} else if l.stillTicks++; l.stillTicks >= l.lostTicks {
 			l.leave(ReasonLost)
+			return EventQuiesce, nil
+		}
+		// A peer that is not up with this side may be waiting for what stood in its block.
+		if state != StateRunning && l.wiped() {
+			atomic.AddUint64(&l.stats.Wiped, 1)
+			l.leave(ReasonWiped)
+			l.republish = true
 			return EventQuiesce, nil
 		}
 	}
@@ -429,17 +454,17 @@ func (l *Link) adopt(epoch uint32, check bool) (Event, error) {
 	if err == nil {
 		err = l.checkPeer(&d)
 	}
+	// A reset of the board, or whatever spoilt the peer's block, may have taken our own with it. The
+	// peer cannot know before ours is good again, so a page that is refused is an occasion to look, too.
+	if !l.stands() {
+		l.rewrite()
+	}
 	if err != nil {
 		l.badEpoch, l.err = epoch, err
 		atomic.AddUint64(&l.stats.PageErrors, 1)
 		return EventNone, err
 	}
 	l.err = nil
-	// A reset of the board may have taken our own block with it.
-	if e, o := l.w.load64(l.own + offEpoch); e != l.epoch || o != l.echo || !l.image.stands(&l.w, l.side) {
-		atomic.AddUint64(&l.stats.Wiped, 1)
-		l.publish()
-	}
 	l.peerEpoch, l.badEpoch, l.decl = epoch, 0, d
 	l.peerStops = state == StateStopping
 	l.ring = true // now that it is known how
@@ -461,6 +486,38 @@ func (l *Link) adopt(epoch uint32, check bool) (Event, error) {
 	return EventPeer, nil
 }
 
+// stands tells whether the own block is in the window as this side wrote it.
+func (l *Link) stands() bool {
+	e, o := l.w.load64(l.own + offEpoch)
+	return e == l.epoch && o == l.echo && l.image.stands(&l.w, l.side)
+}
+
+// wholeCheck is how many ticks pass between two comparisons of the whole own block, while one of the
+// sides is not up.
+const wholeCheck = 10
+
+// wiped tells, on a tick of a link that one side at least is not up on, whether somebody else changed the own block. Each
+// tick looks at three words, which no wiping of the block leaves as they were: magic comes first
+// whenever the block is written. Each tenth tick looks at all of it.
+func (l *Link) wiped() bool {
+	if l.looks++; l.looks >= wholeCheck {
+		l.looks = 0
+		return !l.stands()
+	}
+	if e, o := l.w.load64(l.own + offEpoch); e != l.epoch || o != l.echo {
+		return true
+	}
+	return l.w.load32(l.own+offMagic) != Magic
+}
+
+// rewrite publishes the own block, which was changed by somebody else, with a new epoch. The peer's
+// epoch is to be answered once more.
+func (l *Link) rewrite() {
+	atomic.AddUint64(&l.stats.Wiped, 1)
+	l.peerEpoch, l.badEpoch = 0, 0
+	l.publish()
+}
+
 // answer resets the index words of this side and echoes the peer's epoch.
 func (l *Link) answer() {
 	l.tx.Reset()
@@ -472,16 +529,20 @@ func (l *Link) answer() {
 }
 
 func (l *Link) checkPeer(d *Declaration) error {
+	agent, host := &l.self, d
 	if l.side == board.Host {
-		if err := d.Check(board.Agent, l.self.WindowSize); err != nil {
-			return err
-		}
-		return checkPair(d, &l.self)
+		agent, host = d, &l.self
 	}
-	if err := d.Check(board.Host, l.self.WindowSize); err != nil {
+	if err := d.Check(l.side.Other(), l.self.WindowSize); err != nil {
 		return err
 	}
-	return checkPair(&l.self, d)
+	if err := checkPair(agent, host); err != nil || l.canRing == nil {
+		return err
+	}
+	if err := l.canRing(d.Ring); err != nil {
+		return pageErr(l.side.Other(), ErrRing, "ring method", uint64(d.Ring.Method), "%v", err)
+	}
+	return nil
 }
 
 // pollReleased goes on when the peer has echoed our epoch.
@@ -618,6 +679,11 @@ func (l *Link) Fault() bool {
 	return true
 }
 
+// Hold lets a link that is not up leave new epochs of the peer unanswered, and not come up, until it
+// is called with false: the owner has had enough of them for now. The heartbeat goes on. A link that
+// is up, or is being left, is not concerned.
+func (l *Link) Hold(on bool) { l.hold = on }
+
 // Look lets the next Poll ask PeerDead: the board's Events told that a peer came or went.
 func (l *Link) Look() { l.look = true }
 
@@ -680,13 +746,27 @@ func (l *Link) Send(s *Slot) error {
 	return nil
 }
 
-// Recv takes a message, and tells whether there was one. Errors: ErrDown, a *FIFOError (the
-// next Poll takes the link down).
-func (l *Link) Recv(s *Slot) (bool, error) {
+// Room tells whether the FIFO to the peer has room for a message. Errors: as Send's, but for
+// ErrFIFOFull.
+func (l *Link) Room() (bool, error) {
 	if l.phase != phaseUp || l.broken != ReasonNone {
 		return false, ErrDown
 	}
-	ok, err := l.rx.Get(s)
+	ok, err := l.tx.Room()
+	if err != nil {
+		return false, l.fifoError(err)
+	}
+	return ok, nil
+}
+
+// Peek copies the oldest message that the peer has sent, without taking it, and tells whether there
+// is one. Whoever has looked at the copy uses that one, and calls Take: the peer may have written to
+// the slot since. Errors: as Recv's.
+func (l *Link) Peek(s *Slot) (bool, error) {
+	if l.phase != phaseUp || l.broken != ReasonNone {
+		return false, ErrDown
+	}
+	ok, err := l.rx.Peek(s)
 	if err != nil {
 		return false, l.fifoError(err)
 	}
@@ -694,13 +774,29 @@ func (l *Link) Recv(s *Slot) (bool, error) {
 		// A reset of the board may have run into the slot while it was read.
 		return false, ErrDown
 	}
-	if ok {
-		atomic.AddUint64(&l.stats.Received, 1)
-		// The producer may be waiting for room: the head that was read before cannot tell, it may have
-		// filled the FIFO since.
-		l.ring = true
-	}
 	return ok, nil
+}
+
+// Take gives the slot of the message that Peek has returned back to the peer.
+func (l *Link) Take() {
+	if l.phase != phaseUp || l.broken != ReasonNone {
+		return
+	}
+	l.rx.Take()
+	atomic.AddUint64(&l.stats.Received, 1)
+	// The producer may be waiting for room: the head that was read before cannot tell, it may have
+	// filled the FIFO since.
+	l.ring = true
+}
+
+// Recv takes a message, and tells whether there was one. Errors: ErrDown, a *FIFOError (the
+// next Poll takes the link down).
+func (l *Link) Recv(s *Slot) (bool, error) {
+	ok, err := l.Peek(s)
+	if ok {
+		l.Take()
+	}
+	return ok, err
 }
 
 // fifoError judges an impossible index: a peer that starts anew resets its index words after it

@@ -876,3 +876,191 @@ func BenchmarkVQueueCodec(b *testing.B) {
 		}
 	}
 }
+
+// TestWiped: whoever clears the blocks of the link page under the two ends, the agent's, the host's or
+// both, to zeros or ones, in whatever state of the handshake: both come up again by themselves.
+func TestWiped(t *testing.T) {
+	for _, across := range []bool{false, true} {
+		for _, with := range []uint64{0, ^uint64(0)} {
+			for which := 1; which <= 3; which++ {
+				// Polls of both sides between the start and the wiping: 0 to 3 lie before "up".
+				for when := 0; when < 8; when++ {
+					wa, wh := newWindow(0x4000)
+					wh.Across = across
+					links := []*Link{mustLink(t, LinkConfig{Window: wa, Side: board.Agent, Self: agentDeclaration(), LostTicks: 3}),
+						mustLink(t, LinkConfig{Window: wh, Side: board.Host, Self: hostDeclaration(), LostTicks: 3})}
+					poll := func(l *Link, tick bool) {
+						ev, err := l.Poll(tick)
+						var page *PageError
+						if err != nil && !errors.As(err, &page) && err != ErrLinkGone {
+							t.Fatal(err)
+						}
+						if ev == EventQuiesce {
+							if err := l.Quiesced(); err != nil {
+								t.Fatal(err)
+							}
+						}
+					}
+					for _, l := range links {
+						if err := l.Start(); err != nil {
+							t.Fatal(err)
+						}
+					}
+					for i := 0; i < when; i++ {
+						poll(links[i%2], false)
+					}
+					for i := uint64(0); i < 2; i++ {
+						for o := i * blockSize; which>>i&1 != 0 && o < (i+1)*blockSize; o += 8 {
+							wa.Mem.Store64(o, with)
+						}
+					}
+					ticks := 0
+					up := func() bool {
+						a, h := links[0], links[1]
+						return a.Up() && h.Up() && a.PeerEpoch() == h.Epoch() && h.PeerEpoch() == a.Epoch() &&
+							a.stands() && h.stands()
+					}
+					for ; !up(); ticks++ {
+						if ticks == 20 {
+							t.Fatalf("across %v, block %d wiped to %x after %d polls: not up within %d ticks: the agent's error %v, the host's %v",
+								across, which, with, when, ticks, links[0].Err(), links[1].Err())
+						}
+						for _, l := range links {
+							poll(l, true)
+							poll(l, false)
+						}
+					}
+					if s := links[0].Stats().Wiped + links[1].Stats().Wiped; s == 0 && when >= 2 {
+						t.Errorf("across %v, block %d wiped after %d polls: nobody counts it", across, which, when)
+					}
+				}
+			}
+		}
+	}
+}
+
+// TestCorrupted: words of the own block that somebody changed, and no wiping would have found, are written
+// again within a second of default ticks while the link is not up.
+func TestCorrupted(t *testing.T) {
+	a, h, _ := pair(t)
+	if err := a.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for off := uint64(0); off < blockLen; off += 4 {
+		if off == offBeat || off == offState {
+			continue // nobody relies on them before the link is up
+		}
+		a.w.store32(off, a.w.load32(off)^0x100)
+		for n := 0; !a.stands(); n++ {
+			if n > wholeCheck {
+				t.Fatalf("offset %#x is not mended in %d ticks", off, n)
+			}
+			if _, err := a.Poll(true); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := h.Start(); err != nil {
+		t.Fatal(err)
+	}
+	rung(t, a, h)
+	if !a.Up() || !h.Up() {
+		t.Error("not up")
+	}
+}
+
+// TestCanRing: a peer that wants to be rung in a way that this board does not have is refused, by name.
+func TestCanRing(t *testing.T) {
+	wa, wh := newWindow(0x4000)
+	bad := errors.New("a board without doorbell registers")
+	a := mustLink(t, LinkConfig{Window: wa, Side: board.Agent, Self: agentDeclaration(), CanRing: func(r board.RingInfo) error {
+		if r.Method == board.RingRegister {
+			return bad
+		}
+		return nil
+	}})
+	h := mustLink(t, LinkConfig{Window: wh, Side: board.Host, Self: hostDeclaration()})
+	h.Start()
+	a.Start()
+	_, err := a.Poll(false)
+	var page *PageError
+	if !errors.As(err, &page) || page.Side != board.Host || page.Field != "ring method" || page.Value != 2 || !errors.Is(err, ErrRing) {
+		t.Fatalf("Poll returns %v", err)
+	}
+	d := hostDeclaration()
+	d.Ring = board.RingInfo{Method: board.RingIvshmem, Peer: 4, Vectors: 1}
+	if _, err := h.Redeclare(d); err != nil {
+		t.Fatal(err)
+	}
+	rung(t, a, h)
+	if !a.Up() || !h.Up() {
+		t.Error("not up after the host asks for another way")
+	}
+}
+
+// TestHold: a side that holds answers nothing, keeps its heartbeat, and comes up when it is let.
+func TestHold(t *testing.T) {
+	a, h, _ := up(t)
+	h.Reset()
+	h.Quiesced()
+	h.Hold(true)
+	for i := 0; i < 5; i++ {
+		for _, l := range []*Link{a, h} {
+			if ev, err := l.Poll(true); err != nil {
+				t.Fatal(err)
+			} else if ev == EventQuiesce {
+				l.Quiesced()
+			}
+		}
+	}
+	beat := h.w.load32(h.own + offBeat)
+	if h.Poll(true); h.Up() || a.Up() || h.echo != 0 || h.w.load32(h.own+offBeat) != beat+1 {
+		t.Errorf("held, and up %v, the agent %v, echo %x", h.Up(), a.Up(), h.echo)
+	}
+	h.Hold(false)
+	rung(t, h, a)
+	if !a.Up() || !h.Up() {
+		t.Fatal("not up")
+	}
+	h.Hold(true)
+	if ev, err := h.Poll(true); ev != EventNone || err != nil || !h.Up() {
+		t.Errorf("a link that is up: %v, %v", ev, err)
+	}
+}
+
+// TestPeek: a message stays where it is until it is taken; what was peeked at is what was there then.
+func TestPeek(t *testing.T) {
+	wa, wh := newWindow(0x4000)
+	d := agentDeclaration()
+	d.SlotsAgentToHost, d.SlotsHostToAgent = 1, 1
+	a := mustLink(t, LinkConfig{Window: wa, Side: board.Agent, Self: d})
+	h := mustLink(t, LinkConfig{Window: wh, Side: board.Host, Self: hostDeclaration()})
+	a.Start()
+	h.Start()
+	rung(t, a, h)
+	for i := uint32(1); i < 5; i++ {
+		var m, n Slot
+		if ok, err := a.Room(); !ok || err != nil {
+			t.Fatalf("room %v, %v", ok, err)
+		}
+		EncodePing(&m, 1, i)
+		if err := a.Send(&m); err != nil {
+			t.Fatal(err)
+		}
+		for j := 0; j < 2; j++ {
+			if ok, err := h.Peek(&n); !ok || err != nil || n != m {
+				t.Fatalf("Peek: %v, %v, % x", ok, err, n)
+			}
+			if ok, err := a.Room(); ok || err != nil {
+				t.Fatalf("room %v, %v before it is taken", ok, err)
+			}
+		}
+		h.Take()
+		if ok, err := h.Peek(&n); ok || err != nil {
+			t.Fatalf("Peek after Take: %v, %v", ok, err)
+		}
+	}
+	if s := h.Stats(); s.Received != 4 {
+		t.Errorf("received %d", s.Received)
+	}
+}

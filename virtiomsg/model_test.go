@@ -50,6 +50,7 @@ type world struct {
 	toPool []postedWrite // the agent's
 	gone   bool          // the board is in reset
 	resets int
+	wipes  int
 	depth  int
 	mess   bool // interleave and kill
 	sides  [2]*modelSide
@@ -268,7 +269,7 @@ func (s *modelSide) poll(tick bool) Event {
 	w := s.w
 	ev, err := s.link.Poll(tick)
 	var page *PageError
-	if err != nil && !errors.Is(err, ErrLinkGone) && !(w.resets > 0 && errors.As(err, &page)) {
+	if err != nil && !errors.Is(err, ErrLinkGone) && !(w.resets+w.wipes > 0 && errors.As(err, &page)) {
 		w.fatalf("%s: Poll: %v", s.side, err)
 	}
 	if ev != EventNone {
@@ -425,6 +426,25 @@ func (w *world) wiped() bool {
 	return h.loops && !(a.loops && a.ready)
 }
 
+// wipe clears one side's block of the link page, or both, to zeros or ones: a fault of the memory, or
+// a program that writes where it should not. No process is told.
+func (w *world) wipe() {
+	with, which := byte(0), 1+w.rng.Intn(3)
+	if w.rng.Intn(2) == 0 {
+		with = 0xff
+	}
+	w.wipes++
+	w.logf("blocks %b wiped to %#x", which, with)
+	for i := 0; i < 2; i++ {
+		if which>>uint(i)&1 == 0 {
+			continue
+		}
+		for o := range w.mem[i*blockSize : (i+1)*blockSize] {
+			w.mem[i*blockSize+o] = with
+		}
+	}
+}
+
 // act lets a side, or the bus, do something.
 func (w *world) act(s *modelSide) {
 	if s.inside {
@@ -436,6 +456,9 @@ func (w *world) act(s *modelSide) {
 	}
 	if n := len(w.toPool); n > 0 && w.rng.Intn(3) == 0 {
 		land(&w.toPool, w.pool[:], 1+w.rng.Intn(n))
+	}
+	if w.mess && !w.gone && w.rng.Intn(400) == 0 {
+		w.wipe()
 	}
 	if s.held {
 		if w.rng.Intn(20) == 0 {

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 
 	"github.com/boardlink/boardlink/board"
@@ -36,6 +37,8 @@ type linkTest struct {
 	// knows that it is dead, as a lock tells.
 	later bool
 	slots uint32 // of the FIFOs; 0: two, which fill up
+	// wipes: the link page is wiped now and then, so that a side may find it bad.
+	wipes bool
 	// Mutations.
 	eager bool // rewrite the area without waiting for EventUp
 	deaf  bool // go on writing after EventQuiesce
@@ -50,6 +53,10 @@ func (c *linkTest) setup(b *Board) {
 		r.start(side)
 	}
 	for _, f := range c.faults {
+		if wipe, ok := wipes[f]; ok {
+			b.Fault(f, 1, func() { wipe(b) })
+			continue
+		}
 		var side board.Side
 		switch {
 		case f == "kill host", f == "stop host":
@@ -84,6 +91,25 @@ func (c *linkTest) setup(b *Board) {
 	b.Name(board.Agent, linkH2A, 0x1000, "fifo to agent")
 	b.Name(board.Agent, areaBoard, 8*areaWords, "area")
 	b.Name(board.Host, areaHost, 8*areaWords, "area")
+}
+
+// wipes are faults of the memory in which the link page lies: a side's block, or both, read as zeros or
+// ones from one moment on. No process is told.
+var wipes = map[string]func(*Board){
+	"wipe agent":         func(b *Board) { wipeBlocks(b, 0, 0) },
+	"wipe host":          func(b *Board) { wipeBlocks(b, 0, 0x800) },
+	"wipe both":          func(b *Board) { wipeBlocks(b, 0, 0, 0x800) },
+	"wipe agent to ones": func(b *Board) { wipeBlocks(b, ^uint64(0), 0) },
+	"wipe host to ones":  func(b *Board) { wipeBlocks(b, ^uint64(0), 0x800) },
+	"wipe both to ones":  func(b *Board) { wipeBlocks(b, ^uint64(0), 0, 0x800) },
+}
+
+func wipeBlocks(b *Board, v uint64, blocks ...uint64) {
+	for _, o := range blocks {
+		for i := uint64(0); i < 0x200; i += 8 {
+			b.Poke(board.Agent, o+i, 8, v)
+		}
+	}
 }
 
 // linkRun is what the processes of a run share behind the model's back.
@@ -193,7 +219,8 @@ func (n *linkNode) ring() {
 func (n *linkNode) poll(tick bool) {
 	for {
 		ev, err := n.link.Poll(tick)
-		if err != nil {
+		var page *virtiomsg.PageError
+		if err != nil && !(n.r.c.wipes && (errors.As(err, &page) || errors.Is(err, virtiomsg.ErrLinkGone))) {
 			n.p.Failf("poll: %v", err)
 		}
 		tick = false
@@ -344,6 +371,27 @@ func TestLinkRestartAnywhere(t *testing.T) {
 			if res.Complete < 1 && runs(10) == 10 {
 				t.Errorf("not every step was tried in %d schedules", res.Runs)
 			}
+		})
+	}
+}
+
+// TestLinkWipedAnywhere wipes the link page under the two sides at every step of a handshake and the exchange
+// after it, and while one of them is killed or stopped, too.
+func TestLinkWipedAnywhere(t *testing.T) {
+	for f := range wipes {
+		f := f
+		t.Run(f, func(t *testing.T) {
+			c := linkTest{faults: []string{f}, wipes: true}
+			if strings.HasSuffix(f, "to ones") { // much the same, and dearer: the host waits for the window
+				Explore(t, Search{Options: harshest, FaultsOnly: true, Bound: 1, MaxSystematic: runs(200)}, c.setup)
+			} else {
+				res := Explore(t, Search{Options: harshest, FaultsOnly: true, Bound: 1, MaxSystematic: runs(10000)}, c.setup)
+				if res.Complete < 1 && runs(10) == 10 {
+					t.Errorf("not every step was tried in %d schedules", res.Runs)
+				}
+			}
+			c.faults = append(c.faults, linkFaults...)
+			Explore(t, Search{Options: harshest, Runs: runs(40), FaultsOnly: true, Bound: 3, MaxSystematic: runs(20)}, c.setup)
 		})
 	}
 }

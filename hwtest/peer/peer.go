@@ -158,6 +158,20 @@ func New(t testing.TB, spec string, side board.Side) *Peer {
 	return p
 }
 
+// Redeclare shows another declaration to the other side, with a new handshake.
+func (p *Peer) Redeclare(d virtiomsg.Declaration) {
+	p.T.Helper()
+	up, err := p.Link.Redeclare(d)
+	if err != nil {
+		p.T.Fatal(err)
+	}
+	if up {
+		p.Up = false
+		p.Downs++
+		p.Link.Quiesced()
+	}
+}
+
 // Step moves the handshake on, and takes what came in.
 func (p *Peer) Step() {
 	beat := time.Since(p.last) >= tick
