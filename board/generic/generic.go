@@ -3,13 +3,14 @@
 //
 // The carrier opens "generic:FILE@0000:01:00.0", the board "generic:FILE".
 //
-// In the room: the description (Config), its checks, the board made of it. Never in it: how the file is read (Decode is
-// set by the program), registers of any one board.
+// In the room: the description (Config), how its file is read and checked, the board made of it. Never in it: registers of any
+// one board.
 package generic
 
 import (
 	"errors"
 	"fmt"
+	"io"
 	"math/bits"
 	"os"
 	"strings"
@@ -28,10 +29,6 @@ import (
 
 // Name is the kind's name in a board spec.
 const Name = "generic"
-
-// Decode reads a description into c, and refuses keys that Config does not have. It is nil in programs that cannot;
-// set it before the first board is opened.
-var Decode func(data []byte, c *Config) error
 
 // maxFile limits what is read for a description, in bytes.
 const maxFile = 1 << 20
@@ -62,59 +59,80 @@ var _ board.Engined = (*Board)(nil)
 // Demux returns what takes the doorbells' interrupt, for its counters; nil where there is no cause register.
 func (b *Board) Demux() *fn.Demux { return b.demux }
 
-// Load reads and checks a description.
-func Load(path string) (*Config, error) {
-	if Decode == nil {
-		return nil, errors.New("this program cannot read descriptions of boards")
+// FileError is a file that is no good description.
+type FileError struct {
+	Path     string
+	Problems []Problem // at least one
+}
+
+// Error gives the first problem, and how to see the others.
+func (e *FileError) Error() string {
+	s := e.Path + ": " + e.Problems[0].String()
+	if n := len(e.Problems) - 1; n > 0 {
+		s += fmt.Sprintf(" (and %d more: boardlink check %s)", n, e.Path)
 	}
+	return s
+}
+
+// Load reads and checks a description. What is wrong with it is a *FileError.
+func Load(path string) (*Config, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
 	data := make([]byte, maxFile+1)
-	n := 0
-	for n < len(data) {
-		k, err := f.Read(data[n:])
-		n += k
-		if err != nil || k == 0 {
-			break
-		}
+	n, err := io.ReadFull(f, data)
+	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
+		return nil, err
 	}
 	if n > maxFile {
-		return nil, fmt.Errorf("has more than %d bytes: it is no description of a board", maxFile)
+		return nil, &FileError{path, []Problem{{Reason: fmt.Sprintf("has more than %d bytes: it is no description of a board", maxFile)}}}
 	}
-	c := new(Config)
-	if err := Decode(data[:n], c); err != nil {
-		return nil, err
-	}
-	if err := c.Validate(); err != nil {
-		return nil, err
+	c, problems := Check(data[:n])
+	if len(problems) > 0 {
+		return nil, &FileError{path, problems}
 	}
 	return c, nil
 }
 
-// Open opens the end o.Side.
-func Open(arg string, o board.Options) (*Board, error) {
-	a, err := fn.ParseArg(Name, arg, "mode", "interrupts")
-	if err != nil {
-		return nil, err
+// CheckSpec reads the description that the argument of a spec, FILE or FILE@ADDRESS, names, without the hardware: nil, or
+// the error that Open returns for it.
+func CheckSpec(arg string) error {
+	_, _, _, err := parseSpec(arg)
+	return err
+}
+
+// parseSpec takes the argument of a spec apart, and reads the file.
+func parseSpec(arg string) (a fn.Arg, addr string, c *Config, err error) {
+	if a, err = fn.ParseArg(Name, arg, "mode", "interrupts"); err != nil {
+		return a, "", nil, err
 	}
-	file, addr := a.What, ""
+	file := a.What
 	if i := strings.LastIndexByte(file, '@'); i >= 0 {
 		file, addr = file[:i], file[i+1:]
 	}
 	if file == "" {
-		return nil, a.Bad("the file that describes the board is missing (generic:FILE@ADDRESS)")
+		return a, addr, nil, a.Bad("the file that describes the board is missing (generic:FILE@ADDRESS)")
 	}
-	c, err := Load(file)
-	if err != nil {
+	if c, err = Load(file); err != nil {
 		var p *os.PathError
 		if errors.As(err, &p) {
-			return nil, &board.Error{Spec: a.Spec, Reason: "the description cannot be read", Class: board.ErrInput, Err: err}
+			return a, addr, nil, &board.Error{Spec: a.Spec, Reason: "the description cannot be read", Class: board.ErrInput, Err: err}
 		}
-		return nil, a.Bad("%s: %v", file, err)
+		return a, addr, nil, a.Bad("%v", err)
 	}
+	a.What = file
+	return a, addr, c, nil
+}
+
+// Open opens the end o.Side.
+func Open(arg string, o board.Options) (*Board, error) {
+	a, addr, c, err := parseSpec(arg)
+	if err != nil {
+		return nil, err
+	}
+	file := a.What
 	irq, err := a.OneOf("interrupts", "on", "on", "off")
 	if err != nil {
 		return nil, err

@@ -1,32 +1,30 @@
 package generic
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/BurntSushi/toml"
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/mmio/mmiotest"
 )
 
+// decode reads a description by another decoder, as an oracle.
 func decode(data []byte, c *Config) error {
 	md, err := toml.Decode(string(data), c)
 	if err == nil && len(md.Undecoded()) > 0 {
 		err = fmt.Errorf("%s: there is no such key", md.Undecoded()[0])
 	}
 	return err
-}
-
-func useTOML(t testing.TB) {
-	old := Decode
-	Decode = decode
-	t.Cleanup(func() { Decode = old })
 }
 
 // example is the file of docs/boards.md.
@@ -47,12 +45,16 @@ func example(t testing.TB) string {
 // TestExample: the documented file is valid, and has every key there is.
 func TestExample(t *testing.T) {
 	text := example(t)
-	var c Config
-	if err := decode([]byte(text), &c); err != nil {
+	c, problems := Check([]byte(text))
+	if len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	var other Config
+	if err := decode([]byte(text), &other); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Validate(); err != nil {
-		t.Fatal(err)
+	if d := cmp.Diff(&other, c); d != "" {
+		t.Fatalf("another decoder reads something else: %s", d)
 	}
 	doc := "\n" + text
 	for _, k := range []string{"name", "vendor", "device", "bar", "path", "map", "offset", "size", "bus_address", "memory", "min_access", "max_access",
@@ -146,7 +148,6 @@ func TestValidate(t *testing.T) {
 
 // TestOpen: files and arguments that are at fault say so, as the operator's.
 func TestOpen(t *testing.T) {
-	useTOML(t)
 	dir := t.TempDir()
 	file := func(name, text string) string {
 		p := filepath.Join(dir, name)
@@ -183,15 +184,10 @@ func TestOpen(t *testing.T) {
 	if _, err := board.Open("generic:"+good+"@0000:ff:1f.7,mode=vfio", board.Options{}); !errors.Is(err, board.ErrAbsent) {
 		t.Errorf("a function that is not there: %v", err)
 	}
-	Decode = nil
-	if _, err := board.Open("generic:"+good+"@0000:00:04.0", board.Options{}); !errors.Is(err, board.ErrInput) {
-		t.Errorf("without a decoder: %v", err)
-	}
 }
 
 // TestAgentFiles: the agent's end over a file that stands for the board's memory, opened twice.
 func TestAgentFiles(t *testing.T) {
-	useTOML(t)
 	dir := t.TempDir()
 	mem, toml := filepath.Join(dir, "mem"), filepath.Join(dir, "b.toml")
 	if err := os.WriteFile(mem, make([]byte, 0x40000), 0o600); err != nil {
@@ -364,9 +360,21 @@ func FuzzConfig(f *testing.F) {
 	f.Add([]byte("[host.window]\nbar=2\noffset=0xfffffffffffffff8\n"))
 	f.Add([]byte("[host.window]\n[host.ring]\nwrite='bit'\nvalue=31\n"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		var c Config
-		if decode(data, &c) != nil || c.Validate() != nil {
+		cp, problems := Check(data)
+		if len(problems) > 0 {
+			for _, p := range problems {
+				if p.Reason == "" || p.Line < 0 || p.Line > bytes.Count(data, []byte("\n"))+1 || strings.Contains(p.String(), "\n") || !utf8.ValidString(p.String()) {
+					t.Fatalf("%+v", p)
+				}
+			}
 			return
+		}
+		c := *cp
+		var other Config
+		if err := decode(data, &other); err != nil && !strings.Contains(err.Error(), "out of range") {
+			t.Fatalf("another decoder refuses what this one takes: %v", err)
+		} else if d := cmp.Diff(other, c); err == nil && d != "" {
+			t.Fatalf("another decoder reads something else: %s", d)
 		}
 		if h := c.Host; h != nil && h.Ring != nil {
 			for v := uint32(0); v < h.Ring.vectors(); v++ {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/board/generic"
 	"github.com/boardlink/boardlink/hwtest/benchkit"
 	"github.com/boardlink/boardlink/hwtest/doorbench"
 	"github.com/boardlink/boardlink/pci"
@@ -99,6 +100,12 @@ func (c *doctorCmd) Run(s *streams) error {
 
 func (c *doctorCmd) examine(add func(check string, ok bool, l *latency, format string, args ...any), step func(string)) error {
 	kind, arg, _ := strings.Cut(c.Board, ":")
+	if kind == generic.Name {
+		// The file first: what it says decides about the function.
+		if err := generic.CheckSpec(arg); err != nil {
+			return err
+		}
+	}
 	if _, at, ok := strings.Cut(arg, "@"); ok {
 		arg = at
 	}

@@ -13,10 +13,9 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/BurntSushi/toml"
 	"github.com/alecthomas/kong"
 	"github.com/boardlink/boardlink/board"
-	"github.com/boardlink/boardlink/board/generic"
+	_ "github.com/boardlink/boardlink/board/generic"  //
 	_ "github.com/boardlink/boardlink/board/ivshmem"  // kinds of board register themselves
 	_ "github.com/boardlink/boardlink/board/loopback" //
 	_ "github.com/boardlink/boardlink/board/mpc83xx"  //
@@ -41,6 +40,7 @@ type cli struct {
 	Agent    agentCmd    `cmd:"" help:"The board's end: drives the devices that the host offers."`
 	Serve    serveCmd    `cmd:"" help:"The rendezvous of a loopback board (an ivshmem server: QEMU can be either end)."`
 	Probe    probeCmd    `cmd:"" help:"PCI functions that could be boards, and what is missing to use them."`
+	Check    checkCmd    `cmd:"" help:"Check a file that describes a board, without the board; samples to start from."`
 	Doctor   doctorCmd   `cmd:"" help:"Try a board: driver, IOMMU, window, doorbells, with latencies."`
 	Bench    benchCmd    `cmd:"" help:"Measure a board."`
 	Status   statusCmd   `cmd:"" help:"State, features, queues and counters of running ends."`
@@ -75,21 +75,8 @@ func exitStatus(err error) int {
 	return exitFail
 }
 
-// decodeBoard reads the file that describes a board of the kind generic (docs/boards.md).
-func decodeBoard(b []byte, c *generic.Config) error {
-	md, err := toml.Decode(string(b), c)
-	if err != nil {
-		return err
-	}
-	if u := md.Undecoded(); len(u) > 0 {
-		return fmt.Errorf("there is no key %s", u[0])
-	}
-	return nil
-}
-
 func main() {
-	benchkit.Peer() // this program is the other side of its benchmarks
-	generic.Decode = decodeBoard
+	benchkit.Peer()           // this program is the other side of its benchmarks
 	log.SetOutput(io.Discard) // net/http's: what strangers answer is told in our own words
 	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
 }
@@ -127,7 +114,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 
 // vars are what the help of flags refers to.
 func vars() kong.Vars {
-	return kong.Vars{"status_dir": statusd.Dir(), "max_queues": strconv.Itoa(tunbridge.MaxQueues)}
+	return kong.Vars{"samples": sampleNames(), "status_dir": statusd.Dir(), "max_queues": strconv.Itoa(tunbridge.MaxQueues)}
 }
 
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }

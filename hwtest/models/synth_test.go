@@ -10,23 +10,12 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/BurntSushi/toml"
-
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/board/generic"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/hwtest/models"
 	"github.com/boardlink/boardlink/mmio"
 )
-
-// decode reads a description as the program does.
-func decode(data []byte, c *generic.Config) error {
-	md, err := toml.Decode(string(data), c)
-	if err == nil && len(md.Undecoded()) > 0 {
-		err = fmt.Errorf("%s: there is no such key", md.Undecoded()[0])
-	}
-	return err
-}
 
 // describe reads a file under testdata.
 func describe(t testing.TB, file string) *generic.Config {
@@ -35,14 +24,11 @@ func describe(t testing.TB, file string) *generic.Config {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var c generic.Config
-	if err := decode(data, &c); err != nil {
-		t.Fatal(err)
+	c, problems := generic.Check(data)
+	if len(problems) > 0 {
+		t.Fatal(problems)
 	}
-	if err := c.Validate(); err != nil {
-		t.Fatal(err)
-	}
-	return &c
+	return c
 }
 
 // synthEnds opens both ends of a Synth.
