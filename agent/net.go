@@ -275,7 +275,7 @@ func (n *Net) setUp(t transport, m layout, set uint32, notify func(error)) error
 	if err := n.configure(acked, nc); err != nil {
 		return err
 	}
-	lay := laying{t: t, m: m, acked: acked, offers: 1, count: 1}
+	lay := laying{t: t, m: m, acked: acked, offers: 1, count: 1, hostMTU: int(nc.MTU)}
 	if acked.Has(virtio.NetMQ) {
 		lay.offers = int(nc.MaxQueuePairs)
 		if lay.offers < 1 || lay.offers > virtio.NetPairsMax {
@@ -391,6 +391,9 @@ type laying struct {
 	count  int // pairs to set up; lowered where there is no room, and the operator did not choose
 	stop   *tunbridge.Stop
 
+	hostMTU      int // as the configuration space has it
+	maxRX, maxTX int // longest frames with headers, to this side and from it
+
 	pairs []netPair
 	ctrl  netQueue
 	cmd   dma.Span // what the control queue's command, and its acknowledgement, are written to
@@ -411,7 +414,13 @@ var errNoRoom = errors.New("use a larger window, fewer devices or fewer queue pa
 
 // layOut places rings and buffers in the device's memory, tells the device, and makes the loops.
 func (n *Net) layOut(l *laying) error {
-	max := tunbridge.MaxFrame(n.ifc.MTU(), l.acked.Mask()&tunbridge.NetFOffload != 0)
+	mtu, f := n.ifc.MTU(), l.acked.Mask()
+	l.maxRX, l.maxTX = tunbridge.MaxFrameToDriver(mtu, f), tunbridge.MaxFrameToDevice(mtu, f)
+	const longest = tunbridge.HeaderLen + tunbridge.MaxFrameLen
+	follow := longest // where the host says no MTU, all that the interface's allows may be sent
+	if l.acked.Has(virtio.NetMTU) {
+		follow = tunbridge.MaxFrame(l.hostMTU, false)
+	}
 	if n.cfg.Queues == 0 {
 		least := uint64(minPairMemory)
 		if l.m.near == l.m.far {
@@ -437,7 +446,7 @@ func (n *Net) layOut(l *laying) error {
 		}
 		sizes = append(sizes, size)
 	}
-	places, err := n.reserve(l, sizes, max)
+	places, err := n.reserve(l, sizes)
 	for err != nil && errors.Is(err, errNoRoom) && n.cfg.Queues == 0 && l.count > 1 {
 		if l.count--; l.count > 1 {
 			sizes = append(sizes[:2*l.count], sizes[len(sizes)-1])
@@ -446,7 +455,7 @@ func (n *Net) layOut(l *laying) error {
 		}
 		l.m.near.alloc.Reset()
 		l.m.far.alloc.Reset()
-		places, err = n.reserve(l, sizes, max)
+		places, err = n.reserve(l, sizes)
 	}
 	if err != nil {
 		return err
@@ -472,9 +481,10 @@ func (n *Net) layOut(l *laying) error {
 		p := &l.pairs[i/2]
 		q := p.queue(i)
 		pc := tunbridge.PumpConfig{Name: n.queueName(i, l.offers), Iface: p.ifc, Stop: l.stop, Wait: l.t.Call(i), Ring: l.t.Kick(i),
-			MaxFrame: max, Fallback: n.cfg.Fallback, Across: places[i].device.Region.Across, Stats: q.stats, Bells: q.bells}
+			MaxFrame: l.maxTX, MaxFollow: follow, Fallback: n.cfg.Fallback, Across: places[i].device.Region.Across, Stats: q.stats, Bells: q.bells}
 		mem := places[i].buffers.Accounted(&q.bus.Payload)
 		if q == &p.rx {
+			pc.MaxFrame, pc.MaxFollow = l.maxRX, longest
 			q.pump, err = tunbridge.NewDriverRX(pc, q.q, mem, places[i].bufferSize, merge)
 		} else {
 			q.pump, err = tunbridge.NewDriverTX(pc, q.q, mem)
@@ -523,7 +533,7 @@ func (n *Net) queueSize(l *laying, i int, wish uint16) (uint16, error) {
 
 // reserve finds room for queues of the given sizes: the pairs', and the control queue's where there are several. Pairs get
 // equal shares of what is left for buffers. Nothing is shown to the device.
-func (n *Net) reserve(l *laying, sizes []uint16, max int) ([]place, error) {
+func (n *Net) reserve(l *laying, sizes []uint16) ([]place, error) {
 	places := make([]place, len(sizes))
 	near, far := l.m.near, l.m.far
 	room := func(err error) error {
@@ -568,9 +578,9 @@ func (n *Net) reserve(l *laying, sizes []uint16, max int) ([]place, error) {
 			bytes /= 2 // the other half is for transmission
 		}
 		name := n.queueName(virtio.NetQueueRX(i), l.count)
-		size, count := rxBuffers(bytes, sizes[virtio.NetQueueRX(i)], n.cfg.RXBuffer, uint32(max), merge)
-		if l.count > 1 && (count == 0 || count*int(size) < max) {
-			return nil, room(fmt.Errorf("%s: %d receive buffers of %d bytes are too few for frames of %d", name, count, size, max))
+		size, count := rxBuffers(bytes, sizes[virtio.NetQueueRX(i)], n.cfg.RXBuffer, uint32(l.maxRX), merge)
+		if l.count > 1 && (count == 0 || count*int(size) < l.maxRX) {
+			return nil, room(fmt.Errorf("%s: %d receive buffers of %d bytes are too few for frames of %d", name, count, size, l.maxRX))
 		}
 		if rx.buffers, err = near.take(name, uint64(size)*uint64(count), 64); err != nil {
 			return nil, room(err)
@@ -586,8 +596,8 @@ func (n *Net) reserve(l *laying, sizes []uint16, max int) ([]place, error) {
 		if bytes &^= 63; bytes > maxTXMemory {
 			bytes = maxTXMemory
 		}
-		if l.count > 1 && bytes < 2*uint64(max) {
-			return nil, room(fmt.Errorf("%s: %d bytes of transmit memory are too few for frames of %d", name, bytes, max))
+		if l.count > 1 && bytes < tunbridge.TXMemMin(l.maxTX) {
+			return nil, room(fmt.Errorf("%s: %d bytes of transmit memory are too few for frames of %d", name, bytes, l.maxTX))
 		}
 		if tx.buffers, err = far.take(name, bytes, 64); err != nil {
 			return nil, room(err)

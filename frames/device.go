@@ -68,7 +68,7 @@ func (r *DeviceReceiver) Receive(n int) ([][]byte, error) {
 		return nil, err
 	}
 	// The loop works on locals: through r, each store would make the compiler load everything anew.
-	k, bytes, staged := 0, 0, 0
+	k, bytes, staged, long := 0, 0, 0, 0
 	chains, spans, used, in := r.b.Chains[:n], r.b.Spans, r.used[:n], r.in
 	region, mem := r.v.region, r.v.bytes
 	max := uint32(r.max + HeaderLen)
@@ -82,6 +82,9 @@ func (r *DeviceReceiver) Receive(n int) ([][]byte, error) {
 		u.ID, u.Count, u.Len = c.ID, c.Count, 0
 		total := c.ReadLen
 		if total-HeaderLen-1 >= max-HeaderLen {
+			if total > max {
+				long++
+			}
 			continue // no frame, or one too long: the buffer goes back
 		}
 		s := &spans[c.First]
@@ -112,7 +115,8 @@ func (r *DeviceReceiver) Receive(n int) ([][]byte, error) {
 		bytes += int(total) - HeaderLen
 	}
 	r.used = used
-	r.received(n, k, bytes, false)
+	r.received(n-long, k, bytes, false)
+	r.stats.add(cOversize, uint64(long))
 	if r.copy {
 		staged = k
 	}

@@ -309,7 +309,7 @@ func (r *DriverReceiver) cut(n int) int {
 	return n
 }
 
-// received counts k frames out of n buffers.
+// received counts k frames out of n buffers of which none was too long.
 func (e *end) received(n, k, bytes int, staged bool) {
 	e.stats.add(cFrames, uint64(k))
 	e.stats.add(cBytes, uint64(bytes))

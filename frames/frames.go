@@ -36,8 +36,8 @@ const DefaultBatch = 64
 // Limits of Config.
 const (
 	MaxBatch = 1024
-	// MaxMaxFrame is the largest MaxFrame: 64 KiB of IP packet, an Ethernet header and a VLAN tag.
-	MaxMaxFrame = 65535 + 14 + 4
+	// MaxMaxFrame is the largest MaxFrame: 64 KiB of IP packet, an Ethernet header and two VLAN tags.
+	MaxMaxFrame = 65535 + 14 + 2*4
 )
 
 // What a peer, or the caller, does wrong. The errors that ends return wrap them and name the queue.
@@ -101,8 +101,8 @@ type Sender interface {
 // Receiver is an end that receives: *DriverReceiver and *DeviceReceiver.
 type Receiver interface {
 	// Receive returns up to n frames, header apart: none where there are none. They are the caller's until Done, which
-	// it calls first where frames are still out. Frames that ask for what no end here does (a checksum, segmentation), or that have
-	// no bytes, are counted and dropped: with those, fewer than there are may be returned, none too.
+	// it calls first where frames are still out. Frames that ask for what no end here does (a checksum, segmentation), that have
+	// no bytes, or that are longer than MaxFrame, are counted and dropped: with those, fewer than there are may be returned, none too.
 	// An error means that the peer misbehaved: the queue is broken, or to be given up.
 	Receive(n int) ([][]byte, error)
 	// Done gives the memory of all frames received back to the peer, with one write of the index, and rings at most
@@ -120,7 +120,8 @@ const (
 	cFrames     = iota // frames sent or received
 	cBytes             // their bytes, header apart
 	cBatches           // publications
-	cBadHeader         // frames dropped: header that asks for what was not agreed, no bytes, too many
+	cBadHeader         // frames dropped: header that asks for what was not agreed, no bytes
+	cOversize          // frames dropped: longer than MaxFrame
 	cStaged            // frames copied through private memory
 	cRings             // doorbells rung
 	cRingErrors        // doorbells that could not be rung: the peer is absent
@@ -128,7 +129,7 @@ const (
 	numCounters
 )
 
-var counterNames = [numCounters]string{"frames", "bytes", "batches", "bad_header", "staged", "rings", "ring_errors", "sleeps"}
+var counterNames = [numCounters]string{"frames", "bytes", "batches", "bad_header", "oversize", "staged", "rings", "ring_errors", "sleeps"}
 
 // Stats are the counters of an end: written by its goroutine once a batch, read at any time.
 type Stats struct{ n [numCounters]uint64 } // first word of an allocated struct: 64-bit aligned on 32-bit machines
@@ -150,7 +151,9 @@ func (s *Stats) Rings() uint64 { return atomic.LoadUint64(&s.n[cRings]) }
 func (s *Stats) Sleeps() uint64 { return atomic.LoadUint64(&s.n[cSleeps]) }
 
 // Dropped returns the number of frames dropped.
-func (s *Stats) Dropped() uint64 { return atomic.LoadUint64(&s.n[cBadHeader]) }
+func (s *Stats) Dropped() uint64 {
+	return atomic.LoadUint64(&s.n[cBadHeader]) + atomic.LoadUint64(&s.n[cOversize])
+}
 
 func (s *Stats) add(i int, n uint64) {
 	if n != 0 {

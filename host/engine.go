@@ -11,6 +11,7 @@ import (
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/tunbridge"
+	"github.com/boardlink/boardlink/virtio"
 )
 
 // DMAMode says what a board's DMA engine is used for.
@@ -282,13 +283,13 @@ func (n *Net) useEngines(src *engineSource) {
 
 // engineJobs lists what an engine can do for this device. mu is held.
 func (n *Net) engineJobs() []engineJob {
-	max := tunbridge.MaxFrame(n.ifc.MTU(), n.acked.Mask()&tunbridge.NetFOffload != 0)
+	toDriver, toDevice := n.maxFrames()
 	var jobs []engineJob
 	for i := range n.pairs {
 		if n.pairs[i].ready() {
-			for j := 2 * i; j <= 2*i+1; j++ {
-				jobs = append(jobs, engineJob{queue: j, name: n.queueName(j), toBoard: j == 2*i, maxFrame: max})
-			}
+			rx, tx := virtio.NetQueueRX(i), virtio.NetQueueTX(i)
+			jobs = append(jobs, engineJob{queue: rx, name: n.queueName(rx), toBoard: true, maxFrame: toDriver},
+				engineJob{queue: tx, name: n.queueName(tx), maxFrame: toDevice})
 		}
 	}
 	return jobs

@@ -67,9 +67,14 @@ func needRoot(t testing.TB) {
 // onBoards runs a test on the test board, whose window is device memory to the host, and on shared
 // memory.
 func onBoards(t *testing.T, f func(t *testing.T, r *rig)) {
+	onSpecs(t, func(t *testing.T, spec string) { f(t, newRig(t, spec)) })
+}
+
+// onSpecs calls f with the boards of onBoards.
+func onSpecs(t *testing.T, f func(t *testing.T, spec string)) {
 	t.Run("testboard", func(t *testing.T) {
 		_, spec := peer.NewBoard(t, testboard.PairOptions{})
-		f(t, newRig(t, spec))
+		f(t, spec)
 	})
 	t.Run("loopback", func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "s")
@@ -80,7 +85,7 @@ func onBoards(t *testing.T, f func(t *testing.T, r *rig)) {
 		served := make(chan error, 1)
 		go func() { served <- s.Serve() }()
 		t.Cleanup(func() { s.Close(); <-served })
-		f(t, newRig(t, "loopback:"+path))
+		f(t, "loopback:"+path)
 	})
 }
 
@@ -91,6 +96,12 @@ func newRig(t *testing.T, spec string) *rig {
 
 // newRigOf is newRig with so many queue pairs.
 func newRigOf(t *testing.T, spec string, pairs int) *rig {
+	t.Helper()
+	return newRigWith(t, spec, tunbridge.Config{Name: "bl0", MTU: 1500, Queues: pairs})
+}
+
+// newRigWith is newRig with such an interface.
+func newRigWith(t *testing.T, spec string, ifc tunbridge.Config) *rig {
 	t.Helper()
 	needRoot(t)
 	r := &rig{t: t, log: new(peer.Log), done: make(chan error, 1)}
@@ -105,7 +116,7 @@ func newRigOf(t *testing.T, spec string, pairs int) *rig {
 	}
 	t.Cleanup(func() { r.ns.Close() })
 	err = r.ns.Do(func() error {
-		if r.net, err = host.NewNet(host.NetConfig{Name: "net0", Number: dev, Interface: tunbridge.Config{Name: "bl0", MTU: 1500, Queues: pairs},
+		if r.net, err = host.NewNet(host.NetConfig{Name: "net0", Number: dev, Interface: ifc,
 			BoardMAC: tunbridge.MAC{2, 0, 0, 0, 0, 1}}); err != nil {
 			return err
 		}
@@ -705,6 +716,99 @@ func testRingErrors(t *testing.T, r *rig) {
 	}
 	r.bringUp(plain)
 	r.works()
+}
+
+// TestFrameLengths: frames that are longer than was agreed are dropped and counted, both ways, and nothing else happens. What may be
+// long follows from the accepted segmentation bits and the MTU alone, so that a driver with little memory gets what fits it.
+func TestFrameLengths(t *testing.T) {
+	onSpecs(t, func(t *testing.T, spec string) {
+		testFrameLengths(t, newRigWith(t, spec, tunbridge.Config{Name: "bl0", MTU: 1500, Offload: true}))
+	})
+}
+
+func testFrameLengths(t *testing.T, r *rig) {
+	csum := virtio.FeaturesOf(virtio.Version1, virtio.NetMrgRxbuf, virtio.NetCSUM, virtio.NetGuestCSUM)
+	both := csum.Or(virtio.FeaturesOf(virtio.NetGuestTSO4, virtio.NetHostTSO4))
+	for _, c := range []struct {
+		name  string
+		f     virtio.Features
+		max   int // of a frame to the host, its header apart
+		toBig bool
+	}{
+		{"plain", plain, 1500 + 14 + 8, true},
+		{"MTU", plain.Or(virtio.FeaturesOf(virtio.NetMTU)), 1500 + 14 + 8, true},
+		{"checksums", csum, 1500 + 14 + 8, true},
+		{"segmentation", both, 0x7000, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r.in(t)
+			if got := r.net.Features(); c.f.Without(got) != (virtio.Features{}) {
+				t.Fatalf("needs a kernel with %s", c.f.Without(got))
+			}
+			r.bringUp(c.f)
+			r.works() // with a single receive buffer of 2048 bytes
+			pump := func(q int, name string) uint64 { return r.dev().Queues[q].Pump[name] }
+			tx := r.queue[1]
+			send := func(n int) {
+				t.Helper()
+				b := append(frame(1)[:26:26], make([]byte, n-14)...)
+				tx.bufs.CopyIn(0, b)
+				if k, err := tx.Add([]vring.Request{{Bufs: []vring.Buffer{{Addr: tx.bufs.Addr(), Len: uint32(len(b))}}, Readable: 1}}); k != 1 || err != nil {
+					t.Fatal(k, err)
+				}
+				r.Ring(dev, 1)
+				var done [1]vring.Completion
+				r.Until(20*time.Second, "the buffer comes back", func() bool {
+					k, err := tx.Reap(done[:])
+					if err != nil {
+						t.Fatal(err)
+					}
+					return k == 1
+				})
+			}
+			over, frames, dropped, bad := pump(1, "oversize"), pump(1, "frames"), pump(1, "dropped"), pump(1, "bad_header")
+			send(c.max)
+			r.Until(20*time.Second, "the longest frame is counted", func() bool { return pump(1, "frames") == frames+1 })
+			if c.toBig {
+				send(c.max + 1)
+				send(9000)
+				r.Until(20*time.Second, "too long ones are counted", func() bool { return pump(1, "oversize") == over+2 })
+			}
+			if d, b := pump(1, "dropped")-dropped, pump(1, "bad_header")-bad; d != 0 || b != 0 {
+				t.Errorf("%d frames counted as refused by the interface, %d as malformed", d, b)
+			}
+			// The other way: the interface's MTU is raised under the device.
+			if err := r.net.Interface().SetMTU(9000); err != nil {
+				t.Fatal(err)
+			}
+			over = pump(0, "oversize")
+			if _, err := unix.Write(r.sock, append(frame(4)[12:], make([]byte, 5000)...)); err != nil {
+				t.Fatal(err)
+			}
+			rx := r.queue[0]
+			r.Until(20*time.Second, "a frame too long for the driver is counted", func() bool {
+				// The kernel's own frames take the buffer, too.
+				if rx.Free() == queueSize {
+					if k, err := rx.Add([]vring.Request{{Bufs: []vring.Buffer{{Addr: rx.bufs.Addr(), Len: 0x800}}}}); k != 1 || err != nil {
+						t.Fatal(k, err)
+					}
+					r.Ring(dev, 0)
+				}
+				var done [1]vring.Completion
+				if _, err := rx.Reap(done[:]); err != nil {
+					t.Fatal(err)
+				}
+				return pump(0, "oversize") > over
+			})
+			if err := r.net.Interface().SetMTU(1500); err != nil {
+				t.Fatal(err)
+			}
+			if d := r.dev(); strings.Contains(d.Status, "NEEDS_RESET") || r.count("device_resets") != 0 {
+				t.Errorf("status %s, error %q", d.Status, d.LastError)
+			}
+		})
+		r.in(t)
+	}
 }
 
 // TestReceiveBuffers offers buffers that no frame fits, with and without merging: the frames are dropped and counted,

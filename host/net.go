@@ -359,19 +359,29 @@ func (n *Net) open(q *netQueue) error {
 	return err
 }
 
+// maxFrames returns the longest frames of each direction, headers included. mu is held.
+func (n *Net) maxFrames() (toDriver, toDevice int) {
+	mtu, f := n.ifc.MTU(), n.acked.Mask()
+	return tunbridge.MaxFrameToDriver(mtu, f), tunbridge.MaxFrameToDevice(mtu, f)
+}
+
 // makePumps makes the pumps and the loop of pair i.
 func (n *Net) makePumps(i int, stop *tunbridge.Stop) error {
 	p := &n.pairs[i]
-	offload := n.acked.Mask()&tunbridge.NetFOffload != 0
+	toDriver, toDevice := n.maxFrames()
 	for j, q := range [...]*netQueue{&p.rx, &p.tx} {
 		if err := n.open(q); err != nil {
 			return err
 		}
 		pc := tunbridge.PumpConfig{Name: n.queueName(2*i + j), Iface: p.ifc, Stop: stop, Wait: q.cfg.Kick, Ring: q.cfg.Call,
-			MaxFrame: tunbridge.MaxFrame(n.ifc.MTU(), offload), Fallback: n.cfg.Fallback,
+			MaxFrame: toDevice, MaxFollow: tunbridge.HeaderLen + tunbridge.MaxFrameLen, Fallback: n.cfg.Fallback,
 			Across: q.areas.Driver.Region.Across, Stats: q.stats, Bells: q.bells}
 		n.engines.attach(&pc, 2*i+j)
 		if q == &p.rx {
+			pc.MaxFrame = toDriver
+			if n.acked.Has(virtio.NetMTU) {
+				pc.MaxFollow = 0 // the driver was told the MTU (virtio 1.2, 5.1.4.1)
+			}
 			q.pump = tunbridge.NewDeviceRX(pc, q.q, n.acked.Has(virtio.NetMrgRxbuf))
 		} else {
 			q.pump = tunbridge.NewDeviceTX(pc, q.q)

@@ -57,9 +57,13 @@ const (
 )
 
 // MaxFrameLen is the longest frame an interface hands over or takes, its header apart, in
-// bytes: 64 KiB of IP packet, an Ethernet header and a VLAN tag. (The receive buffers of 65562
-// bytes in virtio 1.2, 5.1.6.3.1, lack 3 bytes for the tag.)
-const MaxFrameLen = 65535 + 14 + 4
+// bytes: 64 KiB of IP packet, an Ethernet header and two VLAN tags. (The receive buffers of 65562
+// bytes in virtio 1.2, 5.1.6.3.1, have no room for the tags of the very longest ones.)
+const MaxFrameLen = 65535 + linkOverhead
+
+// linkOverhead is what a frame may have beside the IP packet, in bytes: an Ethernet header and two
+// VLAN tags (IEEE 802.1ad), which do not count for the MTU.
+const linkOverhead = 14 + 2*4
 
 // Offload is a set of jobs that the sender of a frame may leave to its receiver.
 type Offload uint8
@@ -123,6 +127,25 @@ func OffloadFeatures(o Offload) uint64 {
 		f |= NetFHostUSO | NetFGuestUSO4 | NetFGuestUSO6
 	}
 	return f
+}
+
+// Segmentation bits of each direction: with one of them frames are up to MaxFrameLen long, without
+// any as long as the MTU allows.
+const (
+	NetFToDriverLong = NetFGuestTSO4 | NetFGuestTSO6 | NetFGuestUSO4 | NetFGuestUSO6
+	NetFToDeviceLong = NetFHostTSO4 | NetFHostTSO6 | NetFHostUSO
+)
+
+// MaxFrameToDriver returns the longest frame that the device may send to the driver once features
+// are negotiated, in bytes with its virtio-net header. Nothing but the accepted segmentation bits
+// of this direction and the MTU decides it: not what room there is in receive buffers.
+func MaxFrameToDriver(mtu int, features uint64) int {
+	return MaxFrame(mtu, features&NetFToDriverLong != 0)
+}
+
+// MaxFrameToDevice is MaxFrameToDriver for what the driver sends.
+func MaxFrameToDevice(mtu int, features uint64) int {
+	return MaxFrame(mtu, features&NetFToDeviceLong != 0)
 }
 
 // DeviceOffload returns what the device side's interface may leave to the driver once

@@ -762,17 +762,23 @@ func (it *Iface) setUp(up bool) error {
 	return ioctlIfreq(it.ctl, unix.SIOCSIFFLAGS, r)
 }
 
+// Operations of the data path, for errors.
+const (
+	opRead  = "read"
+	opWrite = "write"
+)
+
 // The data path's two calls are raw: the descriptor never blocks, so the scheduler has nothing to do while they run, and telling it
 // takes some 7 % of a small frame's time.
 
 // ReadV reads one frame, its header first in vnet mode, into the buffers of iov (1 to
 // 1024) and returns its length in bytes. ErrAgain: there is none. An ErrDropped
-// lost this one frame. A frame that does not fit is cut without
+// lost this one frame; ErrBuffers is the caller's fault. A frame that does not fit is cut without
 // notice: a result that fills the buffers to the last byte may be one. The memory is the
 // kernel's during the call only.
 func (it *Iface) ReadV(iov []unix.Iovec) (int, error) {
 	if len(iov) == 0 {
-		return 0, ErrMalformed
+		return 0, ErrBuffers
 	}
 	for {
 		n, _, e := unix.RawSyscall(unix.SYS_READV, uintptr(it.fd), uintptr(unsafe.Pointer(&iov[0])), uintptr(len(iov)))
@@ -780,7 +786,7 @@ func (it *Iface) ReadV(iov []unix.Iovec) (int, error) {
 			return int(n), nil
 		}
 		if e != unix.EINTR {
-			return 0, it.ioError("read", e)
+			return 0, it.ioError(opRead, e)
 		}
 	}
 }
@@ -798,7 +804,7 @@ func (it *Iface) WriteV(iov []unix.Iovec) (int, error) {
 			return int(n), nil
 		}
 		if e != unix.EINTR {
-			return 0, it.ioError("write", e)
+			return 0, it.ioError(opWrite, e)
 		}
 	}
 }
@@ -806,7 +812,7 @@ func (it *Iface) WriteV(iov []unix.Iovec) (int, error) {
 // Read is ReadV with a single buffer.
 func (it *Iface) Read(p []byte) (int, error) {
 	if len(p) == 0 {
-		return 0, ErrMalformed
+		return 0, ErrBuffers
 	}
 	for {
 		n, _, e := unix.Syscall(unix.SYS_READ, uintptr(it.fd), uintptr(unsafe.Pointer(&p[0])), uintptr(len(p)))
@@ -814,7 +820,7 @@ func (it *Iface) Read(p []byte) (int, error) {
 			return int(n), nil
 		}
 		if e != unix.EINTR {
-			return 0, it.ioError("read", e)
+			return 0, it.ioError(opRead, e)
 		}
 	}
 }
@@ -830,7 +836,7 @@ func (it *Iface) Write(p []byte) (int, error) {
 			return int(n), nil
 		}
 		if e != unix.EINTR {
-			return 0, it.ioError("write", e)
+			return 0, it.ioError(opWrite, e)
 		}
 	}
 }
@@ -854,7 +860,8 @@ func (it *Iface) drain() int {
 	for _, q := range it.queues {
 		for i := 0; i < maxDrain; i++ {
 			_, err := q.Read(buf[:])
-			if err != nil && !errors.Is(err, ErrDropped) {
+			// ErrBuffers here is a frame that the kernel has no header for: it is gone.
+			if err != nil && !errors.Is(err, ErrDropped) && err != ErrBuffers {
 				break
 			}
 			n++

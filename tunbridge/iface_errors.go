@@ -73,11 +73,14 @@ var (
 	ErrDown error = &ioSentinel{"tunbridge: the interface is down: frame dropped", true}
 	// ErrNoMemory: the kernel had no memory for the frame, it is lost (ENOBUFS, ENOMEM).
 	ErrNoMemory error = &ioSentinel{"tunbridge: the kernel is out of memory: frame dropped", true}
-	// ErrMalformed: the frame or its header makes no sense to the kernel, or the buffer is
-	// shorter than the header; the frame is lost (EINVAL, EMSGSIZE).
-	ErrMalformed error = &ioSentinel{"tunbridge: malformed frame, header or buffer: frame dropped", true}
+	// ErrMalformed: the frame or its header makes no sense to the kernel; the frame is lost (EINVAL of a
+	// write, EMSGSIZE).
+	ErrMalformed error = &ioSentinel{"tunbridge: malformed frame or header: frame dropped", true}
+	// ErrBuffers: the kernel refuses the buffers of a read: none, more than 1024, or less than the header
+	// takes (EINVAL). The next read would fail as well.
+	ErrBuffers error = &ioSentinel{"tunbridge: the kernel refuses the buffers of a read (1 to 1024 of them, with room for the header)", false}
 	// ErrFault: the memory of the buffers is gone, as when a peer shortens a shared
-	// file; the frame is lost (EFAULT).
+	// file; the frame is lost (EFAULT). Pumps make a MemoryError of it.
 	ErrFault error = &ioSentinel{"tunbridge: the memory of the frame is not accessible", false}
 	// ErrGone: somebody removed the interface (EBADFD). Close it; open it anew.
 	ErrGone error = &ioSentinel{"tunbridge: the interface was removed by somebody else", false}
@@ -91,8 +94,25 @@ func IsDrop(err error) bool {
 	return ok && s.drop
 }
 
+// MemoryError is the end of a pump whose queue's memory is gone, as when its owner shortens a shared file (EFAULT). It
+// is ErrFault for errors.Is. The interface is all right.
+type MemoryError struct {
+	Queue string // device and queue, as PumpConfig.Name has it
+}
+
+// Error names the queue.
+func (e *MemoryError) Error() string {
+	return e.Queue + ": the memory of its buffers is not accessible any more (EFAULT): its owner shortened or unmapped it"
+}
+
+// Unwrap returns ErrFault.
+func (e *MemoryError) Unwrap() error { return ErrFault }
+
 // ioError maps an errno of the data path.
 func (it *Iface) ioError(op string, e unix.Errno) error {
+	if e == unix.EINVAL && op == opRead {
+		return ErrBuffers
+	}
 	switch e {
 	case unix.EAGAIN:
 		return ErrAgain

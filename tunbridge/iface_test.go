@@ -910,7 +910,7 @@ func TestIfaceDataErrors(t *testing.T) {
 		if _, err := it.WriteV(nil); err != ErrMalformed {
 			t.Errorf("WriteV(nil): %v", err)
 		}
-		if _, err := it.ReadV(nil); err != ErrMalformed {
+		if _, err := it.ReadV(nil); err != ErrBuffers {
 			t.Errorf("ReadV(nil): %v", err)
 		}
 		// Somebody removes the interface.

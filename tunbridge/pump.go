@@ -3,6 +3,7 @@ package tunbridge
 import (
 	"fmt"
 	"sync/atomic"
+	"time"
 
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
@@ -31,17 +32,17 @@ const (
 	batchBytes  = 128 << 10
 )
 
-// maxIPFrame is the largest frame behind the virtio-net header: 64 KiB of IP packet, an
-// Ethernet header and a VLAN tag.
-const maxIPFrame = MaxFrameLen
+// maxIOV is the most iovecs that the kernel takes in one call (IOV_MAX).
+const maxIOV = 1024
 
 // MaxFrame returns the room in bytes that one frame with its virtio-net header may
-// need: super-packets where offloads are on, otherwise what the MTU allows.
-func MaxFrame(mtu int, offload bool) int {
-	if offload || mtu+18 > maxIPFrame {
-		return HeaderLen + maxIPFrame
+// need: super-packets where segmentation is left to the receiver, otherwise what the MTU allows,
+// with two VLAN tags. See MaxFrameToDriver and MaxFrameToDevice.
+func MaxFrame(mtu int, segmentation bool) int {
+	if segmentation || mtu+linkOverhead > MaxFrameLen {
+		return HeaderLen + MaxFrameLen
 	}
-	return HeaderLen + mtu + 18
+	return HeaderLen + mtu + linkOverhead
 }
 
 // Stop ends the loops of one device: a flag that busy loops look at once a batch, and an
@@ -84,7 +85,7 @@ const (
 	cSyscalls          // reads and writes on the interface
 	cAgain             // reads that found nothing
 	cDropped           // frames that the interface refused
-	cOversize          // frames too large for the buffers the driver offers
+	cOversize          // frames longer than what was agreed, than the MTU, or than the buffers the driver offers
 	cBadHeader         // frames whose virtio-net header asks for what was not negotiated
 	cStaged            // frames copied through a staging buffer (device memory)
 	cNoBuffers         // times the loop slept while there was no buffer or descriptor for a frame
@@ -161,13 +162,16 @@ type common struct {
 	fallback doorbell.Fallback
 	bells    *doorbell.Counters
 	ringer   doorbell.Ringer
-	max      int  // of a frame with header
+	max      int  // of a frame with header: longer ones are dropped and counted
+	most     int  // what max may become where the interface's MTU is raised
 	vnet     bool // the interface speaks virtio-net headers
 	across   bool
 	reads    bool // from the interface, to the ring
 	iov      []unix.Iovec
 	staging  []byte
 	hdr      *header
+	over     [1]byte   // where the kernel puts the byte that makes a frame too long
+	followed time.Time // when max was last compared with the interface's MTU
 
 	moved int // frames, since their loop set it to 0
 
@@ -195,8 +199,12 @@ type PumpConfig struct {
 	// Wait is this side's end of the queue's doorbell, Ring the peer's.
 	Wait doorbell.Waiter
 	Ring doorbell.Ringer
-	// MaxFrame is the largest frame in bytes, header included: see MaxFrame.
+	// MaxFrame is the largest frame in bytes, header included: see MaxFrameToDriver and
+	// MaxFrameToDevice. Longer ones are dropped and counted (oversize).
 	MaxFrame int
+	// MaxFollow, if above MaxFrame, lets the limit follow the interface's MTU when that is raised, up to
+	// so many bytes. A pump with a Mover does not follow.
+	MaxFollow int
 	// Fallback is the pace of the poll fallback; the zero value is the default.
 	Fallback doorbell.Fallback
 	// Across tells that to look at the queue is to read across the bus.
@@ -235,9 +243,10 @@ func newCommon(c PumpConfig) common {
 		bells:    c.Bells,
 		ringer:   c.Ring,
 		max:      c.MaxFrame,
+		most:     c.MaxFollow,
 		vnet:     c.Iface.HeaderLen() != 0,
 		across:   c.Across,
-		staging:  make([]byte, c.MaxFrame),
+		staging:  make([]byte, c.MaxFrame+1),
 		hdr:      new(header),
 	}
 	if c.Mover != nil {
@@ -246,6 +255,7 @@ func newCommon(c PumpConfig) common {
 			panic(fmt.Sprintf("tunbridge: %s: staging memory of %d bytes is no RAM or smaller than %d", c.Name, c.Staging.Len, StagingMin(c.MaxFrame)))
 		}
 		m.mover, m.stage, m.stageRAM, m.moveAll = c.Mover, c.Staging, ram.Bytes(), c.MoveAll
+		m.most = 0
 	}
 	return m
 }
@@ -279,14 +289,58 @@ func (c *common) addIov(p *byte, n int) {
 	c.iov[len(c.iov)-1].SetLen(n)
 }
 
-// addSpan appends the bytes of s behind skip to the iovecs; false where s is no RAM.
-func (c *common) addSpan(s *dma.Span, skip uint32) bool {
-	r, ok := s.RAM()
-	if !ok {
+// addSpan appends n bytes of s behind skip to the iovecs. s is RAM (isRAM).
+func (c *common) addSpan(s *dma.Span, skip uint32, n int) {
+	if r, ok := s.RAM(); ok {
+		c.addIov((*byte)(r.Pointer(uint64(skip))), n)
+	}
+}
+
+// followEvery is how often frames that are too long make a pump look at the interface's MTU, at most.
+const followEvery = 100 * time.Millisecond
+
+// follow raises max where the interface's MTU was raised meanwhile, and tells whether it did. It is called
+// for frames that are too long, so that nothing has to ask for the MTU as long as there are none.
+func (c *common) follow() bool {
+	if c.max >= c.most {
 		return false
 	}
-	c.addIov((*byte)(r.Pointer(uint64(skip))), int(s.Len-skip))
+	now := time.Now()
+	if now.Sub(c.followed) < followEvery {
+		return false
+	}
+	c.followed = now
+	max := MaxFrame(c.ifc.MTU(), false)
+	if max > c.most {
+		max = c.most
+	}
+	if max <= c.max {
+		return false
+	}
+	c.max = max
+	c.staging = make([]byte, max+1)
 	return true
+}
+
+// passes tells whether a frame of n bytes with its header, which the peer sent, is one that this side
+// takes. One that is not is counted.
+func (c *common) passes(n int) bool {
+	switch {
+	case n <= HeaderLen:
+		c.d[cBadHeader]++
+		return false
+	case n > c.max && !(c.follow() && n <= c.max):
+		c.d[cOversize]++
+		return false
+	}
+	return true
+}
+
+// tooLong counts a frame from the interface that is longer than max. What was read of it is not
+// passed on: the kernel may have cut it. raised tells that the next one of its length may pass.
+func (c *common) tooLong() (raised bool) {
+	c.d[cOversize]++
+	return c.follow()
 }
 
 // read takes one frame from the interface into the iovecs.
@@ -308,22 +362,35 @@ func (c *common) read() (n int, err error) {
 		c.d[cDropped]++
 		return 0, nil
 	}
-	return 0, fmt.Errorf("%s: read a frame from %s: %w", c.name, c.ifc.Name(), err)
+	return 0, c.failed("read a frame from", err)
 }
 
-// write hands the frame in the iovecs to the interface. A refused frame is counted,
-// and no error.
-func (c *common) write() error {
+// write hands the frame in the iovecs, of n bytes behind its header, to the interface. A refused frame is
+// counted, and no error.
+func (c *common) write(n int) error {
 	c.d[cSyscalls]++
 	_, err := c.ifc.WriteV(c.iov)
 	if err == nil {
+		if c.hdr.gso() {
+			c.d[cGSO]++
+		}
+		c.countFrame(n)
 		return nil
 	}
 	if IsDrop(err) || err == ErrAgain {
 		c.d[cDropped]++
 		return nil
 	}
-	return fmt.Errorf("%s: write a frame to %s: %w", c.name, c.ifc.Name(), err)
+	return c.failed("write a frame to", err)
+}
+
+// failed wraps what ends the pump. Memory that is gone is not the interface's fault: all of a frame's memory
+// that is not this program's own is the queue's.
+func (c *common) failed(what string, err error) error {
+	if err == ErrFault {
+		return &MemoryError{Queue: c.name}
+	}
+	return fmt.Errorf("%s: %s %s: %w", c.name, what, c.ifc.Name(), err)
 }
 
 // enough tells whether a batch from the interface ends with so many frames and bytes.

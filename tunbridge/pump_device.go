@@ -2,6 +2,7 @@ package tunbridge
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/vring"
@@ -94,16 +95,16 @@ func (p *DeviceTX) complete() error {
 // into buffers (virtio 1.2, 2.7.4.1).
 func (p *DeviceTX) frame(c *vring.Chain) error {
 	total := int(c.ReadLen)
-	if total <= HeaderLen || total > p.max {
-		p.d[cBadHeader]++ // not a frame: give the buffer back
-		return nil
+	if !p.passes(total) {
+		return nil // give the buffer back
 	}
 	spans := p.b.Spans[c.First : int(c.First)+int(c.Readable)]
 	p.iov = p.iov[:0]
 	// The header is read once into local memory; the payload goes from the ring
-	// buffers straight into the kernel, which takes its own copy before it looks.
+	// buffers straight into the kernel, which takes its own copy before it looks. More pieces than the
+	// kernel takes in one call are put together first.
 	need := 0
-	direct := true
+	direct := len(spans) < maxIOV
 	for i := range spans {
 		if need < HeaderLen {
 			k := int(spans[i].Len)
@@ -123,9 +124,6 @@ func (p *DeviceTX) frame(c *vring.Chain) error {
 		p.d[cBadHeader]++
 		return nil
 	}
-	if p.hdr.gso() {
-		p.d[cGSO]++
-	}
 	skip := uint32(HeaderLen)
 	n := 0
 	for i := range spans {
@@ -135,7 +133,7 @@ func (p *DeviceTX) frame(c *vring.Chain) error {
 			continue
 		}
 		if direct {
-			p.addSpan(s, skip)
+			p.addSpan(s, skip, int(s.Len-skip))
 			s.AccountIovecRead(uint64(s.Len - skip))
 		} else {
 			rest := s.Sub(skip, s.Len-skip)
@@ -148,8 +146,7 @@ func (p *DeviceTX) frame(c *vring.Chain) error {
 		p.addIov(&p.staging[0], n)
 		p.d[cStaged]++
 	}
-	p.countFrame(total - HeaderLen)
-	return p.write()
+	return p.write(total - HeaderLen)
 }
 
 // DeviceRX reads frames from the interface into buffers that the driver offers: the
@@ -161,6 +158,9 @@ type DeviceRX struct {
 	next   int         // first chain in b that is still ours
 	room   int         // writable bytes in b.Chains[next:]
 	merge  bool
+	need   int       // with merge: room for a frame, max unless the driver has less memory than that
+	lacked int       // room at the last arm ...
+	since  time.Time // ... and since when it has been that
 	used   []vring.Used
 	bump   uint32 // bytes of the staging memory that frames in flight take
 	ticket uint64 // of the last copy
@@ -172,6 +172,7 @@ func NewDeviceRX(c PumpConfig, q vring.Device, merge bool) *DeviceRX {
 	p := &DeviceRX{common: newCommon(c), q: q, merge: merge,
 		used: make([]vring.Used, 0, q.Size())}
 	p.reads = true
+	p.need = p.max
 	return p
 }
 
@@ -215,7 +216,32 @@ func (p *DeviceRX) arm() (bool, error) {
 		return false, nil
 	}
 	p.d[cNoBuffers]++
+	if p.short() {
+		return true, nil
+	}
 	return p.q.ArmKick()
+}
+
+// shortAfter is how long a driver may take to offer more buffers before what it offers counts as all that it has.
+const shortAfter = 100 * time.Millisecond
+
+// short tells whether the driver offers less than the longest frame takes, and no more will come. From then on frames are
+// read all the same: what fits goes, what does not is dropped and counted. With more room all is as before (gather). Called before
+// each sleep for want of buffers.
+func (p *DeviceRX) short() bool {
+	if !p.merge || p.room <= HeaderLen {
+		return false
+	}
+	now := time.Now()
+	if p.room != p.lacked {
+		p.lacked, p.since = p.room, now
+		return false
+	}
+	if now.Sub(p.since) < shortAfter {
+		return false
+	}
+	p.need = p.room
+	return true
 }
 
 func (p *DeviceRX) disarm() {
@@ -247,7 +273,7 @@ func (p *DeviceRX) publish() error {
 // offer enough.
 func (p *DeviceRX) gather() (bool, error) {
 	for {
-		if p.merge && p.room >= p.max || !p.merge && len(p.b.Chains) > p.next {
+		if p.merge && p.room >= p.need || !p.merge && len(p.b.Chains) > p.next {
 			return true, nil
 		}
 		if p.next > 0 {
@@ -258,6 +284,11 @@ func (p *DeviceRX) gather() (bool, error) {
 		n, err := p.q.Pop(&p.b, batchFrames)
 		for i := before; i < before+n; i++ {
 			p.room += int(p.b.Chains[i].WriteLen)
+		}
+		if p.need < p.max && p.room > p.need {
+			if p.need = p.room; p.need > p.max {
+				p.need = p.max
+			}
 		}
 		if err != nil || n == 0 {
 			return false, err
@@ -290,7 +321,7 @@ func (p *DeviceRX) writable(c *vring.Chain) []dma.Span {
 
 // fill reads frames until the interface is dry, the batch is full, or buffers run out (starved), and returns their number.
 func (p *DeviceRX) fill() (frames int, err error) {
-	p.dry, p.starved = false, false
+	p.dry, p.starved, p.lacked = false, false, 0
 	for bytes := 0; !p.enough(frames, bytes) && p.stageHasRoom(); frames++ {
 		ok, err := p.gather()
 		if err != nil {
@@ -321,9 +352,10 @@ func (p *DeviceRX) readFrame() (int, error) {
 	} else {
 		*p.hdr = header{}
 	}
-	// The iovecs over just as many buffers as the largest frame may take.
+	// The iovecs over just as many buffers as the largest frame may take, and one byte more: that is filled only by
+	// a frame which is too long, and which the kernel would cut without a word.
 	direct := true
-	room := 0
+	room, left := 0, p.max+1-HeaderLen
 	for i := p.next; i < len(p.b.Chains) && room < p.max; i++ {
 		spans := p.writable(&p.b.Chains[i])
 		if i == p.next && len(spans) == 0 {
@@ -331,16 +363,21 @@ func (p *DeviceRX) readFrame() (int, error) {
 		}
 		for j := range spans {
 			s := &spans[j]
-			if !isRAM(s) || p.moveAll || i == p.next && j == 0 && s.Len < HeaderLen {
-				direct = false // device memory, or a header cut in pieces: legal, and slow
+			if !isRAM(s) || p.moveAll || i == p.next && j == 0 && s.Len < HeaderLen || len(p.iov) >= maxIOV-1 {
+				direct = false // device memory, a header cut in pieces, or very many pieces: legal, and slow
 				break
 			}
 			skip := uint32(0)
 			if i == p.next && j == 0 {
 				skip = HeaderLen
 			}
-			if s.Len > skip {
-				p.addSpan(s, skip)
+			m := int(s.Len - skip)
+			if m > left {
+				m = left
+			}
+			if m > 0 {
+				p.addSpan(s, skip, m)
+				left -= m
 			}
 		}
 		room += int(p.b.Chains[i].WriteLen)
@@ -348,10 +385,13 @@ func (p *DeviceRX) readFrame() (int, error) {
 			break
 		}
 	}
-	// A frame that the buffers cannot hold is cut by the kernel without a word, so
-	// short buffers are read through the staging memory and the frame dropped.
+	// Where the buffers are too small for the largest frame it is read through the staging memory, to find out
+	// whether it fits.
 	if !direct || room < p.max {
 		return p.readStaged(room)
+	}
+	if left > 0 {
+		p.addIov(&p.over[0], 1) // the buffers end with the largest frame
 	}
 	n, err := p.read()
 	if err != nil || n == 0 {
@@ -362,6 +402,12 @@ func (p *DeviceRX) readFrame() (int, error) {
 	}
 	if n <= HeaderLen {
 		return 0, fmt.Errorf("%s: %s gave a frame of %d bytes with its header", p.name, p.ifc.Name(), n)
+	}
+	if n > p.max {
+		if whole := p.need == p.max; p.tooLong() && whole {
+			p.need = p.max
+		}
+		return n, nil
 	}
 	if p.hdr.gso() {
 		p.d[cGSO]++
@@ -417,7 +463,7 @@ func (p *DeviceRX) readStaged(room int) (int, error) {
 		copy(staging, p.hdr[:]) // zero
 	}
 	p.iov = p.iov[:0]
-	p.addIov(&staging[skip], p.max-skip)
+	p.addIov(&staging[skip], p.max+1-skip)
 	n, err := p.read()
 	if err != nil || n == 0 {
 		return 0, err
@@ -425,6 +471,12 @@ func (p *DeviceRX) readStaged(room int) (int, error) {
 	n += skip
 	if n <= HeaderLen {
 		return 0, fmt.Errorf("%s: %s gave a frame of %d bytes with its header", p.name, p.ifc.Name(), n)
+	}
+	if n > p.max {
+		if whole := p.need == p.max; p.tooLong() && whole {
+			p.need = p.max
+		}
+		return n, nil
 	}
 	if n > room {
 		p.d[cOversize]++

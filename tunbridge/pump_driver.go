@@ -9,8 +9,9 @@ import (
 )
 
 // ErrMergedFrame: the device side broke the rules of mergeable receive buffers
-// (virtio 1.2, 5.1.6.3.2, 5.1.6.4): a number of buffers of zero or above the queue's, a first
-// buffer shorter than the header, or a frame above the largest.
+// (virtio 1.2, 5.1.6.3.2, 5.1.6.4): a number of buffers of zero or above the queue's, or a first
+// buffer shorter than the header. A frame that is longer than was agreed breaks no rule of the ring: it is dropped
+// and counted.
 var ErrMergedFrame = errors.New("malformed frame in receive buffers")
 
 // txArena hands out room for frames in the order they are sent. A frame's size is known
@@ -88,11 +89,18 @@ type DriverTX struct {
 	done  []vring.Completion
 }
 
+// TXMemMin returns how many bytes of memory NewDriverTX takes at least for frames of up to maxFrame bytes with
+// their header: two of them, each on lines of its own, and the byte that tells that a frame is longer.
+func TXMemMin(maxFrame int) uint64 { return 2 * (uint64(maxFrame+1+63) &^ 63) }
+
 // NewDriverTX returns the pump of a transmit queue. mem is the memory frames are kept
-// in while the device reads them, twice MaxFrame at least; the pump owns it while it runs.
+// in while the device reads them, TXMemMin at least; the pump owns it while it runs.
 func NewDriverTX(c PumpConfig, q vring.Driver, mem dma.Span) (*DriverTX, error) {
-	if uint64(mem.Len) < 2*uint64(c.MaxFrame) {
-		return nil, fmt.Errorf("%s: %d bytes of transmit memory are too few for frames of %d: give the device a larger part of the window", c.Name, mem.Len, c.MaxFrame)
+	if uint64(mem.Len) < TXMemMin(c.MaxFrame) {
+		return nil, fmt.Errorf("%s: %d bytes of transmit memory are too few for frames of %d, which take %d: give the device a larger part of the window", c.Name, mem.Len, c.MaxFrame, TXMemMin(c.MaxFrame))
+	}
+	if c.MaxFollow > c.MaxFrame && uint64(mem.Len) < TXMemMin(c.MaxFollow) {
+		c.MaxFollow = int(mem.Len/2)&^63 - 1
 	}
 	p := &DriverTX{common: newCommon(c), q: q, mem: mem,
 		arena: newTXArena(uint64(mem.Len)&^63, q.Size()),
@@ -118,7 +126,7 @@ func (p *DriverTX) end() {}
 func (p *DriverTX) step(mayRead bool) (ring, iface int, err error) {
 	// Descriptors are taken back when they run short: both the device's writes and our reads of them come in larger
 	// pieces then.
-	if p.starved || p.q.Free() < p.q.Size()/2 || mayRead && !p.arena.ample(uint64(p.max)) {
+	if p.starved || p.q.Free() < p.q.Size()/2 || mayRead && !p.arena.ample(uint64(p.max+1)) {
 		if ring, err = p.reap(); err != nil {
 			return ring, 0, err
 		}
@@ -196,7 +204,7 @@ func (p *DriverTX) fill() error {
 	p.dry, p.starved = false, false
 	bytes, free := 0, p.q.Free()
 	for !p.enough(len(p.reqs), bytes) {
-		off, ok := p.arena.reserve(uint64(p.max))
+		off, ok := p.arena.reserve(uint64(p.max + 1))
 		if !ok || len(p.reqs) >= free {
 			p.starved = true
 			return nil
@@ -205,22 +213,25 @@ func (p *DriverTX) fill() error {
 		if err != nil || n == 0 {
 			return err
 		}
+		if bytes += n; n > p.max {
+			p.tooLong()
+			continue
+		}
 		i := len(p.reqs)
 		p.bufs[i] = vring.Buffer{Addr: p.mem.Region.Addr + dma.Addr(p.mem.Off+off), Len: uint32(n)}
 		p.reqs = append(p.reqs, vring.Request{Bufs: p.bufs[i : i+1 : i+1], Readable: 1, Token: p.arena.commit(off, uint64(n))})
 		p.countFrame(n - HeaderLen)
-		bytes += n
 	}
 	return nil
 }
 
 // readFrame reads one frame with its header into the arena at off and returns the
-// length of both; 0 where there is none.
+// length of both; 0 where there is none. Of one that is longer than max, one byte more than that was read.
 //
 // The header goes through local memory: it has to be changed, and the arena may lie across the bus,
 // where writing is cheap and reading is not (placement push).
 func (p *DriverTX) readFrame(off uint64) (int, error) {
-	s := dma.Span{Region: p.mem.Region, Off: p.mem.Off + off, Len: uint32(p.max)}
+	s := dma.Span{Region: p.mem.Region, Off: p.mem.Off + off, Len: uint32(p.max + 1)}
 	ram, direct := s.RAM()
 	p.iov = p.iov[:0]
 	if p.vnet {
@@ -229,9 +240,9 @@ func (p *DriverTX) readFrame(off uint64) (int, error) {
 		*p.hdr = header{}
 	}
 	if direct {
-		p.addIov((*byte)(ram.Pointer(HeaderLen)), p.max-HeaderLen)
+		p.addIov((*byte)(ram.Pointer(HeaderLen)), p.max+1-HeaderLen)
 	} else {
-		p.addIov(&p.staging[HeaderLen], p.max-HeaderLen)
+		p.addIov(&p.staging[HeaderLen], p.max+1-HeaderLen)
 	}
 	n, err := p.read()
 	if err != nil || n == 0 {
@@ -242,6 +253,9 @@ func (p *DriverTX) readFrame(off uint64) (int, error) {
 	}
 	if n <= HeaderLen {
 		return 0, fmt.Errorf("%s: %s gave a frame of %d bytes with its header", p.name, p.ifc.Name(), n)
+	}
+	if n > p.max {
+		return n, nil
 	}
 	// The header is the kernel's; the device side gets what the specification lets a
 	// driver say (virtio 1.2, 5.1.6.2.1).
@@ -395,11 +409,7 @@ func (p *DriverRX) frame(done []vring.Completion) (int, error) {
 	for i := 0; i < k; i++ {
 		total += int(done[i].Len)
 	}
-	if total > p.max {
-		return 0, fmt.Errorf("%s: a frame of %d bytes, at most %d were agreed: %w", p.name, total, p.max, ErrMergedFrame)
-	}
-	if total == HeaderLen {
-		p.d[cBadHeader]++
+	if !p.passes(total) {
 		return k, nil
 	}
 	p.hdr.forInterface()
@@ -411,10 +421,7 @@ func (p *DriverRX) frame(done []vring.Completion) (int, error) {
 		p.d[cBadHeader]++
 		return k, nil
 	}
-	if p.hdr.gso() {
-		p.d[cGSO]++
-	}
-	if isRAM(first) {
+	if isRAM(first) && k < maxIOV {
 		for i := 0; i < k; i++ {
 			s := p.bufs[done[i].Token]
 			s.Len = done[i].Len
@@ -423,7 +430,7 @@ func (p *DriverRX) frame(done []vring.Completion) (int, error) {
 				skip = HeaderLen
 			}
 			if s.Len > skip {
-				p.addSpan(&s, skip)
+				p.addSpan(&s, skip, int(s.Len-skip))
 			}
 		}
 	} else {
@@ -436,6 +443,5 @@ func (p *DriverRX) frame(done []vring.Completion) (int, error) {
 		p.addIov(&p.staging[HeaderLen], total-HeaderLen)
 		p.d[cStaged]++
 	}
-	p.countFrame(total - HeaderLen)
-	return k, p.write()
+	return k, p.write(total - HeaderLen)
 }

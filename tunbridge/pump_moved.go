@@ -163,7 +163,7 @@ func (p *DeviceTX) direct(n int, qerr error) (int, error) {
 func (p *DeviceTX) launch(c *vring.Chain) error {
 	f := p.fly
 	total := int(c.ReadLen)
-	if total <= HeaderLen || total > p.max {
+	if !p.passes(total) {
 		t := f.put(0, 0)
 		t.used = vring.Used{ID: c.ID, Count: c.Count}
 		return nil
@@ -187,8 +187,7 @@ func (p *DeviceTX) launch(c *vring.Chain) error {
 // arrive writes a frame that has landed.
 func (p *DeviceTX) arrive(t *txFrame) error {
 	if t.n == 0 {
-		p.d[cBadHeader]++ // not a frame: give the buffer back
-		return nil
+		return nil // no frame that passes: give the buffer back
 	}
 	b := p.stageRAM[t.off : t.off+t.n]
 	copy(p.hdr[:], b)
@@ -201,13 +200,9 @@ func (p *DeviceTX) arrive(t *txFrame) error {
 		p.d[cBadHeader]++
 		return nil
 	}
-	if p.hdr.gso() {
-		p.d[cGSO]++
-	}
 	p.addIov(&b[HeaderLen], len(b)-HeaderLen)
 	p.d[cStaged]++
-	p.countFrame(len(b) - HeaderLen)
-	return p.write()
+	return p.write(len(b) - HeaderLen)
 }
 
 // ground lets all that is in flight land, publishes what went out and gives the other chains back: the next pump pops

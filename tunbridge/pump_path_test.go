@@ -23,7 +23,29 @@ type path struct {
 	sent   *Stats // of the pump that reads the first interface
 	bells  *int
 	dev    vring.Device // what moved counts for a direction towards the host
+	drv    vring.Driver
 	to     PumpConfig
+	ifc    [2]*Iface // frames come from the first
+	driver Pump      // the driver side's pump
+	device Pump
+	buffer []byte // memory of the driver side's payload
+	link   dma.Addr
+}
+
+// pathConfig describes a path; newPathWith has the usual one.
+type pathConfig struct {
+	toHost   bool
+	offload  bool
+	size     int // of a frame
+	kind     mmio.Kind
+	mover    *dma.Mover
+	mtu      int    // of both interfaces
+	max      [2]int // MaxFrame of the pump that reads an interface, and of the one that writes one
+	follow   [2]int // MaxFollow
+	queue    uint16
+	rxBuffer uint32
+	rxMem    uint64
+	noPumps  bool // of the driver side: the test puts into the ring what it likes
 }
 
 type countingRinger struct{ n int }
@@ -40,9 +62,17 @@ func newPath(t testing.TB, toHost, offload bool, size int, kind mmio.Kind) *path
 // newPathWith is newPath with the device side's payload moved by m.
 func newPathWith(t testing.TB, toHost, offload bool, size int, kind mmio.Kind, m *dma.Mover) *path {
 	t.Helper()
+	max := MaxFrame(9000, offload)
+	return newPathOf(t, pathConfig{toHost: toHost, offload: offload, size: size, kind: kind, mover: m, mtu: 9000,
+		max: [2]int{max, max}, queue: 256, rxBuffer: 16 << 10, rxMem: 4 << 20})
+}
+
+func newPathOf(t testing.TB, cfg pathConfig) *path {
+	t.Helper()
+	toHost, offload, size, kind, m := cfg.toHost, cfg.offload, cfg.size, cfg.kind, cfg.mover
 	var ifc [2]*Iface // first: frames come from there
 	for i := range ifc {
-		ifc[i] = mustOpen(t, Config{Name: fmt.Sprintf("p%d", i), Type: TAP, Offload: offload, MTU: 9000})
+		ifc[i] = mustOpen(t, Config{Name: fmt.Sprintf("p%d", i), Type: TAP, Offload: offload, MTU: cfg.mtu})
 		ready(t, ifc[i], fmt.Sprintf("10.9.%d.1/24", i))
 		ifc[i].Drain()
 	}
@@ -69,8 +99,8 @@ func newPathWith(t testing.TB, toHost, offload bool, size int, kind mmio.Kind, m
 		return s
 	}
 	far := func(s dma.Span) dma.Span { return dma.Span{Region: &table.Regions()[0], Off: s.Off, Len: s.Len} }
-	dn, vn, un := vring.SplitSizes(256)
-	c := vring.Config{Name: "q", Size: 256, Desc: take(dn), Driver: take(vn), Device: take(un), EventIdx: true}
+	dn, vn, un := vring.SplitSizes(cfg.queue)
+	c := vring.Config{Name: "q", Size: cfg.queue, Desc: take(dn), Driver: take(vn), Device: take(un), EventIdx: true}
 	drv, err := vring.NewSplitDriver(c)
 	if err != nil {
 		t.Fatal(err)
@@ -86,48 +116,73 @@ func newPathWith(t testing.TB, toHost, offload bool, size int, kind mmio.Kind, m
 	}
 	t.Cleanup(func() { stop.Close() })
 	bell := new(countingRinger)
-	pc := PumpConfig{Name: "test", Stop: stop, Wait: doorbell.None, Ring: bell, MaxFrame: MaxFrame(9000, offload), Stats: new(Stats)}
+	pc := PumpConfig{Name: "test", Stop: stop, Wait: doorbell.None, Ring: bell, Stats: new(Stats)}
 	if m != nil {
 		stage := mmio.FromBytes(make([]byte, 4<<20))
 		pc.Mover, pc.Staging = m, dma.Span{Region: &dma.Region{Name: "staging", Addr: 1 << 40, Mem: stage, Access: dma.DeviceRead | dma.DeviceWrite}, Len: 4 << 20}
 	}
 	from, to := pc, pc
+	if driver := map[bool]*PumpConfig{true: &from, false: &to}[toHost]; m != nil {
+		driver.Mover, driver.Staging = nil, dma.Span{} // it is the device side's
+	}
 	from.Iface, to.Iface = ifc[0], ifc[1]
 	from.Stats, to.Stats = new(Stats), new(Stats)
-	p := &path{frame: make([]byte, size), sent: from.Stats, moved: to.Stats, bells: &bell.n, dev: dev, to: to}
+	from.MaxFrame, to.MaxFrame, from.MaxFollow, to.MaxFollow = cfg.max[0], cfg.max[1], cfg.follow[0], cfg.follow[1]
+	p := &path{frame: make([]byte, size), sent: from.Stats, moved: to.Stats, bells: &bell.n, dev: dev, drv: drv, to: to, ifc: ifc}
 	copy(p.frame, []byte{2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xb5}) // a local experimental EtherType
+	off = (off + 4095) &^ 4095
+	payload := take(cfg.rxMem)
+	p.buffer, p.link = mem[payload.Off:][:payload.Len:payload.Len], payload.Addr()
 	if toHost {
+		rx := NewDeviceTX(to, dev)
+		p.device = rx
+		p.out = func() error { _, err := rx.drain(); return err }
+		if cfg.noPumps {
+			return p
+		}
 		tx, err := NewDriverTX(from, drv, take(1<<20))
 		if err != nil {
 			t.Fatal(err)
 		}
-		rx := NewDeviceTX(to, dev)
+		p.driver = tx
 		p.in = func() error { _, _, err := tx.step(true); return err }
-		p.out = func() error { _, err := rx.drain(); return err }
 	} else {
 		tx := NewDeviceRX(from, dev, true)
-		rx, err := NewDriverRX(to, drv, take(4<<20), 16<<10, true)
+		p.device = tx
+		p.in = func() error { _, _, err := tx.step(true); return err }
+		if cfg.noPumps {
+			p.socket = packetSocket(t, ifc[0])
+			return p
+		}
+		rx, err := NewDriverRX(to, drv, payload, cfg.rxBuffer, true)
 		if err != nil {
 			t.Fatal(err)
 		}
+		p.driver = rx
 		for i := range rx.bufs {
 			rx.give(uint32(i))
 		}
 		if err := rx.publish(); err != nil {
 			t.Fatal(err)
 		}
-		p.in = func() error { _, _, err := tx.step(true); return err }
 		p.out = func() error { _, err := rx.drain(); return err }
 	}
-	p.socket, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	p.socket = packetSocket(t, ifc[0])
+	return p
+}
+
+// packetSocket returns a socket that sends frames as they are out of an interface.
+func packetSocket(t testing.TB, ifc *Iface) int {
+	t.Helper()
+	s, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { unix.Close(p.socket) })
-	if err := unix.Bind(p.socket, &unix.SockaddrLinklayer{Ifindex: ifc[0].Index()}); err != nil {
+	t.Cleanup(func() { unix.Close(s) })
+	if err := unix.Bind(s, &unix.SockaddrLinklayer{Ifindex: ifc.Index()}); err != nil {
 		t.Fatal(err)
 	}
-	return p
+	return s
 }
 
 // move sends n frames and carries them over.
