@@ -15,6 +15,27 @@ type Ringer interface {
 	Ring() error
 }
 
+// NoWaitRinger is a Ringer over something that the peer shares, and could make block.
+type NoWaitRinger interface {
+	Ringer
+	// RingNoWait is Ring that cannot block, whatever the peer does. It takes longer: it is not for data loops, whose
+	// rings that block are freed by a watchdog.
+	RingNoWait() error
+}
+
+// NoWait returns a Ringer for a thread that must live on (a control plane, a stop path): its Ring is r's RingNoWait, or
+// Ring where there is none, as nothing is shared with the peer then.
+func NoWait(r Ringer) Ringer {
+	if n, ok := r.(NoWaitRinger); ok {
+		return noWait{n}
+	}
+	return r
+}
+
+type noWait struct{ r NoWaitRinger }
+
+func (n noWait) Ring() error { return n.r.RingNoWait() }
+
 // Waiter is the end that is rung.
 type Waiter interface {
 	// FD returns the file descriptor that polls readable when rung, or -1 where

@@ -503,6 +503,37 @@ func BenchmarkRingAck(b *testing.B) {
 	}
 }
 
+// BenchmarkSharedRing rings an eventfd that a peer has too, BenchmarkSharedRingAck acknowledges each ring.
+func BenchmarkSharedRing(b *testing.B) {
+	e := sharedEventfd(b)
+	b.ReportAllocs()
+	for b.Loop() {
+		e.Ring()
+	}
+}
+
+func BenchmarkSharedRingAck(b *testing.B) {
+	e := sharedEventfd(b)
+	b.ReportAllocs()
+	for b.Loop() {
+		e.Ring()
+		e.Ack()
+	}
+}
+
+func sharedEventfd(b *testing.B) *doorbell.Eventfd {
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		b.Fatal(err)
+	}
+	e, err := doorbell.FromFD(fd)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { e.Close() })
+	return e
+}
+
 func BenchmarkRingSleepFound(b *testing.B) {
 	e, stop := newEventfd(b), newEventfd(b)
 	s := doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: e, Stop: stop})

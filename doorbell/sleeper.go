@@ -221,7 +221,7 @@ func (s *Sleeper) poll(extra int16, d time.Duration) (Reason, error) {
 	}
 	const bad = unix.POLLERR | unix.POLLHUP | unix.POLLNVAL
 	for i := range s.fds {
-		if r := s.fds[i].Revents; r&bad != 0 && s.fds[i].Fd >= 0 {
+		if r := s.fds[i].Revents; r&bad != 0 && s.fds[i].Fd >= 0 && !s.saturated(i) {
 			return 0, &FDError{Name: [...]string{"doorbell", "stop", s.name, "second doorbell"}[i], FD: int(s.fds[i].Fd), Revents: r}
 		}
 	}
@@ -244,6 +244,21 @@ func (s *Sleeper) poll(extra int16, d time.Duration) (Reason, error) {
 		why |= Extra
 	}
 	return why, nil
+}
+
+// saturated tells whether what poll reports of descriptor i is an eventfd whose counter overflowed (POLLERR alone): somebody, the kernel or a
+// peer, rang without end. It is rung, and Ack sets the counter back.
+func (s *Sleeper) saturated(i int) bool {
+	if s.fds[i].Revents&(unix.POLLHUP|unix.POLLNVAL) != 0 {
+		return false
+	}
+	for d, f := range doorFDs {
+		if f == i {
+			_, ok := s.doors[d].(*Eventfd)
+			return ok
+		}
+	}
+	return false
 }
 
 // Found tells whether the look for work after the last Sleep found any that the doorbell stands
