@@ -103,13 +103,16 @@ func NewLink(c Config) *Link {
 }
 
 // Open opens the board, so that what is wrong with it shows before Run, which has to follow where
-// this succeeds. An absent board is no error.
-func (l *Link) Open() error { return l.s.Open() }
+// this succeeds. An absent board is no error, nor is the end of ctx.
+func (l *Link) Open(ctx context.Context) error { return l.s.Open(ctx) }
 
 // Run keeps the link going until ctx ends, and closes the devices. Errors are those of the
 // board; a peer cannot cause any.
 func (l *Link) Run(ctx context.Context) error {
 	err := l.s.Run(ctx)
+	if errors.Is(err, session.ErrStuck) {
+		return err // loops may still run
+	}
 	for _, d := range l.devs {
 		if cerr := d.n.Close(); cerr != nil && err == nil {
 			err = cerr
@@ -347,7 +350,7 @@ func (d *device) later() {
 }
 
 func (d *device) down() {
-	d.n.down()
+	d.l.s.Stopping(d.n.down)
 	d.up = false
 	for {
 		select {

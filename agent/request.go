@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
@@ -32,7 +33,10 @@ func (r *request) Run() error {
 		return err
 	}
 	if q.NeedKick() {
-		l.kick.Ring() // one that is lost is made good by the host's polling
+		// One that is lost is made good by the host's polling; one that the host made block is its fault.
+		if err := l.kick.Ring(); errors.Is(err, doorbell.ErrBlocked) {
+			return fmt.Errorf("%s: %w", name, err)
+		}
 	}
 	s := doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: l.call, Stop: l.stop.Bell(), Fallback: r.n.cfg.Fallback, Counters: l.ctrl.bells})
 	began, told := time.Now(), false

@@ -16,6 +16,9 @@ import (
 // errNoAck: a command whose chain has nothing that the device may write (virtio 1.2, 5.1.6.5): it cannot be answered.
 var errNoAck = errors.New("a command without room for its acknowledgement")
 
+// errStopped: the device stops.
+var errStopped = errors.New("the device stops")
+
 // controlPace is how far apart changes of the number of pairs are at least: each takes the kernel's lock of all network
 // configuration, and a driver may ask without end.
 const controlPace = 10 * time.Millisecond
@@ -97,7 +100,10 @@ func (c *control) serve(b *vring.Batch, ch *vring.Chain) error {
 		return err
 	}
 	if c.q.NeedCall() {
-		c.call.Ring() // one that is lost is made good by the driver's polling
+		// One that is lost is made good by the driver's polling; one that the driver made block is its fault.
+		if err := c.call.Ring(); errors.Is(err, doorbell.ErrBlocked) {
+			return fmt.Errorf("%s: %w", c.name, err)
+		}
 	}
 	return nil
 }
@@ -120,8 +126,8 @@ func (c *control) command(spans []dma.Span, length uint32) error {
 	if err != nil || pairs == c.inUse {
 		return err
 	}
-	if d := controlPace - time.Since(c.last); !c.last.IsZero() && d > 0 {
-		time.Sleep(d)
+	if d := controlPace - time.Since(c.last); !c.last.IsZero() && d > 0 && c.stop.Wait(d) {
+		return errStopped // nobody is to see the answer any more
 	}
 	if err := c.set(pairs); err != nil {
 		return err

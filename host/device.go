@@ -84,9 +84,12 @@ func (d *device) setStatus(s uint32) {
 	d.stateMu.Unlock()
 }
 
+// stop stops the loops. Should they not, status and log of the link tell.
+func (d *device) stop() { d.l.s.Stopping(func() { d.be.Stop() }) }
+
 // needsReset takes the device out of service until the driver resets it (virtio 1.2, 2.1.2).
 func (d *device) needsReset(err error) {
-	d.be.Stop()
+	d.stop()
 	d.stateMu.Lock()
 	d.lastErr = err.Error()
 	d.stateMu.Unlock()
@@ -102,7 +105,7 @@ func (d *device) needsReset(err error) {
 
 // reset is what status 0 and the end of the link do.
 func (d *device) reset() {
-	d.be.Stop()
+	d.stop()
 	d.mu.Lock()
 	d.pending = nil // of what was before
 	d.mu.Unlock()
@@ -238,7 +241,7 @@ func (d *device) driverStatus(s uint32) {
 		}
 	}
 	if s&virtio.StatusFailed != 0 {
-		d.be.Stop()
+		d.stop()
 		if !d.gaveUp {
 			d.gaveUp = true
 			d.l.cfg.Log.Warn("the agent cannot use the device: its log says why (--link is to be the same on both sides)", "link", d.l.cfg.Name, "device", d.number)

@@ -31,73 +31,6 @@ type Logger interface {
 	Error(msg string, args ...interface{})
 }
 
-// A peer may cause lines of a log at will: logBurst of them pass at once, then one each logPace.
-const (
-	logBurst = 40
-	logPace  = 250 * time.Millisecond
-)
-
-// Limit returns a Logger that passes on what l is to hear, unless it is too much in a short time.
-// The next line that passes tells how many did not ("suppressed"). Debug is not limited.
-func Limit(l Logger) Logger {
-	if _, ok := l.(*limited); ok {
-		return l
-	}
-	return &limited{Logger: l, room: logBurst, last: time.Now()}
-}
-
-type limited struct {
-	Logger
-	mu      sync.Mutex
-	room    int
-	last    time.Time // when room was last added
-	dropped uint64
-}
-
-// pass tells whether a line may pass, and returns its arguments.
-func (l *limited) pass(args []interface{}) ([]interface{}, bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if n := time.Since(l.last) / logPace; n > 0 {
-		l.last = l.last.Add(n * logPace)
-		l.room += int(n)
-		if n > logBurst || l.room > logBurst {
-			l.room = logBurst
-		}
-	}
-	if l.room == 0 {
-		l.dropped++
-		return nil, false
-	}
-	l.room--
-	if l.dropped != 0 {
-		args = append(args[:len(args):len(args)], "suppressed", l.dropped)
-		l.dropped = 0
-	}
-	return args, true
-}
-
-// Info implements Logger.
-func (l *limited) Info(msg string, args ...interface{}) {
-	if args, ok := l.pass(args); ok {
-		l.Logger.Info(msg, args...)
-	}
-}
-
-// Warn implements Logger.
-func (l *limited) Warn(msg string, args ...interface{}) {
-	if args, ok := l.pass(args); ok {
-		l.Logger.Warn(msg, args...)
-	}
-}
-
-// Error implements Logger.
-func (l *limited) Error(msg string, args ...interface{}) {
-	if args, ok := l.pass(args); ok {
-		l.Logger.Error(msg, args...)
-	}
-}
-
 // Beat is the default interval of the heartbeat.
 const Beat = 100 * time.Millisecond
 
@@ -119,6 +52,14 @@ const maxDeferred = 4 * virtiomsg.MaxSlots
 
 // stopTime limits how long a clean stop waits for the peer to let go.
 const stopTime = time.Second
+
+// stopLimit is how long a link may take to stop, and its loops at any time, before it counts as stuck: the clean stop, and what
+// frees a loop that blocks, take less.
+const stopLimit = 5 * time.Second
+
+// ErrStuck is what Run returns when the link did not stop in time: something of it is blocked. Its memory and its
+// descriptors stay as they are, and its devices must not be closed.
+var ErrStuck = fmt.Errorf("the link did not stop within %v: something of it is blocked, and it is left as it is", stopLimit)
 
 // QueueID names a virtqueue of a link.
 type QueueID struct {
@@ -173,6 +114,7 @@ type Counters struct {
 	Unexpected  uint64 // answers that nobody waits for
 	CallTimeout uint64 // requests without an answer
 	Floods      uint64 // links taken down because the peer sent more than is kept
+	Stuck       uint64 // times that loops, or the whole link, did not stop in time
 }
 
 // Session is one end of a link.
@@ -183,6 +125,7 @@ type Session struct {
 	wake chan struct{}
 
 	// The session's goroutine only.
+	ctx      context.Context // of serve: Call ends with it
 	b        board.Board
 	link     *virtiomsg.Link
 	assigned *doorbell.Assigned
@@ -214,17 +157,17 @@ func New(c Config) *Session {
 		c.Beat = Beat
 	}
 	c.Log = Limit(c.Log)
-	s := &Session{cfg: c, wake: make(chan struct{}, 1), bells: new(doorbell.Counters)}
+	s := &Session{cfg: c, ctx: context.Background(), wake: make(chan struct{}, 1), bells: new(doorbell.Counters)}
 	s.setState("starting")
 	return s
 }
 
 // Open opens the board, so that what is wrong with it shows before Run: nothing is said of the link
 // yet. That it is absent is no error: Run waits for it. Run has to follow, unless there was an error
-// and Config.Retry is not set.
-func (s *Session) Open() error {
-	err := s.open(context.Background())
-	if err == nil {
+// and Config.Retry is not set. It returns nil early when ctx ends: Run does not wait then.
+func (s *Session) Open(ctx context.Context) error {
+	err := s.open(ctx)
+	if err == nil || ctx.Err() != nil {
 		return nil
 	}
 	s.fail(err)
@@ -240,7 +183,46 @@ func (s *Session) Open() error {
 //	at the first try              an absent board is waited for, every other error is returned
 //	while waiting for the board   errors that last (board.Lasting) are returned, others waited for
 //	after the board was open      whatever is wrong is waited for
+//
+// A link that has not stopped some seconds after the end of ctx is left: the error is ErrStuck.
 func (s *Session) Run(ctx context.Context) error {
+	done := make(chan error, 1)
+	go func() { done <- s.run(ctx) }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	limit := time.NewTimer(stopLimit)
+	defer limit.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-limit.C:
+		s.stuck(ErrStuck.Error())
+		return ErrStuck
+	}
+}
+
+// stuck shows that something of the link does not stop.
+func (s *Session) stuck(what string) {
+	atomic.AddUint64(&s.n.Stuck, 1)
+	s.setState(stateStuck)
+	s.fail(errors.New(what))
+	s.cfg.Log.Error("the link is stuck", "link", s.cfg.Name, "error", what)
+}
+
+// Stopping runs f, which stops loops of the owner. Where it takes too long, status and log tell; memory and descriptors are kept
+// until it returns.
+func (s *Session) Stopping(f func()) {
+	t := time.AfterFunc(stopLimit, func() {
+		s.stuck(fmt.Sprintf("its loops have not stopped for %v: they are blocked; memory and descriptors are kept until they stop", stopLimit))
+	})
+	defer t.Stop()
+	f()
+}
+
+func (s *Session) run(ctx context.Context) error {
 	var waiting string // the error that was logged last; empty: none since the board was open
 	pause := retryOpen
 	for {
@@ -298,6 +280,7 @@ func (s *Session) Run(ctx context.Context) error {
 const (
 	stateWaiting = "waiting for the board"
 	stateGivenUp = "given up" // Run has returned an error
+	stateStuck   = "stuck"    // something does not stop
 )
 
 // openBoard opens the board. When ctx ends it returns early; a board that comes later is closed.
@@ -427,6 +410,7 @@ func (s *Session) serve(ctx context.Context) (again bool) {
 			return true
 		}
 	}
+	s.ctx = ctx
 	s.bell = make(chan struct{}, 1)
 	done := make(chan struct{})
 	go s.listen(stop, s.bell, done)
@@ -547,7 +531,7 @@ func (s *Session) poll(tick bool) {
 			return
 		case virtiomsg.EventPeer:
 			s.peer, _ = s.link.Peer()
-			if s.ctl, err = s.b.Ringer(s.peer.Ring, 0); err != nil {
+			if s.ctl, err = s.ringer(s.peer.Ring); err != nil {
 				s.ctl = nil
 				s.cfg.Log.Warn("the other side cannot be rung, it has to poll", "link", s.cfg.Name, "error", err)
 			}
@@ -634,7 +618,7 @@ func (s *Session) down() {
 	was := s.downNow
 	s.downNow = false
 	s.deferred = nil
-	s.cfg.Handler.Down()
+	s.Stopping(s.cfg.Handler.Down)
 	if !was {
 		return
 	}
@@ -664,7 +648,7 @@ func (s *Session) leave() {
 			}
 			if ev == virtiomsg.EventPeer {
 				if d, ok := s.link.Peer(); ok {
-					if r, err := s.b.Ringer(d.Ring, 0); err == nil {
+					if r, err := s.ringer(d.Ring); err == nil {
 						s.ctl = r
 					}
 				}
@@ -689,6 +673,15 @@ func (s *Session) leave() {
 	}
 }
 
+// ringer returns what rings the peer's control plane, and does not block whatever the peer does.
+func (s *Session) ringer(info board.RingInfo) (doorbell.Ringer, error) {
+	r, err := s.b.Ringer(info, 0)
+	if err != nil {
+		return nil, err
+	}
+	return doorbell.NoWait(r), nil
+}
+
 func (s *Session) ring() {
 	if s.link.NeedRing() && s.ctl != nil && s.ctl.Ring() != nil {
 		atomic.AddUint64(&s.n.RingErrors, 1)
@@ -708,8 +701,11 @@ var ErrTimeout = errors.New("the other side does not answer")
 
 // Call sends a request and waits for its answer, for timeout at most. encode writes the
 // request with the token it is given into the slot, which then receives the answer. It fails with
-// virtiomsg.ErrDown when the link goes down meanwhile.
+// virtiomsg.ErrDown when the link goes down meanwhile, or is to stop.
 func (s *Session) Call(bus bool, id uint8, dev uint16, timeout time.Duration, m *virtiomsg.Slot, encode func(token uint16)) error {
+	if s.ctx.Err() != nil {
+		return virtiomsg.ErrDown
+	}
 	token, err := s.requests.Begin(bus, id, dev)
 	if err != nil {
 		return err
@@ -756,6 +752,8 @@ func (s *Session) Call(bus bool, id uint8, dev uint16, timeout time.Duration, m 
 		}
 		s.ring()
 		select {
+		case <-s.ctx.Done():
+			return virtiomsg.ErrDown
 		case <-limit.C:
 			atomic.AddUint64(&s.n.CallTimeout, 1)
 			return fmt.Errorf("%s, device %d: %w within %v", virtiomsg.MessageName(bus, id), dev, ErrTimeout, timeout)
@@ -844,7 +842,7 @@ func (s *Session) Status() status.Link {
 		Epoch: s.epochs[0], PeerEpoch: s.epochs[1], LastError: s.last, Regions: []status.Region{}}
 	l.Counters = status.Counters(Counters{Opened: atomic.LoadUint64(&s.n.Opened), OpenErrors: atomic.LoadUint64(&s.n.OpenErrors), RingErrors: atomic.LoadUint64(&s.n.RingErrors),
 		Malformed: atomic.LoadUint64(&s.n.Malformed), Unexpected: atomic.LoadUint64(&s.n.Unexpected), CallTimeout: atomic.LoadUint64(&s.n.CallTimeout),
-		Floods: atomic.LoadUint64(&s.n.Floods)})
+		Floods: atomic.LoadUint64(&s.n.Floods), Stuck: atomic.LoadUint64(&s.n.Stuck)})
 	for k, v := range status.Counters(s.bells.Snapshot()) {
 		l.Counters["bell_"+k] = v
 	}

@@ -138,6 +138,9 @@ func (l *loop) Run() (err error) {
 	l.ready = l.in != nil // what came before the loop
 	for !l.stop.Raised() {
 		ring, iface, err := l.step()
+		if err == nil {
+			err = l.fault()
+		}
 		if err != nil {
 			return err
 		}
@@ -164,6 +167,16 @@ func (l *loop) Run() (err error) {
 		}
 		if err := l.sleep(); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// fault returns what the peer did to a doorbell of the loop, nil if it was nothing.
+func (l *loop) fault() error {
+	for _, h := range [...]half{l.out, l.in} {
+		if h != nil && h.shared().fault != nil {
+			return h.shared().fault
 		}
 	}
 	return nil

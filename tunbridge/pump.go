@@ -1,6 +1,7 @@
 package tunbridge
 
 import (
+	"errors"
 	"fmt"
 	"sync/atomic"
 	"time"
@@ -70,6 +71,23 @@ func (s *Stop) Raise() {
 // Raised tells whether Raise was called.
 func (s *Stop) Raised() bool { return atomic.LoadUint32(&s.raised) != 0 }
 
+// Wait waits for d, or until Raise is called: then it returns true.
+func (s *Stop) Wait(d time.Duration) bool {
+	end := time.Now().Add(d)
+	for !s.Raised() {
+		left := time.Until(end)
+		if left <= 0 {
+			return false
+		}
+		ts := unix.NsecToTimespec(int64(left))
+		fds := [1]unix.PollFd{{Fd: int32(s.bell.FD()), Events: unix.POLLIN}}
+		if _, err := unix.Ppoll(fds[:], &ts, nil); err != nil && err != unix.EINTR {
+			return s.Raised()
+		}
+	}
+	return true
+}
+
 // Bell is the eventfd that stays readable once the Stop is raised.
 func (s *Stop) Bell() *doorbell.Eventfd { return s.bell }
 
@@ -78,27 +96,28 @@ func (s *Stop) Close() error { return s.bell.Close() }
 
 // Counters of a pump.
 const (
-	cFrames     = iota // frames moved
-	cBytes             // their bytes, virtio-net header apart
-	cGSO               // of them, super-packets that still have to be segmented
-	cBatches           // publications
-	cSyscalls          // reads and writes on the interface
-	cAgain             // reads that found nothing
-	cDropped           // frames that the interface refused
-	cOversize          // frames longer than what was agreed, than the MTU, or than the buffers the driver offers
-	cBadHeader         // frames whose virtio-net header asks for what was not negotiated
-	cStaged            // frames copied through a staging buffer (device memory)
-	cNoBuffers         // times the loop slept while there was no buffer or descriptor for a frame
-	cRings             // doorbells rung
-	cRingErrors        // doorbells that could not be rung: the peer is absent
-	cSleeps            // of the loop
-	cLooks             // polls of the descriptors by the loop while it was awake with nothing to do
+	cFrames      = iota // frames moved
+	cBytes              // their bytes, virtio-net header apart
+	cGSO                // of them, super-packets that still have to be segmented
+	cBatches            // publications
+	cSyscalls           // reads and writes on the interface
+	cAgain              // reads that found nothing
+	cDropped            // frames that the interface refused
+	cOversize           // frames longer than what was agreed, than the MTU, or than the buffers the driver offers
+	cBadHeader          // frames whose virtio-net header asks for what was not negotiated
+	cStaged             // frames copied through a staging buffer (device memory)
+	cNoBuffers          // times the loop slept while there was no buffer or descriptor for a frame
+	cRings              // doorbells rung
+	cRingErrors         // doorbells that could not be rung: the peer is absent
+	cRingBlocked        // of them, those that the peer made block
+	cSleeps             // of the loop
+	cLooks              // polls of the descriptors by the loop while it was awake with nothing to do
 	numCounters
 )
 
 var counterNames = [numCounters]string{
 	"frames", "bytes", "gso_frames", "batches", "syscalls", "again", "dropped", "oversize",
-	"bad_header", "staged", "no_buffers", "rings", "ring_errors", "sleeps", "looks",
+	"bad_header", "staged", "no_buffers", "rings", "ring_errors", "ring_blocked", "sleeps", "looks",
 }
 
 // Stats are a pump's counters: written by its loop once a batch, read at any time.
@@ -173,7 +192,8 @@ type common struct {
 	over     [1]byte   // where the kernel puts the byte that makes a frame too long
 	followed time.Time // when max was last compared with the interface's MTU
 
-	moved int // frames, since their loop set it to 0
+	moved int   // frames, since their loop set it to 0
+	fault error // of the peer at the doorbell
 
 	// Of those that read the interface, for their loop.
 	dry     bool // the last read found nothing
@@ -262,9 +282,15 @@ func newCommon(c PumpConfig) common {
 
 // ring notifies the peer. A ring that fails is counted, and no more: the peer is absent, which the
 // link finds out, or its poll fallback rescues it.
+//
+// A ring that the peer made block is its fault: the loop ends with it.
 func (c *common) ring() {
-	if c.ringer.Ring() != nil {
+	if err := c.ringer.Ring(); err != nil {
 		c.d[cRingErrors]++
+		if errors.Is(err, doorbell.ErrBlocked) {
+			c.d[cRingBlocked]++
+			c.fault = fmt.Errorf("%s: %w", c.name, err)
+		}
 		return
 	}
 	c.d[cRings]++

@@ -503,15 +503,21 @@ type ringer struct {
 	e    *doorbell.Eventfd // found last
 }
 
-// Ring rings the peer; ErrNoPeer where there is none with this number and vector now.
-func (r *ringer) Ring() error {
+// Ring rings the peer; ErrNoPeer where there is none with this number and vector now. doorbell.ErrBlocked tells that the peer
+// made it block, which a watchdog ended.
+func (r *ringer) Ring() error { return r.ring((*doorbell.Eventfd).Ring) }
+
+// RingNoWait implements doorbell.NoWaitRinger.
+func (r *ringer) RingNoWait() error { return r.ring((*doorbell.Eventfd).RingNoWait) }
+
+func (r *ringer) ring(ring func(*doorbell.Eventfd) error) error {
 	if r.kind != mmio.Cached {
 		// Gathered stores must be out first. For cached memory the eventfd's own lock
 		// orders them.
 		mmio.Fence(r.kind, mmio.WriteBarrier)
 	}
 	if r.e != nil {
-		if err := r.e.Ring(); err != doorbell.ErrClosed {
+		if err := ring(r.e); err != doorbell.ErrClosed {
 			return err
 		}
 		r.e = nil // went, and perhaps came again
@@ -524,7 +530,7 @@ func (r *ringer) Ring() error {
 	if r.e == nil {
 		return ErrNoPeer
 	}
-	if err := r.e.Ring(); err != doorbell.ErrClosed {
+	if err := ring(r.e); err != doorbell.ErrClosed {
 		return err
 	}
 	r.e = nil

@@ -306,7 +306,7 @@ func (f *endFlags) linkName(n int) string {
 
 // end is what both programs have.
 type end interface {
-	Open() error
+	Open(context.Context) error
 	Run(context.Context) error
 	Status() status.Link
 }
@@ -350,7 +350,7 @@ func (f *endFlags) serveEnd(side board.Side, ends []end, devices []device, log *
 	defer srv.Close()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	if err := openAll(ends); err != nil {
+	if err := openAll(ctx, ends); err != nil {
 		return err
 	}
 	for _, d := range devices {
@@ -376,11 +376,11 @@ func (f *endFlags) serveEnd(side board.Side, ends []end, devices []device, log *
 // openAll opens the boards of all ends, at the same time, as one may take seconds to fail. An error
 // means that no board can be used nor waited for. Otherwise the ends go on: their Run waits for
 // what is not there, and with several boards also for what is wrong (session.Config.Retry).
-func openAll(ends []end) error {
+func openAll(ctx context.Context, ends []end) error {
 	var wg sync.WaitGroup
 	errs := make([]error, len(ends))
 	for i, e := range ends {
-		wg.Go(func() { errs[i] = e.Open() })
+		wg.Go(func() { errs[i] = e.Open(ctx) })
 	}
 	wg.Wait()
 	if slices.Contains(errs, nil) {
