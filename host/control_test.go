@@ -9,6 +9,7 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/mmio"
+	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
 	"github.com/boardlink/boardlink/vring"
 )
@@ -57,7 +58,12 @@ func newControlRig(t testing.TB, packed bool) *controlRig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.c = &control{name: "test ctrl", q: dev, max: controlMax, n: new(controlCounters), call: board.Silent, set: func(n int) error {
+	stop, err := tunbridge.NewStop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stop.Close() })
+	r.c = &control{name: "test ctrl", stop: stop, q: dev, max: controlMax, n: new(controlCounters), call: board.Silent, set: func(n int) error {
 		if r.setErr == nil {
 			r.set = append(r.set, n)
 		}

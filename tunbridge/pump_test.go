@@ -374,3 +374,27 @@ func TestPumps(t *testing.T) {
 		})
 	}
 }
+
+// TestStopWait: a wait ends by itself, and at once where the Stop is raised.
+func TestStopWait(t *testing.T) {
+	t.Parallel()
+	s, err := tunbridge.NewStop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if s.Wait(time.Millisecond) {
+		t.Error("raised by itself")
+	}
+	done := make(chan bool, 1)
+	go func() { done <- s.Wait(time.Hour) }()
+	s.Raise()
+	select {
+	case raised := <-done:
+		if !raised || !s.Wait(time.Hour) {
+			t.Error("the end of a wait by Raise is told as its own")
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("the wait goes on")
+	}
+}
