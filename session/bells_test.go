@@ -223,4 +223,3 @@ func ringBlocked(l *link) uint64 {
 	}
 	return n
 }
-
