@@ -24,6 +24,7 @@ package vm
 import (
 	"errors"
 	"fmt"
+	"strings"
 )
 
 // MissingError says that this system lacks something a virtual machine needs. A test is skipped for it,
@@ -40,11 +41,19 @@ type MissingError struct {
 // Error names what is missing, why, and what mends it.
 func (e *MissingError) Error() string {
 	s := e.What
+	sep := " "
 	if e.Err != nil {
-		s += ": " + e.Err.Error()
+		cause := e.Err.Error()
+		if strings.Contains(cause, "\n") {
+			sep = "\n"
+		}
+		if !strings.HasPrefix(cause, "\n") {
+			cause = " " + cause
+		}
+		s += ":" + cause
 	}
 	if e.Mend != "" {
-		s += " (" + e.Mend + ")"
+		s += sep + "(" + e.Mend + ")"
 	}
 	return s
 }

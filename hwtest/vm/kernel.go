@@ -1,15 +1,12 @@
 package vm
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
-	"sort"
 	"strings"
 	"time"
 
@@ -31,15 +28,20 @@ type KernelSpec struct {
 	Name string
 	// Arch is what it runs on.
 	Arch Arch
-	// Sources are tried in order.
+	// Version and Flavour choose among the kernels of a suite: "6.12" and "cloud-amd64" mean every
+	// package linux-image-6.12.*-cloud-amd64.
+	Version, Flavour string
+	// Sources are tried in order, and of each all its kernels, the newest first, until one arrives.
 	Sources []Source
 	// NoIOMMU replaces vfio.ko by one built with CONFIG_VFIO_NOIOMMU.
 	NoIOMMU bool
+	// exact: Version is a kernel's whole release, with the flavour.
+	exact bool
 }
 
-// Source is a meta-package of a Debian suite that depends on a kernel's package.
+// Source is a suite of a Debian archive.
 type Source struct {
-	URI, Suite, Package string
+	URI, Suite string
 }
 
 const (
@@ -47,26 +49,33 @@ const (
 	security = "http://deb.debian.org/debian-security"
 )
 
-// The kernels that machines boot.
+// The kernels that machines boot. The suites of Debian 12 come first where they have the version: the
+// programs in their kernels' headers run on Debian 12 and later.
 var (
 	// Linux612 is Linux 6.12 for x86 cloud machines.
-	Linux612 = &KernelSpec{Name: "amd64-6.12", Arch: AMD64, Sources: []Source{
-		{security, "bookworm-security", "linux-image-6.12-cloud-amd64"},
-		{debian, "trixie", "linux-image-cloud-amd64"},
+	Linux612 = &KernelSpec{Name: "amd64-6.12", Arch: AMD64, Version: "6.12", Flavour: "cloud-amd64", Sources: []Source{
+		{security, "bookworm-security"},
+		{debian, "bookworm-backports"},
+		{debian, "trixie"},
+		{security, "trixie-security"},
 	}}
 	// Linux61 is Linux 6.1 for x86 cloud machines.
-	Linux61 = &KernelSpec{Name: "amd64-6.1", Arch: AMD64, Sources: []Source{
-		{security, "bookworm-security", "linux-image-cloud-amd64"},
-		{debian, "bookworm", "linux-image-cloud-amd64"},
+	Linux61 = &KernelSpec{Name: "amd64-6.1", Arch: AMD64, Version: "6.1", Flavour: "cloud-amd64", Sources: []Source{
+		{security, "bookworm-security"},
+		{debian, "bookworm"},
 	}}
 	// Linux612PPC is Linux 6.12 for little-endian POWER with pages of 4 KiB: VFIO works (sPAPR TCE).
-	Linux612PPC = &KernelSpec{Name: "ppc64le-6.12", Arch: PPC64LE, Sources: []Source{
-		{debian, "trixie", "linux-image-powerpc64le"},
+	Linux612PPC = &KernelSpec{Name: "ppc64le-6.12", Arch: PPC64LE, Version: "6.12", Flavour: "powerpc64le", Sources: []Source{
+		{debian, "trixie"},
+		{debian, "bookworm-backports"},
+		{security, "trixie-security"},
+		{security, "bookworm-security"},
 	}}
 	// Linux61PPC is Linux 6.1 for little-endian POWER with pages of 64 KiB: vfio-pci does not bind, sysfs and
 	// UIO work.
-	Linux61PPC = &KernelSpec{Name: "ppc64le-6.1", Arch: PPC64LE, Sources: []Source{
-		{debian, "bookworm", "linux-image-powerpc64le"},
+	Linux61PPC = &KernelSpec{Name: "ppc64le-6.1", Arch: PPC64LE, Version: "6.1", Flavour: "powerpc64le", Sources: []Source{
+		{debian, "bookworm"},
+		{security, "bookworm-security"},
 	}}
 )
 
@@ -144,9 +153,7 @@ func Fetch(ctx context.Context, spec *KernelSpec) (*Kernel, error) {
 		return nil, err
 	}
 	if spec.NoIOMMU {
-		if err := k.buildNoIOMMU(ctx, cache); err != nil {
-			return nil, err
-		}
+		return k.withNoIOMMU(ctx, cache)
 	}
 	return k, nil
 }
@@ -161,8 +168,8 @@ func cached(spec *KernelSpec, dir string) (*Kernel, error) {
 		return nil, err
 	}
 	k := &Kernel{Spec: spec, Dir: dir, extra: map[string]string{}}
-	if f := strings.Fields(string(b)); len(f) == 3 {
-		k.Source = Source{f[0], f[1], f[2]}
+	if f := strings.Fields(string(b)); len(f) >= 2 {
+		k.Source = Source{f[0], f[1]}
 	}
 	images, _ := filepath.Glob(filepath.Join(dir, "boot", "vmlinu[xz]-*"))
 	if len(images) != 1 {
@@ -173,41 +180,40 @@ func cached(spec *KernelSpec, dir string) (*Kernel, error) {
 	return k, nil
 }
 
+// fetch unpacks a kernel into dir. The caller holds the lock on fetch.lock.
 func fetch(ctx context.Context, cache, dir string, spec *KernelSpec) (*Kernel, error) {
 	if err := needTools("apt-get", "apt-cache", "dpkg-deb"); err != nil {
 		return nil, err
 	}
-	var lacks []error
-	for _, src := range spec.Sources {
-		a, err := newApt(cache, spec.Arch, src.URI, src.Suite)
-		if err != nil {
-			return nil, err
-		}
-		Logf("fetching the kernel %s: %s of %s", spec.Name, src.Package, src.Suite)
-		start := time.Now()
-		tmp, err := a.kernel(ctx, src.Package, dir)
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil, err
-			}
-			lacks = append(lacks, err)
-			continue
-		}
-		note := strings.Join([]string{src.URI, src.Suite, src.Package}, " ") + "\n"
-		if err := os.WriteFile(filepath.Join(tmp, "source"), []byte(note), 0o644); err != nil {
-			return nil, err
-		}
-		if err := os.RemoveAll(dir); err != nil {
-			return nil, err
-		}
-		if err := os.Rename(tmp, dir); err != nil {
-			return nil, err
-		}
-		Logf("fetched the kernel %s in %.0f s", spec.Name, time.Since(start).Seconds())
-		return cached(spec, dir)
+	sweep(cache)
+	start := time.Now()
+	failed, err := eachCandidate(ctx, cache, spec, func(a *apt, c candidate) error {
+		Logf("fetching the kernel %s: %s", spec.Name, c)
+		return a.kernel(ctx, c, dir, nil)
+	})
+	if err != nil {
+		return nil, err
 	}
-	return nil, &MissingError{What: "the kernel " + spec.Name + " is not in the cache and apt cannot fetch it",
-		Mend: "it takes a network that reaches Debian's mirrors", Err: errors.Join(lacks...)}
+	if failed != nil {
+		return nil, &MissingError{What: "the kernel " + spec.Name + " is not in the cache, and Debian's mirrors did not deliver one",
+			Mend: mendMirror, Err: failed}
+	}
+	Logf("fetched the kernel %s in %.0f s", spec.Name, time.Since(start).Seconds())
+	return cached(spec, dir)
+}
+
+// mendMirror is what helps where a download failed.
+const mendMirror = "it takes a network that reaches Debian's mirrors, or BOARDLINK_DEBIAN_MIRROR=URI of another one; " +
+	"a mirror that is being updated works again after some minutes"
+
+// sweep removes what a fetch that was killed left in the cache.
+func sweep(cache string) {
+	for _, pattern := range []string{"kernels/.new-*", "noiommu-*", "apt/*/deb-*", "apt/*/cache/archives/partial/*"} {
+		left, _ := filepath.Glob(filepath.Join(cache, pattern))
+		for _, p := range left {
+			os.RemoveAll(p)
+		}
+	}
 }
 
 // toolPackage is the Debian package of each program that is run.
@@ -224,167 +230,6 @@ func needTools(names ...string) error {
 		}
 	}
 	return nil
-}
-
-// apt is a state of apt's of our own, for one suite and architecture.
-type apt struct {
-	arch  Arch
-	suite string
-	dir   string
-}
-
-// keyring checks what apt downloads.
-const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
-
-func newApt(cache string, arch Arch, uri, suite string) (*apt, error) {
-	if _, err := os.Stat(keyring); err != nil {
-		return nil, &MissingError{What: "Debian's keys are missing", Mend: "apt-get install debian-archive-keyring", Err: err}
-	}
-	if m := os.Getenv("BOARDLINK_DEBIAN_MIRROR"); m != "" && uri == debian {
-		uri = m
-	}
-	a := &apt{arch: arch, suite: suite, dir: filepath.Join(cache, "apt", suite+"-"+arch.debArch())}
-	for _, d := range []string{"state/lists/partial", "cache/archives/partial", "etc"} {
-		if err := os.MkdirAll(filepath.Join(a.dir, d), 0o755); err != nil {
-			return nil, err
-		}
-	}
-	// What the system configures holds (a proxy, say), but its hooks are for its own state.
-	conf := fmt.Sprintf(`Dir::State "%[1]s/state";
-Dir::State::status "%[1]s/state/status";
-Dir::Cache "%[1]s/cache";
-Dir::Etc::sourcelist "%[1]s/etc/sources.list";
-Dir::Etc::sourceparts "/dev/null";
-Dir::Etc::preferences "/dev/null";
-Dir::Etc::preferencesparts "/dev/null";
-APT::Architecture "%[2]s";
-#clear APT::Architectures;
-APT::Architectures { "%[2]s"; };
-APT::Sandbox::User "";
-#clear APT::Update::Post-Invoke;
-#clear APT::Update::Post-Invoke-Success;
-Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false";
-Acquire::Languages "none";
-Acquire::Retries "3";
-Acquire::http::Timeout "30";
-`, a.dir, arch.debArch())
-	list := fmt.Sprintf("deb [signed-by=%s] %s %s main\n", keyring, uri, suite)
-	for name, content := range map[string]string{"etc/apt.conf": conf, "etc/sources.list": list, "state/status": ""} {
-		if err := os.WriteFile(filepath.Join(a.dir, name), []byte(content), 0o644); err != nil {
-			return nil, err
-		}
-	}
-	return a, nil
-}
-
-// run runs a program of apt's in dir and returns its output.
-func (a *apt) run(ctx context.Context, dir, name string, args ...string) (string, error) {
-	args = append([]string{"-c", filepath.Join(a.dir, "etc/apt.conf"), "-q"}, args...)
-	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive")
-	cmd.SysProcAttr = deathsig()
-	cmd.WaitDelay = 5 * time.Second
-	var out, errs bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &errs
-	if err := cmd.Run(); err != nil {
-		return "", fmt.Errorf("%s %s of %s: %w: %s", name, args[3], a.suite, err, strings.TrimSpace(errs.String()))
-	}
-	return out.String(), nil
-}
-
-// update reads the suite's list of packages, which apt checks against the keyring.
-func (a *apt) update(ctx context.Context) error {
-	_, err := a.run(ctx, a.dir, "apt-get", "--error-on=any", "update")
-	return err
-}
-
-// depends returns the packages that a package depends on and that match.
-func (a *apt) depends(ctx context.Context, pkg string, match *regexp.Regexp) ([]string, error) {
-	out, err := a.run(ctx, a.dir, "apt-cache", "depends", pkg)
-	if err != nil {
-		return nil, err
-	}
-	var got []string
-	for _, line := range strings.Split(out, "\n") {
-		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: "); ok && match.MatchString(name) {
-			got = append(got, name)
-		}
-	}
-	sort.Strings(got)
-	return got, nil
-}
-
-// version returns the version of a package that apt would download.
-func (a *apt) version(ctx context.Context, pkg string) (string, error) {
-	out, err := a.run(ctx, a.dir, "apt-cache", "show", "--no-all-versions", pkg)
-	if err != nil {
-		return "", err
-	}
-	for _, line := range strings.Split(out, "\n") {
-		if v, ok := strings.CutPrefix(line, "Version: "); ok {
-			return v, nil
-		}
-	}
-	return "", fmt.Errorf("%s has no package %s", a.suite, pkg)
-}
-
-// unpack downloads a package, "name" or "name=version", and unpacks it into dir.
-func (a *apt) unpack(ctx context.Context, pkg, dir string) error {
-	tmp, err := os.MkdirTemp(a.dir, "deb-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(tmp)
-	if _, err := a.run(ctx, tmp, "apt-get", "download", pkg); err != nil {
-		return err
-	}
-	debs, _ := filepath.Glob(filepath.Join(tmp, "*.deb"))
-	if len(debs) != 1 {
-		return fmt.Errorf("apt-get download %s: %d packages", pkg, len(debs))
-	}
-	if out, err := run(ctx, tmp, "dpkg-deb", "-x", debs[0], dir); err != nil {
-		return fmt.Errorf("dpkg-deb -x %s: %w: %s", filepath.Base(debs[0]), err, out)
-	}
-	return nil
-}
-
-// isImage matches a kernel's package, as against the meta-package.
-var isImage = regexp.MustCompile(`^linux-image-[0-9]+\.[0-9]+\.[0-9].*`)
-
-// kernel unpacks the kernel that a meta-package depends on into a new folder beside dir.
-func (a *apt) kernel(ctx context.Context, meta, dir string) (string, error) {
-	if err := a.update(ctx); err != nil {
-		return "", err
-	}
-	names, err := a.depends(ctx, meta, isImage)
-	if err != nil {
-		return "", err
-	}
-	if len(names) == 0 {
-		return "", fmt.Errorf("%s has no package %s", a.suite, meta)
-	}
-	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
-		return "", err
-	}
-	tmp, err := os.MkdirTemp(filepath.Dir(dir), ".new-")
-	if err != nil {
-		return "", err
-	}
-	if err := os.Chmod(tmp, 0o755); err != nil {
-		return "", err
-	}
-	if err := a.unpack(ctx, names[len(names)-1], tmp); err != nil {
-		os.RemoveAll(tmp)
-		return "", err
-	}
-	// Since Debian 13 the modules lie in /usr/lib.
-	if _, err := os.Stat(filepath.Join(tmp, "lib")); err != nil {
-		if err := os.Symlink("usr/lib", filepath.Join(tmp, "lib")); err != nil {
-			return "", err
-		}
-	}
-	return tmp, nil
 }
 
 // deathsig ends a child when this process ends. The signal follows the thread that started the child: it

@@ -40,14 +40,14 @@ func TestFetchRefusesUnsigned(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, content := range map[string]string{
-		filepath.Join(dir, "Packages"):            "Package: linux-image-evil\nVersion: 1\nArchitecture: amd64\nDepends: linux-image-6.12.1-evil\n",
+		filepath.Join(dir, "Packages"):            "Package: linux-image-6.12.1-evil\nVersion: 1\nArchitecture: amd64\n",
 		filepath.Join(repo, "dists/evil/Release"): "Suite: evil\nComponents: main\nArchitectures: amd64\nDate: Thu, 01 Jan 2026 00:00:00 UTC\n",
 	} {
 		if err := os.WriteFile(name, []byte(content), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
-	_, err := vm.Fetch(t.Context(), &vm.KernelSpec{Name: "evil", Arch: vm.AMD64, Sources: []vm.Source{{URI: "file:" + repo, Suite: "evil", Package: "linux-image-evil"}}})
+	_, err := vm.Fetch(t.Context(), &vm.KernelSpec{Name: "evil", Arch: vm.AMD64, Version: "6.12", Flavour: "evil", Sources: []vm.Source{{URI: "file:" + repo, Suite: "evil"}}})
 	if err == nil || !strings.Contains(err.Error(), "not signed") {
 		t.Fatalf("an archive without a signature: %v", err)
 	}
@@ -58,7 +58,7 @@ func TestFetchMissing(t *testing.T) {
 	quiet(t)
 	cache := t.TempDir()
 	t.Setenv("BOARDLINK_CACHE", cache)
-	nowhere := &vm.KernelSpec{Name: "nowhere", Arch: vm.AMD64, Sources: []vm.Source{{URI: "file:" + cache, Suite: "none", Package: "linux-image"}}}
+	nowhere := &vm.KernelSpec{Name: "nowhere", Arch: vm.AMD64, Version: "6.12", Flavour: "amd64", Sources: []vm.Source{{URI: "file:" + cache, Suite: "none"}}}
 	var missing *vm.MissingError
 	if _, err := vm.Fetch(t.Context(), nowhere); !errors.As(err, &missing) || !strings.Contains(err.Error(), "nowhere") || !strings.Contains(err.Error(), "network") {
 		t.Errorf("no network: %v", err)

@@ -86,6 +86,16 @@ func choose(all []stage, list string) ([]stage, error) {
 	return out, nil
 }
 
+// needModules tells whether any of the stages needs modules.
+func needModules(chosen []stage) bool {
+	for _, s := range chosen {
+		if s.name != "gofmt" {
+			return true
+		}
+	}
+	return false
+}
+
 // isCI tells whether a missing tool is a failure (true) or a reason to skip.
 func isCI() bool { return os.Getenv("CI") == "true" }
 
@@ -124,9 +134,12 @@ func runAll(ctx context.Context, chosen []stage, setup bool) int {
 
 	missing := map[string]string{}
 	tools := toolsFor(chosen)
-	if len(tools) > 0 {
-		s := stage{name: "setup", limit: 8 * time.Minute, run: func(r *run) {
+	if modules := needModules(chosen); modules || len(tools) > 0 {
+		s := stage{name: "setup", limit: 15 * time.Minute, run: func(r *run) {
 			missing = provide(r, tools, setup)
+			if modules {
+				fetchModules(r, moduleSets)
+			}
 		}}
 		note(s.name, s.do(ctx, out, nil))
 	}

@@ -2,9 +2,11 @@ package main
 
 import (
 	"fmt"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"sort"
 	"strings"
 
@@ -117,15 +119,18 @@ func provide(r *run, want []tool, install bool) map[string]string {
 
 	why := "-setup=false"
 	var got []string
+	tries := map[string][]string{}
 	if install {
 		var apt []string
 		if apt, why = aptGet(); apt != nil {
 			why = "apt-get could not install it, see " + filepath.Join(logDir, "setup.log")
-			a := &installer{run: r, apt: apt}
+			a := &installer{run: r, apt: apt, cache: "apt-cache"}
 			for _, t := range lack {
 				r.out.doing("apt-get install " + t.packages[0])
 				if a.install(t) {
 					got = append(got, t.name)
+				} else {
+					tries[t.name] = a.tries
 				}
 			}
 		}
@@ -137,6 +142,9 @@ func provide(r *run, want []tool, install bool) map[string]string {
 			continue
 		}
 		line := fmt.Sprintf("%s is missing (%s): %s; by hand: apt-get install %s", t.binaries[0], t.why, why, t.packages[0])
+		for _, l := range tries[t.name] {
+			line += "\n  tried: " + l
+		}
 		missing[t.name] = t.binaries[0] + " is missing, see setup"
 		if isCI() {
 			r.failf("%s", line)
@@ -156,8 +164,8 @@ func aptGet() ([]string, string) {
 	if err != nil {
 		return nil, "this system has no apt-get"
 	}
-	cmd := []string{"env", "DEBIAN_FRONTEND=noninteractive", apt, "-y", "-q", "--no-install-recommends",
-		"-o", "DPkg::Lock::Timeout=120", "-o", "Acquire::Retries=2", "-o", "Acquire::http::Timeout=30"}
+	cmd := []string{"env", "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C", apt, "-y", "-q", "--no-install-recommends",
+		"-o", "DPkg::Lock::Timeout=300", "-o", "Acquire::Retries=2", "-o", "Acquire::http::Timeout=30"}
 	if os.Geteuid() == 0 {
 		return cmd, ""
 	}
@@ -198,36 +206,157 @@ func sudoExec() []string {
 // installer installs packages one tool at a time, so that one that is not to be
 // had does not cost the others.
 type installer struct {
-	run     *run
-	apt     []string
-	updated bool
+	run   *run
+	apt   []string
+	cache string // apt-cache
+	anew  bool   // the lists were read again after a failure
+	tries []string
 }
 
+// install installs the first of the tool's packages that can be had. What fails is tried once more with lists
+// read anew, since they may be older than the archive, and with other versions of the packages that the
+// mirror does not deliver. tries tells what was tried, and what was answered.
 func (a *installer) install(t tool) bool {
+	a.tries = nil
 	if !haveLists() {
 		a.update()
 	}
 	for {
 		for _, p := range t.packages {
-			if a.get(append([]string{"install"}, strings.Fields(p)...)...) && t.find() != "" {
+			if a.versions(strings.Fields(p)) && t.find() != "" {
 				return true
 			}
+			if a.run.ctx.Err() != nil {
+				return false
+			}
 		}
-		if a.updated || a.run.ctx.Err() != nil {
+		if a.anew {
 			return false
 		}
-		a.update() // the lists may be older than the archive
+		a.anew = true
+		a.update()
 	}
 }
 
+// update reads the lists of packages, once more if that fails: a mirror may be in the middle of an update.
 func (a *installer) update() {
-	a.updated = true
-	a.get("update")
+	for try := 0; try < 2; try++ {
+		out, err := a.get("update")
+		if err == nil {
+			return
+		}
+		a.tries = append(a.tries, "apt-get update: "+answer(out, err))
+	}
 }
 
-func (a *installer) get(args ...string) bool {
-	_, err := a.run.output(nil, a.apt[0], append(append([]string{}, a.apt[1:]...), args...)...)
-	return err == nil
+// notFetched is apt's line of a package that it could not get, with the mirror's answer.
+var notFetched = regexp.MustCompile(`(?m)^E: Failed to fetch \S*/([^/\s_]+)_([^/\s_]+)_[^/\s_]+\.deb +(.*?)(?: +\[IP: [^]]*\])?$`)
+
+// firstComplaint is any of apt's lines of errors.
+var firstComplaint = regexp.MustCompile(`(?m)^E: (.*?)(?: +\[IP: [^]]*\])?$`)
+
+// answer is the first line that says why apt failed.
+func answer(out string, err error) string {
+	if m := firstComplaint.FindStringSubmatch(out); m != nil {
+		return strings.Join(strings.Fields(m[1]), " ")
+	}
+	line, _, _ := strings.Cut(err.Error(), "\n")
+	return line
+}
+
+// versions installs packages; where the mirror does not deliver one of them, or of those that they
+// depend on, an older version of it.
+func (a *installer) versions(packages []string) bool {
+	gone := map[string]bool{} // "name=version"
+	pins := map[string]string{}
+	for try := 0; try < 6; try++ {
+		args := []string{"install"}
+		if len(pins) > 0 {
+			args = append(args, "--allow-downgrades")
+		}
+		for _, p := range packages {
+			if pins[p] == "" {
+				args = append(args, p)
+			}
+		}
+		var names []string
+		for p := range pins {
+			names = append(names, p)
+		}
+		sort.Strings(names)
+		for _, p := range names {
+			args = append(args, p+"="+pins[p])
+		}
+		out, err := a.get(args...)
+		if err == nil {
+			return true
+		}
+		line := "apt-get " + strings.Join(args, " ") + ": "
+		missing := notFetched.FindAllStringSubmatch(out, -1)
+		if len(missing) == 0 || a.run.ctx.Err() != nil {
+			a.tries = append(a.tries, line+answer(out, err))
+			return false
+		}
+		other := false
+		for _, m := range missing {
+			name, version := unescape(m[1]), unescape(m[2])
+			line += name + " " + version + ": " + strings.Join(strings.Fields(m[3]), " ") + "; "
+			gone[name+"="+withoutEpoch(version)] = true
+			delete(pins, name)
+			for _, v := range a.madison(name) {
+				if !gone[name+"="+withoutEpoch(v)] {
+					pins[name] = v
+					other = true
+					break
+				}
+			}
+		}
+		a.tries = append(a.tries, strings.TrimSuffix(line, "; "))
+		if !other {
+			return false
+		}
+	}
+	return false
+}
+
+// unescape undoes what stands as %2b in addresses.
+func unescape(s string) string {
+	if u, err := url.PathUnescape(s); err == nil {
+		return u
+	}
+	return s
+}
+
+// withoutEpoch is a version as files are named by it.
+func withoutEpoch(v string) string {
+	if _, after, ok := strings.Cut(v, ":"); ok {
+		return after
+	}
+	return v
+}
+
+// madison returns the versions of a package that the lists name, in apt's order: the newest first.
+func (a *installer) madison(name string) []string {
+	out, err := a.run.output([]string{"LC_ALL=C"}, a.cache, "madison", name)
+	if err != nil {
+		return nil
+	}
+	var got []string
+	for _, l := range strings.Split(out, "\n") {
+		if f := strings.Split(l, "|"); len(f) == 3 && strings.Contains(f[2], " Packages") {
+			got = append(got, strings.TrimSpace(f[1]))
+		}
+	}
+	return got
+}
+
+// get runs apt-get and returns all that it printed.
+func (a *installer) get(args ...string) (string, error) {
+	out, err := a.run.output(nil, a.apt[0], append(append([]string{}, a.apt[1:]...), args...)...)
+	if err != nil {
+		out += "\n" + err.Error()
+	}
+	return out, err
 }
 
 // haveLists tells whether apt-get update was ever run.
