@@ -4,6 +4,8 @@
 // an emulator of qemu-user, over the same loopback board (a memfd and eventfds that travel by SCM_RIGHTS), with
 // real interfaces and real traffic.
 //
+// The package imports the standard library only: internal/runtests imports it, and is to start without any module.
+//
 // In the room: the targets, how programs are built for them. Never in it: how ends, links and traffic work. The
 // targets, and what the emulation cannot show, are described in docs/ports.md.
 package ports
@@ -17,8 +19,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-
-	"github.com/boardlink/boardlink/board"
 )
 
 // Target is a kind of machine.
@@ -89,12 +89,12 @@ func (t Target) Prefix() ([]string, error) {
 	return []string{q}, nil
 }
 
-// Build builds the program of one end in dir, from the module at root, and returns its path. It checks that
+// Build builds the program of one end (a board.Side) in dir, from the module at root, and returns its path. It checks that
 // the file is for the target's processor and byte order.
-func (t Target) Build(root, dir string, s board.Side) (string, error) {
+func (t Target) Build(root, dir string, side fmt.Stringer) (string, error) {
 	pkg, name := "boardlink", "boardlink-"+t.Arch
 	if t.Lean {
-		pkg = "boardlink-" + s.String()
+		pkg = "boardlink-" + side.String()
 		name = pkg + "-" + t.Arch
 	}
 	if t.Triple != "" {
@@ -143,15 +143,15 @@ func (t Target) Build(root, dir string, s board.Side) (string, error) {
 	return out, nil
 }
 
-// Command returns how an end of the program at path is started, before its flags.
-func (t Target) Command(path string, s board.Side) ([]string, error) {
+// Command returns how an end (a board.Side) of the program at path is started, before its flags.
+func (t Target) Command(path string, side fmt.Stringer) ([]string, error) {
 	words, err := t.Prefix()
 	if err != nil {
 		return nil, err
 	}
 	words = append(words, path)
 	if !t.Lean {
-		words = append(words, s.String())
+		words = append(words, side.String())
 	}
 	return words, nil
 }

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -110,6 +111,23 @@ update) if [ -e once ]; then touch new; else touch once; echo "E: Failed to fetc
 				t.Errorf("tries\n%s\nwant\n%s", strings.Join(a.tries, "\n"), strings.Join(c.tries, "\n"))
 			}
 		})
+	}
+}
+
+// TestStartsWithoutModules: nothing that this program imports has to be fetched before it can try again.
+func TestStartsWithoutModules(t *testing.T) {
+	out, err := exec.Command("go", "list", "-deps", "-f", "{{if not .Standard}}{{.ImportPath}}{{end}}", ".").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	deps := strings.Fields(string(out))
+	for _, d := range deps {
+		if !strings.HasPrefix(d, modulePath+"/") {
+			t.Errorf("imports %s", d)
+		}
+	}
+	if len(deps) == 0 {
+		t.Error("imports not even itself")
 	}
 }
 
