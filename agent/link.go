@@ -15,6 +15,7 @@ import (
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
 	"github.com/boardlink/boardlink/virtiomsg"
 )
@@ -284,7 +285,7 @@ func (l *handler) Tick() {
 	for _, d := range l.devs {
 		select {
 		case err := <-d.failed:
-			if errors.Is(err, pci.ErrGone) {
+			if errors.Is(err, pci.ErrGone) || errors.Is(err, tunbridge.ErrFault) {
 				l.s.Fault(err)
 				return
 			}

@@ -47,6 +47,9 @@ type Options struct {
 	// Logf, if set, hears of peers that come and go, and of lost connections. It may be
 	// called from several goroutines.
 	Logf func(format string, args ...interface{})
+	// Warnf, if set, hears of what an operator should change, once for each time that a board is
+	// opened; otherwise Logf does. It may be called from several goroutines.
+	Warnf func(format string, args ...interface{})
 }
 
 // RingMethod tells how a side is rung; it is declared in the link page.

@@ -10,6 +10,7 @@ import (
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
 	"github.com/boardlink/boardlink/virtiomsg"
 )
@@ -58,7 +59,7 @@ func (d *device) events() {
 	d.pending = nil
 	d.mu.Unlock()
 	for _, e := range es {
-		if errors.Is(e.Broken, pci.ErrGone) || errors.Is(e.Broken, dma.ErrRunaway) {
+		if errors.Is(e.Broken, pci.ErrGone) || errors.Is(e.Broken, tunbridge.ErrFault) || errors.Is(e.Broken, dma.ErrRunaway) {
 			d.l.s.Fault(e.Broken)
 			return
 		}

@@ -24,16 +24,27 @@ var (
 )
 
 type guardedRange struct {
-	size uintptr
-	name string
+	size   uintptr
+	name   string
+	shared bool // memory of a file
 }
 
 // GuardRange registers size bytes at base, mapped memory that may fault: a fault there ends
 // the Guard it happens in with an error that names it. The implementations of Function call it for
 // what they map. The result takes the range back; call it before the mapping goes.
 func GuardRange(base uintptr, size uint64, name string) (release func()) {
+	return guardRange(base, guardedRange{size: uintptr(size), name: name})
+}
+
+// GuardShared is GuardRange for memory of a file that other processes share: it faults where somebody
+// truncates the file. A system call that is given such memory fails with EFAULT instead.
+func GuardShared(base uintptr, size uint64, name string) (release func()) {
+	return guardRange(base, guardedRange{size: uintptr(size), name: name, shared: true})
+}
+
+func guardRange(base uintptr, r guardedRange) (release func()) {
 	guardedMu.Lock()
-	guarded[base] = guardedRange{uintptr(size), name}
+	guarded[base] = r
 	guardedMu.Unlock()
 	return func() {
 		guardedMu.Lock()
@@ -42,25 +53,30 @@ func GuardRange(base uintptr, size uint64, name string) (release func()) {
 	}
 }
 
-func guardedName(addr uintptr) (string, bool) {
+func guardedAt(addr uintptr) (guardedRange, bool) {
 	guardedMu.Lock()
 	defer guardedMu.Unlock()
 	for base, r := range guarded {
 		if addr >= base && addr-base < r.size {
-			return r.name, true
+			return r, true
 		}
 	}
-	return "", false
+	return guardedRange{}, false
 }
 
 // FaultError is a memory access that failed because the board behind it is lost. It matches ErrGone.
 type FaultError struct {
 	Name string  // what was accessed: "0000:00:04.0 BAR 2"
 	Addr uintptr // in this process; 0 where the processor did not tell
+	// Shared: the memory is that of a shared file (GuardShared).
+	Shared bool
 }
 
 // Error names the mapping.
 func (e *FaultError) Error() string {
+	if e.Shared {
+		return fmt.Sprintf("%s: the access at %#x to the shared memory failed: somebody truncated its file", e.Name, e.Addr)
+	}
 	if e.Addr == 0 {
 		return fmt.Sprintf("pci function %s: an access failed: the board is gone, or its memory access was turned off", e.Name)
 	}
@@ -77,7 +93,8 @@ func (e *FaultError) Is(target error) bool { return target == ErrGone }
 // loop. What f held when it was torn out is in any state: locks are freed only by defer, rings and indices
 // are not to be used again. That is what link loss means anyway: drop them and shake hands anew.
 // A goroutine that f starts is not guarded; it needs a Guard of its own. Memory that is handed to a system call
-// faults there with EFAULT, which never concerns a BAR: they are never handed to one.
+// faults there with EFAULT, which never concerns a BAR: they are never handed to one. (Shared
+// memory is: see GuardShared.)
 func Guard(f func()) (err error) {
 	old := debug.SetPanicOnFault(true)
 	defer debug.SetPanicOnFault(old)
@@ -106,8 +123,8 @@ func boardFault(r interface{}) *FaultError {
 	addr := uintptr(0)
 	if a, ok := re.(interface{ Addr() uintptr }); ok { // Go 1.17
 		if addr = a.Addr(); addr != 0 {
-			if name, ok := guardedName(addr); ok {
-				return &FaultError{Name: name, Addr: addr}
+			if r, ok := guardedAt(addr); ok {
+				return &FaultError{Name: r.name, Addr: addr, Shared: r.shared}
 			}
 		}
 	}

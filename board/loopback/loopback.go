@@ -21,6 +21,7 @@ import (
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/mmio"
+	"github.com/boardlink/boardlink/pci"
 )
 
 // Name is the kind's name in a board spec.
@@ -57,7 +58,7 @@ var ErrNoPeer = errors.New("loopback: no such peer is connected")
 func init() {
 	board.Register(board.Kind{
 		Name: Name,
-		Help: "PATH of the rendezvous socket (boardlink serve), or fd=N",
+		Help: "PATH[,server=UID|any] of the rendezvous socket (boardlink serve), or fd=N",
 		Open: func(arg string, o board.Options) (board.Board, error) {
 			b, err := Open(arg, o)
 			if err != nil {
@@ -78,6 +79,8 @@ type Board struct {
 	id     int64
 	lock   sideLock
 	mem    []byte
+	server int    // user that the server may run as beside root and our own, -1: none, anyServer
+	unmap  func() // takes mem out of the guarded ranges
 	region dma.Region
 	pool   dma.Region // Mem is zero where there is none
 	own    []*doorbell.Eventfd
@@ -93,14 +96,22 @@ type Board struct {
 }
 
 var (
-	_ board.Served = (*Board)(nil)
-	_ board.Pooled = (*Board)(nil)
+	_ board.Served    = (*Board)(nil)
+	_ board.Pooled    = (*Board)(nil)
+	_ board.Vanishing = (*Board)(nil)
 )
 
+// anyServer stands for every user in Board.server.
+const anyServer = -2
+
 // Open opens an end of the board at the server's socket, or over the inherited connection "fd=N". It
-// returns within 5 seconds. Errors match board.ErrAbsent where nobody serves the path (yet),
-// board.ErrSideTaken where a live process holds o.Side, board.ErrInput where the path or what is behind
-// it is wrong.
+// returns within 5 seconds. Errors match board.ErrAbsent where nobody serves the path (yet), or the
+// server takes no more clients now, board.ErrSideTaken where a live process holds o.Side,
+// board.ErrInput where the path or what is behind it is wrong.
+//
+// The server hands out the memory, so it is trusted with this program's link. It must run as
+// this program's user or as root; "PATH,server=UID" names one more user, "PATH,server=any" takes
+// whoever listens. Whoever passed "fd=N" on is trusted.
 func Open(arg string, o board.Options) (*Board, error) {
 	b := &Board{
 		spec:   Name + ":" + arg,
@@ -110,9 +121,21 @@ func Open(arg string, o board.Options) (*Board, error) {
 		done:   make(chan struct{}),
 		peers:  map[int64][]*doorbell.Eventfd{},
 		lock:   sideLock{fd: -1},
+		server: -1,
 	}
 	if b.logf == nil {
 		b.logf = func(string, ...interface{}) {}
+	}
+	if i := strings.LastIndex(arg, ",server="); i >= 0 {
+		who := arg[i+len(",server="):]
+		if who == "any" {
+			b.server = anyServer
+		} else if n, err := strconv.ParseUint(who, 10, 31); err == nil {
+			b.server = int(n)
+		} else {
+			return nil, b.fail(board.ErrInput, fmt.Sprintf("server=%s: the number of a user, or any", who), nil)
+		}
+		arg = arg[:i]
 	}
 	if err := b.connect(arg); err != nil {
 		return nil, err
@@ -172,6 +195,10 @@ func (b *Board) connect(arg string) error {
 	switch {
 	case err == nil:
 		b.conn = c.(*net.UnixConn)
+		if err := b.checkServer(); err != nil {
+			c.Close()
+			return err
+		}
 		return nil
 	case errors.Is(err, unix.ENOENT):
 		return b.fail(board.ErrAbsent, "no rendezvous socket there; start one with: boardlink serve "+arg, nil)
@@ -182,8 +209,34 @@ func (b *Board) connect(arg string) error {
 		return b.fail(board.ErrAbsent, "nobody serves the rendezvous socket any more; start: boardlink serve "+arg, nil)
 	case errors.Is(err, unix.EAGAIN), os.IsTimeout(err):
 		return b.fail(board.ErrAbsent, "the server does not accept connections", nil)
+	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.ENOBUFS):
+		return b.fail(nil, "cannot connect to the rendezvous socket now", err)
+	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
+		return b.fail(nil, "may not connect to the rendezvous socket: run as its user, or have it served with another --mode", err)
 	}
 	return b.fail(board.ErrInput, "cannot connect to the rendezvous socket", err)
+}
+
+// checkServer refuses a server of a stranger.
+func (b *Board) checkServer() error {
+	if b.server == anyServer {
+		return nil
+	}
+	u, err := credentials(b.conn)
+	if err != nil {
+		return b.fail(nil, "cannot tell which user the server runs as", err)
+	}
+	if uid := int(u.Uid); uid != 0 && uid != os.Geteuid() && uid != b.server {
+		return b.fail(board.ErrInput, fmt.Sprintf("the server (process %d) runs as user %d, neither as root nor as this program's user %d; if it is to be trusted, append ,server=%d",
+			u.Pid, uid, os.Geteuid(), uid), nil)
+	}
+	return nil
+}
+
+// turnedAway is the error of a server that hangs up or says nothing. Our own does so where it has no
+// descriptors or no room for one more client, and both pass.
+func (b *Board) turnedAway(err error) error {
+	return b.fail(board.ErrAbsent, "the server takes no more clients now (its log tells), or is no ivshmem server (boardlink serve)", err)
 }
 
 // handshake reads up to the last of this client's own vectors.
@@ -202,13 +255,13 @@ func (b *Board) handshake(o board.Options) error {
 		m, err := b.dec.next()
 		switch {
 		case err == nil && m.lost:
-			return m, b.fail(nil, "raise RLIMIT_NOFILE", errTruncated)
+			return m, b.fail(nil, "cannot take what the server sent", errTruncated)
 		case err == nil:
 			return m, nil
-		case err == io.EOF:
-			return m, fmt.Errorf("it closed the connection where %s was due", what)
+		case err == io.EOF, errors.Is(err, unix.ECONNRESET):
+			return m, b.turnedAway(fmt.Errorf("it closed the connection where %s was due", what))
 		case os.IsTimeout(err):
-			return m, fmt.Errorf("it was silent for %v where %s was due", handshakeTime, what)
+			return m, b.turnedAway(fmt.Errorf("it was silent for %v where %s was due", handshakeTime, what))
 		}
 		return m, fmt.Errorf("reading %s: %w", what, err)
 	}
@@ -254,12 +307,15 @@ func (b *Board) handshake(o board.Options) error {
 				break
 			}
 			if os.IsTimeout(err) {
-				return fmt.Errorf("it gave no interrupt vectors within %v", handshakeTime)
+				return b.turnedAway(fmt.Errorf("it gave no interrupt vectors within %v", handshakeTime))
+			}
+			if err == io.EOF || errors.Is(err, unix.ECONNRESET) {
+				return b.turnedAway(fmt.Errorf("it closed the connection where the interrupt vectors were due"))
 			}
 			return fmt.Errorf("reading the interrupt vectors: %w", err)
 		}
 		if m.lost {
-			return b.fail(nil, "raise RLIMIT_NOFILE", errTruncated)
+			return b.fail(nil, "cannot take what the server sent", errTruncated)
 		}
 		if m.val != b.id {
 			if err := b.peer(m); err != nil {
@@ -299,6 +355,8 @@ func (b *Board) takeMemory(fd int, o board.Options) (vectors int, err error) {
 	switch {
 	case st.Mode&unix.S_IFMT != unix.S_IFREG:
 		err = fmt.Errorf("the shared memory is no file (mode %#o)", st.Mode)
+	case checkFS(fd) != nil:
+		err = checkFS(fd)
 	case st.Size < MinSize:
 		err = fmt.Errorf("the shared memory has %d bytes, at least %d wanted", st.Size, MinSize)
 	case st.Size%page != 0:
@@ -308,7 +366,7 @@ func (b *Board) takeMemory(fd int, o board.Options) (vectors int, err error) {
 	}
 	if err != nil {
 		unix.Close(fd)
-		return 0, err
+		return 0, b.fail(board.ErrInput, "what the server gives cannot be the board", err)
 	}
 	if l, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd)); err == nil {
 		if i := strings.Index(l, memfdName); i >= 0 {
@@ -319,7 +377,11 @@ func (b *Board) takeMemory(fd int, o board.Options) (vectors int, err error) {
 		}
 	}
 	if seals, err := unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0); err != nil || seals&unix.F_SEAL_SHRINK == 0 {
-		b.logf("%s: the memory is not sealed: a server that shrinks it would crash this program", b.spec)
+		warnf := o.Warnf
+		if warnf == nil {
+			warnf = b.logf
+		}
+		warnf("%s: the shared memory is not sealed (F_SEAL_SHRINK): a server or client that truncates it takes the link down", b.spec)
 	}
 	b.lock = openLock(fd)
 	if !b.lock.ofd {
@@ -338,8 +400,31 @@ func (b *Board) takeMemory(fd int, o board.Options) (vectors int, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("mapping %d bytes of shared memory: %w", st.Size, err)
 	}
+	b.unmap = pci.GuardShared(uintptr(unsafe.Pointer(&b.mem[0])), uint64(len(b.mem)), "board "+b.spec)
 	b.share(o)
 	return vectors, nil
+}
+
+// checkFS refuses memory on a file system that may have to ask somebody for a page, as FUSE and NFS do: a
+// thread that waits for it there cannot be stopped, and Go's collector waits for the thread. ramfs is
+// tmpfs of kernels without CONFIG_SHMEM.
+func checkFS(fd int) error {
+	var st unix.Statfs_t
+	for {
+		err := unix.Fstatfs(fd, &st)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("file system of the shared memory: %w", err)
+		}
+		break
+	}
+	switch uint32(st.Type) {
+	case unix.TMPFS_MAGIC, unix.HUGETLBFS_MAGIC, unix.RAMFS_MAGIC:
+		return nil
+	}
+	return fmt.Errorf("the shared memory is a file on a file system of type %#x: only memfd, tmpfs and hugetlbfs are taken", uint32(st.Type))
 }
 
 // share divides the shared memory: the lower half stands for the board's, the upper half for the
@@ -591,6 +676,16 @@ func (b *Board) notePeer() bool {
 // ServerLost tells that the connection to the server is gone.
 func (b *Board) ServerLost() bool { return atomic.LoadUint32(&b.serverLost) != 0 }
 
+// Gone implements board.Vanishing: the file of the shared memory was truncated, which makes accesses
+// fault.
+func (b *Board) Gone() error {
+	var st unix.Stat_t
+	if err := unix.Fstat(b.lock.fd, &st); err == nil && st.Size < int64(len(b.mem)) {
+		return b.fail(board.ErrAbsent, fmt.Sprintf("somebody truncated the shared memory, from %d to %d bytes", len(b.mem), st.Size), nil)
+	}
+	return nil
+}
+
 // Events becomes readable when a peer came or went, or the server was lost.
 func (b *Board) Events() <-chan struct{} { return b.events }
 
@@ -617,6 +712,7 @@ func (b *Board) Close() error {
 			e.Close()
 		}
 		if b.mem != nil {
+			b.unmap()
 			_ = unix.Munmap(b.mem)
 		}
 		if b.lock.fd >= 0 {

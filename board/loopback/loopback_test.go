@@ -51,6 +51,13 @@ const (
 // child opens a side. "echo" answers each ring of vector v by a ring of the parent's vector v, and ends when
 // wordStop is set; "hold" only stays; "noproc" does so without /proc, in a mount namespace of its own.
 func child(arg []string) error {
+	if arg[0] == "serve" {
+		s, err := loopback.NewServer(loopback.ServerConfig{Path: arg[2], Size: 1 << 20, Vectors: vectors})
+		if err != nil {
+			return err
+		}
+		return s.Serve()
+	}
 	side := board.Host
 	if arg[1] == "agent" {
 		side = board.Agent
@@ -824,11 +831,22 @@ func TestHostileServer(t *testing.T) {
 	// Each has memory of its own: they would lock each other out.
 	mem := func() int { return memfd(t, 1<<20) }
 	hello := func(c *net.UnixConn) { say(c, 0); say(c, 3); say(c, -1, mem()) }
+	onDisk, err := os.Create(filepath.Join(dirOnDisk(t), "memory"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { onDisk.Close() })
+	if err := onDisk.Truncate(1 << 20); err != nil {
+		t.Fatal(err)
+	}
+	// What our own server does where it has no room for a client is waited for.
+	passes := map[string]bool{"closes": true, "closes later": true, "no vectors": true, "silent": true, "silent later": true}
 	for _, tc := range []struct {
 		name string
 		f    func(c *net.UnixConn)
 		want string
 	}{
+		{"memory on a disk", func(c *net.UnixConn) { say(c, 0); say(c, 3); say(c, -1, int(onDisk.Fd())) }, "only memfd, tmpfs and hugetlbfs"},
 		{"closes", func(c *net.UnixConn) { c.Close() }, "closed the connection where the protocol version"},
 		{"half a message", func(c *net.UnixConn) { c.Write([]byte{0, 0, 0}); c.Close() }, "3 bytes of a message"},
 		{"text", func(c *net.UnixConn) { c.Write([]byte("HTTP/1.1 400 Bad Request\r\n\r\n")) }, "protocol version (0 wanted)"},
@@ -845,7 +863,7 @@ func TestHostileServer(t *testing.T) {
 		{"read-only memory", func(c *net.UnixConn) { say(c, 0); say(c, 3); say(c, -1, ro) }, ""},
 		{"small memory", func(c *net.UnixConn) { say(c, 0); say(c, 3); say(c, -1, small) }, "4096 bytes"},
 		{"odd memory", func(c *net.UnixConn) { say(c, 0); say(c, 3); say(c, -1, odd) }, "multiple of the page"},
-		{"no vectors", func(c *net.UnixConn) { hello(c); c.Close() }, "reading the interrupt vectors"},
+		{"no vectors", func(c *net.UnixConn) { hello(c); c.Close() }, "closed the connection where the interrupt vectors"},
 		{"vector is memory", func(c *net.UnixConn) { hello(c); say(c, 3, mem()) }, "is no eventfd"},
 		{"vector without fd", func(c *net.UnixConn) { hello(c); say(c, 3) }, "own interrupt vector is 3 without"},
 		{"peer's vector is memory", func(c *net.UnixConn) { hello(c); say(c, 5, mem()) }, "vector of peer 5"},
@@ -878,12 +896,79 @@ func TestHostileServer(t *testing.T) {
 			if !strings.Contains(err.Error(), tc.want) || strings.Contains(err.Error(), "\n") || !strings.Contains(err.Error(), path) {
 				t.Errorf("%s: error: %v\nwant: %s", tc.name, err, tc.want)
 			}
-			if !errors.Is(err, board.ErrInput) {
-				t.Errorf("%s: not the operator's fault: %v", tc.name, err)
+			if errors.Is(err, board.ErrInput) == passes[tc.name] || errors.Is(err, board.ErrAbsent) != passes[tc.name] {
+				t.Errorf("%s: of the wrong class: %v", tc.name, err)
 			}
 		}()
 	}
 	wg.Wait()
+}
+
+// dirOnDisk returns a directory that is not on tmpfs.
+func dirOnDisk(t *testing.T) string {
+	t.Helper()
+	for _, base := range []string{os.TempDir(), "/var/tmp", "."} {
+		var st unix.Statfs_t
+		if err := unix.Statfs(base, &st); err != nil || uint32(st.Type) == unix.TMPFS_MAGIC || uint32(st.Type) == unix.RAMFS_MAGIC {
+			continue
+		}
+		dir, err := os.MkdirTemp(base, "boardlink-test-")
+		if err != nil {
+			continue
+		}
+		t.Cleanup(func() { os.RemoveAll(dir) })
+		return dir
+	}
+	t.Fatal("a directory on a file system other than tmpfs is missing (the system's temporary one, /var/tmp, this package's)")
+	return ""
+}
+
+// TestServerCredentials: a server that another user runs is refused, unless the spec names the user.
+func TestServerCredentials(t *testing.T) {
+	if os.Geteuid() != 0 {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("this test needs root")
+		}
+		t.Skip("this test needs root")
+	}
+	noLeak(t)
+	dir, err := os.MkdirTemp("", "bl-cred-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("/proc/self/exe")
+	path := filepath.Join(dir, "s")
+	cmd.Env = append(os.Environ(), childEnv+"=serve - "+path)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Credential: &syscall.Credential{Uid: 4242, Gid: 4242}}
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { cmd.Process.Kill(); cmd.Wait() }()
+	eventually(t, "the server", func() bool { _, err := os.Stat(path); return err == nil })
+	for arg, want := range map[string]string{
+		path:                  "runs as user 4242, neither as root nor as this program's user 0",
+		path + ",server=4243": ",server=4242",
+		path + ",server=x":    "the number of a user, or any",
+		path + ",server=4242": "",
+		path + ",server=any":  "",
+	} {
+		b, err := loopback.Open(arg, board.Options{Side: board.Host})
+		if err == nil {
+			b.Close()
+		}
+		if want == "" {
+			if err != nil {
+				t.Errorf("%s: %v", arg, err)
+			}
+		} else if err == nil || !errors.Is(err, board.ErrInput) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", arg, err, want)
+		}
+	}
 }
 
 // TestForeignServer: another server's habits that the protocol allows.

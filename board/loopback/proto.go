@@ -26,7 +26,7 @@ const MaxVectors = 64
 
 var (
 	errTwoFDs    = errors.New("a message with more than one file descriptor")
-	errTruncated = errors.New("no free file descriptor for what the server sent (RLIMIT_NOFILE)")
+	errTruncated = fmt.Errorf("a file descriptor that was sent found no room (RLIMIT_NOFILE): %w", unix.EMFILE)
 )
 
 // message is one of the protocol's.

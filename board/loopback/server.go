@@ -535,17 +535,26 @@ func (s *Server) Close() error {
 	return nil
 }
 
-// peerCred names the process at the other end.
-func peerCred(c *net.UnixConn) string {
-	who := "unknown process"
+// credentials returns who is at the other end, as it was when the connection was made.
+func credentials(c *net.UnixConn) (u *unix.Ucred, err error) {
 	raw, err := c.SyscallConn()
 	if err != nil {
-		return who
+		return nil, err
 	}
-	_ = raw.Control(func(fd uintptr) {
-		if u, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-			who = fmt.Sprintf("pid %d, uid %d", u.Pid, u.Uid)
-		}
+	cerr := raw.Control(func(fd uintptr) {
+		u, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
 	})
-	return who
+	if cerr != nil {
+		return nil, cerr
+	}
+	return u, err
+}
+
+// peerCred names the process at the other end.
+func peerCred(c *net.UnixConn) string {
+	u, err := credentials(c)
+	if err != nil {
+		return "unknown process"
+	}
+	return fmt.Sprintf("pid %d, uid %d", u.Pid, u.Uid)
 }

@@ -245,6 +245,8 @@ func (f *endFlags) deny() (virtio.Features, error) {
 func (f *endFlags) options(log *slog.Logger) board.Options {
 	o := board.Options{Logf: func(format string, args ...interface{}) {
 		log.Debug(fmt.Sprintf(format, args...))
+	}, Warnf: func(format string, args ...interface{}) {
+		log.Warn(fmt.Sprintf(format, args...))
 	}}
 	if f.Account {
 		o.Account = new(dma.Account)

@@ -295,7 +295,8 @@ func (f *Flags) Deny() (virtio.Features, error) {
 
 // Options returns how the board is opened.
 func (f *Flags) Options() (board.Options, error) {
-	o := board.Options{Logf: func(format string, args ...interface{}) { f.Log.Debug(fmt.Sprintf(format, args...)) }}
+	o := board.Options{Logf: func(format string, args ...interface{}) { f.Log.Debug(fmt.Sprintf(format, args...)) },
+		Warnf: func(format string, args ...interface{}) { f.Log.Warn(fmt.Sprintf(format, args...)) }}
 	if f.Account {
 		o.Account = new(dma.Account)
 	}
