@@ -15,6 +15,7 @@ import (
 	"github.com/boardlink/boardlink/board/loopback"
 	"github.com/boardlink/boardlink/hwtest/netbench"
 	"github.com/boardlink/boardlink/hwtest/netns"
+	"github.com/boardlink/boardlink/hwtest/traffic"
 	"github.com/boardlink/boardlink/hwtest/trial"
 	"github.com/boardlink/boardlink/tunbridge"
 )
@@ -26,7 +27,7 @@ type benchNetCmd struct {
 	Duration time.Duration `default:"300ms" help:"Of each measurement: TCP and UDP each way, pings."`
 	Streams  []int         `default:"1,4" help:"TCP connections at once."`
 	Verified bool          `help:"Check every byte of TCP; that takes its share of the processors, on all paths."`
-	TCP      string        `name:"congestion-control" placeholder:"NAME" help:"Of TCP on all paths (default: the system's). With bbr its timers bound all of them; cubic is the kernel's own default."`
+	TCP      string        `name:"congestion-control" placeholder:"NAME" help:"Of TCP on all paths, set on each connection (default: the system's). With bbr its timers bound all of them; cubic is the kernel's own default."`
 	Only     string        `placeholder:"REGEXP" help:"Only the measurements whose names match, e.g. '^ping flood|^tcp board'."`
 	JSON     bool          `name:"json" help:"Print the result as JSON."`
 	Save     string        `placeholder:"FILE.json" help:"Write the result as JSON to a file, too."`
@@ -71,7 +72,8 @@ func (c *benchNetCmd) Run(s *streams) error {
 	r, err := netbench.Run(run.ctx, cfg)
 	var end *trial.EndError
 	var setup *trial.SetupError
-	if errors.As(err, &setup) || errors.As(err, &end) && end.ExitCode() == exitUsage {
+	var refused *traffic.CongestionError
+	if errors.As(err, &setup) || errors.As(err, &refused) || errors.As(err, &end) && end.ExitCode() == exitUsage {
 		err = usageError{err}
 	}
 	return run.report(err, r, func(w io.Writer) { printNet(w, r) }, nil)

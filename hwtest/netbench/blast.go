@@ -50,7 +50,8 @@ func (b *blast) fail(err error) {
 	}
 }
 
-func startBlast(from, to traffic.Endpoint, streams int) (_ *blast, err error) {
+// startBlast starts streams of the congestion control of a name.
+func startBlast(from, to traffic.Endpoint, streams int, congestion string) (_ *blast, err error) {
 	b := &blast{from: from, to: to}
 	defer func() {
 		if err != nil {
@@ -62,6 +63,9 @@ func startBlast(from, to traffic.Endpoint, streams int) (_ *blast, err error) {
 	var at unix.Sockaddr
 	err = to.NS.Do(func() error {
 		if ln, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
+			return err
+		}
+		if err := traffic.SetCongestion(ln, congestion); err != nil {
 			return err
 		}
 		if err := errors.Join(unix.Bind(ln, &unix.SockaddrInet4{Addr: to.Addr.As4()}), unix.Listen(ln, streams), limit(ln, blastGrace)); err != nil {
@@ -77,7 +81,7 @@ func startBlast(from, to traffic.Endpoint, streams int) (_ *blast, err error) {
 		return nil, err
 	}
 	for range streams {
-		snd, err := b.socket(from.NS)
+		snd, err := b.socket(from.NS, congestion)
 		if err != nil {
 			return nil, err
 		}
@@ -113,14 +117,14 @@ func startBlast(from, to traffic.Endpoint, streams int) (_ *blast, err error) {
 }
 
 // socket makes one that b closes.
-func (b *blast) socket(ns *netns.NS) (fd int, err error) {
+func (b *blast) socket(ns *netns.NS, congestion string) (fd int, err error) {
 	err = ns.Do(func() error {
-		fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-		return err
-	})
-	if err == nil {
+		if fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
+			return err
+		}
 		b.fds = append(b.fds, fd)
-	}
+		return traffic.SetCongestion(fd, congestion)
+	})
 	return fd, err
 }
 
@@ -207,11 +211,11 @@ func (c checked) stop() error {
 	return err
 }
 
-func startTCP(ctx context.Context, from, to traffic.Endpoint, streams int, verified bool) (load, error) {
-	if !verified {
-		return startBlast(from, to, streams)
+func startTCP(ctx context.Context, from, to traffic.Endpoint, streams int, c *Config) (load, error) {
+	if !c.Verified {
+		return startBlast(from, to, streams, c.Congestion)
 	}
-	t, err := traffic.StartTCP(ctx, from, to, traffic.TCPConfig{Streams: streams, BufferSize: blastBuffer})
+	t, err := traffic.StartTCP(ctx, from, to, traffic.TCPConfig{Streams: streams, BufferSize: blastBuffer, Congestion: c.Congestion})
 	if err != nil {
 		return nil, err
 	}

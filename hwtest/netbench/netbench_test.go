@@ -5,12 +5,14 @@ package netbench
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -20,6 +22,7 @@ import (
 	"github.com/boardlink/boardlink/hwtest/traffic"
 	"github.com/boardlink/boardlink/hwtest/trial"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 )
 
 var exe string
@@ -85,10 +88,15 @@ func leftovers(t *testing.T) []string {
 	return l
 }
 
-// The congestion control that is asked for is that of both namespaces, and of no other.
+// TestCongestionControl: the congestion control that is asked for, also one that the kernel does not allow to namespaces, is that of
+// both ends of every connection; the machine keeps its own.
 func TestCongestionControl(t *testing.T) {
 	needRoot(t)
 	before, err := os.ReadFile(congestionControl)
+	if err != nil {
+		t.Fatal(err)
+	}
+	available, err := os.ReadFile(availableCongestion)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -98,7 +106,7 @@ func TestCongestionControl(t *testing.T) {
 		}
 	}
 	c := short("tap", true, 1)
-	for _, want := range []string{"reno", ""} {
+	for _, want := range append(strings.Fields(string(available)), "") {
 		c.Congestion = want
 		if err := c.setDefaults(); err != nil {
 			t.Fatal(err)
@@ -106,28 +114,68 @@ func TestCongestionControl(t *testing.T) {
 		if want == "" {
 			want = strings.TrimSpace(string(before))
 		}
-		for _, name := range []string{OneProcess, "boardlink"} {
-			p, err := startPath(t.Context(), &c, name, 1500)
+		p, err := startPath(t.Context(), &c, Veth, 1500)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e := p.pair()
+		for _, c.Verified = range []bool{false, true} {
+			l, err := startTCP(t.Context(), e.Host, e.Board, 2, &c)
 			if err != nil {
 				t.Fatal(err)
 			}
-			for _, e := range []traffic.Endpoint{p.pair().Host, p.pair().Board} {
-				var now []byte
-				err := e.NS.Do(func() (err error) {
-					now, err = os.ReadFile(congestionControl)
-					return err
-				})
-				if got := strings.TrimSpace(string(now)); err != nil || got != want || c.Congestion != want {
-					t.Errorf("%s: TCP with %q, %v; want %q", name, got, err, want)
-				}
+			if got := congestionControls(t); len(got) != 4 || strings.Join(got, " ") != strings.Repeat(want+" ", 3)+want {
+				t.Errorf("verified=%v: connections with %q, want 4 ends with %q", c.Verified, got, want)
 			}
-			if err := p.close(); err != nil {
+			if err := l.stop(); err != nil {
 				t.Error(err)
 			}
+		}
+		if err := p.close(); err != nil {
+			t.Error(err)
 		}
 	}
 	if now, err := os.ReadFile(congestionControl); err != nil || string(now) != string(before) {
 		t.Errorf("TCP of the machine with %q, was %q (%v)", now, before, err)
+	}
+}
+
+// congestionControls asks each connected TCP socket of this process.
+func congestionControls(t *testing.T) []string {
+	t.Helper()
+	dir, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, f := range dir {
+		fd, _ := strconv.Atoi(f.Name())
+		if _, err := unix.Getpeername(fd); err != nil {
+			continue
+		}
+		if name, err := unix.GetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION); err == nil {
+			got = append(got, strings.TrimRight(name, "\x00"))
+		}
+	}
+	return got
+}
+
+// TestCongestionRefused: what an unprivileged process may not set is one line that names the sysctl.
+func TestCongestionRefused(t *testing.T) {
+	err := error(&traffic.CongestionError{Name: "cubic", Err: unix.EPERM})
+	b, _ := os.ReadFile("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
+	allowed := strings.TrimSpace(string(b))
+	if want := fmt.Sprintf("sysctl -w net.ipv4.tcp_allowed_congestion_control=%q", allowed+" cubic"); !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
+		t.Errorf("%v: want one line with %s", err, want)
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	var refused *traffic.CongestionError
+	if err := traffic.SetCongestion(fd, "vegan"); !errors.As(err, &refused) || !errors.Is(err, unix.ENOENT) {
+		t.Errorf("no such congestion control: %v", err)
 	}
 }
 

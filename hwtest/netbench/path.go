@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/boardlink/boardlink/board"
@@ -72,17 +71,17 @@ func startPath(ctx context.Context, c *Config, name string, mtu int) (path, erro
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	e := p.pair()
-	for _, end := range []traffic.Endpoint{e.Host, e.Board} {
-		err := end.NS.Do(func() error {
-			// A new namespace has the first one's.
-			if now, err := os.ReadFile(congestionControl); err != nil || strings.TrimSpace(string(now)) == c.Congestion {
-				return err
-			}
-			return os.WriteFile(congestionControl, []byte(c.Congestion), 0)
-		})
+	// What the kernel refuses is told before anything is measured.
+	err = e.Host.NS.Do(func() error {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("%s: set TCP's congestion control: %w", name, err), p.close())
+			return err
 		}
+		defer unix.Close(fd)
+		return traffic.SetCongestion(fd, c.Congestion)
+	})
+	if err != nil {
+		return nil, errors.Join(err, p.close())
 	}
 	for _, d := range [][2]traffic.Endpoint{{e.Host, e.Board}, {e.Board, e.Host}} {
 		if err := traffic.WaitReachable(ctx, d[0].NS, d[1].Addr); err != nil {

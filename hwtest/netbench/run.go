@@ -34,7 +34,7 @@ type Config struct {
 	Rounds   int           // default 3
 	Duration time.Duration // of each measurement; default 300 ms
 	Verified bool          // every byte of TCP is checked, which takes time of the processors
-	// Congestion is the congestion control of TCP in all namespaces, a name of net.ipv4.tcp_available_congestion_control;
+	// Congestion is the congestion control of the TCP connections, a name of net.ipv4.tcp_available_congestion_control;
 	// default: the system's. One that paces (bbr) bounds all paths by its timers.
 	Congestion string
 	// SocketBuffer is the room in bytes for what is under way between two processes; default 1 MiB, with which they are faster than
@@ -418,7 +418,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 
 func (t *taker) tcp(ctx context.Context, name string, d traffic.Direction, streams int) error {
 	from, to := t.ends(d)
-	l, err := startTCP(ctx, from, to, streams, t.c.Verified)
+	l, err := startTCP(ctx, from, to, streams, t.c)
 	if err != nil {
 		return err
 	}
@@ -494,7 +494,7 @@ func (t *taker) ping(ctx context.Context, name string, interval time.Duration, a
 // pingUnder pings while a stream goes the same way as the requests.
 func (t *taker) pingUnder(ctx context.Context, name string) error {
 	from, to := t.ends(traffic.HostToBoard)
-	l, err := startTCP(ctx, from, to, 1, t.c.Verified)
+	l, err := startTCP(ctx, from, to, 1, t.c)
 	if err != nil {
 		return err
 	}

@@ -36,6 +36,8 @@ type TCPConfig struct {
 	BufferSize int           // bytes of a read and at most of a write (which is at most 64 KiB); default 256 KiB
 	Port       int           // to listen on at the receiver; default one that is free
 	Rate       float64       // bytes per second that each stream sends; default as fast as can be
+	// Congestion is the congestion control of both ends of the connections (SetCongestion); default the namespaces'.
+	Congestion string
 	// Grace is how long connecting, and the end of the streams after sending, may take; default 10 s.
 	Grace time.Duration
 }
@@ -213,7 +215,7 @@ func (t *TCPTraffic) connect(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		var lc net.ListenConfig
+		lc := net.ListenConfig{Control: congestionOf(t.cfg.Congestion)}
 		lc.SetMultipathTCP(false) // the default of a listener; its TCP_INFO is another
 		// With an address in numbers, the socket is made on this thread.
 		ln, err := lc.Listen(ctx, "tcp", net.JoinHostPort((&net.IPAddr{IP: a.IP, Zone: a.Zone}).String(), strconv.Itoa(a.Port)))
@@ -245,7 +247,7 @@ func (t *TCPTraffic) connect(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			d := net.Dialer{LocalAddr: local}
+			d := net.Dialer{LocalAddr: local, Control: congestionOf(t.cfg.Congestion)}
 			d.SetMultipathTCP(false)
 			// One address, in numbers: the socket is made on this thread.
 			c, err := d.DialContext(ctx, "tcp", remote.String())
