@@ -20,6 +20,7 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
 	"github.com/boardlink/boardlink/cmd/internal/ifaddr"
+	"github.com/boardlink/boardlink/cmd/internal/statussock"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/mmio"
@@ -332,9 +333,12 @@ func (d device) address() error {
 // known to be well: what is not is one line.
 func (f *endFlags) serveEnd(side board.Side, ends []end, devices []device, log *slog.Logger) error {
 	path := f.Status
+	var unusable error // of the directory for the status socket: not worth to end for
 	switch path {
 	case "":
-		path = statusd.DefaultPath(side.String(), f.Name)
+		if unusable = statussock.Prepare(); unusable == nil {
+			path = statusd.DefaultPath(side.String(), f.Name)
+		}
 	case "none":
 		path = ""
 	}
@@ -354,6 +358,9 @@ func (f *endFlags) serveEnd(side board.Side, ends []end, devices []device, log *
 	defer stop()
 	if err := openAll(ctx, ends); err != nil {
 		return err
+	}
+	if unusable != nil {
+		log.Warn("no status socket", "error", unusable)
 	}
 	for _, d := range devices {
 		for _, w := range d.Warnings() {

@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -270,7 +272,7 @@ func TestDefaultStatus(t *testing.T) {
 	// Killed, they leave sockets, which say so and are replaced by the next start.
 	h.p["host"].kill()
 	st, out, errs := h.run(how+"="+dir, "status")
-	if st != 1 || strings.Count(errs, "\n") != 1 || !strings.Contains(errs, "host-board0.sock") || strings.Count(out, "agent ") != 1 {
+	if st != 0 || strings.Count(errs, "\n") != 1 || !strings.Contains(errs, "host-board0.sock: left by a program that was killed") || strings.Count(out, "agent ") != 1 {
 		t.Errorf("after a kill: %d, %s, %s", st, errs, out)
 	}
 	h.p["host"] = h.start(h.ns, how+"="+dir, h.arg["host"]...)
@@ -282,6 +284,107 @@ func TestDefaultStatus(t *testing.T) {
 		h.stop(s)
 	}
 	h.keep = append(h.keep, "run", "run/boardlink") // a directory of the system
+}
+
+// TestHostileStatusDirectory: where others could have made the directory of the status sockets, none is made
+// there and none is asked; the programs work without.
+func TestHostileStatusDirectory(t *testing.T) {
+	needRoot(t)
+	for _, c := range []struct {
+		name string
+		make func(dir string) error
+		want string
+	}{
+		{"symbolic link", func(dir string) error {
+			if err := os.Mkdir(dir+".real", 0o755); err != nil {
+				return err
+			}
+			return os.Symlink(dir+".real", dir)
+		}, "symbolic link"},
+		{"of another user", func(dir string) error {
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				return err
+			}
+			return os.Chown(dir, 4242, 4242)
+		}, "belongs to user 4242"},
+		{"for everybody", func(dir string) error {
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				return err
+			}
+			return os.Chmod(dir, 0o777)
+		}, "mode 0777"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			b := newBox(t)
+			run := b.own("run")
+			b.own("run/boardlink")
+			if err := os.Mkdir(run, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := c.make(filepath.Join(run, "boardlink")); err != nil {
+				t.Fatal(err)
+			}
+			if c.name == "symbolic link" {
+				b.own("run/boardlink.real")
+			}
+			h := b.start(nil, "run="+run, "host", "--board", "loopback:"+b.path("none"))
+			until(t, 10*time.Second, "a host that waits", func() bool { return strings.Contains(h.err.String(), "waiting for the board") })
+			if log := h.err.String(); strings.Count(log, "no status socket") != 1 || !strings.Contains(log, c.want) {
+				t.Errorf("log:\n%s", log)
+			}
+			st, _, errs := b.run("run="+run, "status")
+			if st != exitUsage || !strings.Contains(errs, c.want) || strings.Count(errs, "\n") != 2 {
+				t.Errorf("status: %d, %s", st, errs)
+			}
+			if files := b.files(); len(files) != len(b.keep) {
+				t.Errorf("files: %q", files)
+			}
+			if code := h.end(unix.SIGTERM, 5*time.Second); code != 0 {
+				t.Errorf("ends with status %d", code)
+			}
+		})
+	}
+}
+
+// TestStatusOfOthers: a user is told what may not be seen, and root sees it.
+func TestStatusOfOthers(t *testing.T) {
+	b := newBox(t)
+	run := b.path("run")
+	h := b.start(nil, "run="+run, "host", "--board", "loopback:"+b.path("none"))
+	sock := "/run/boardlink/host-board0.sock"
+	until(t, 10*time.Second, "root's is found", func() bool {
+		st, out, _ := b.run("run="+run, "status")
+		return st == 0 && strings.Count(out, "waiting for the board") == 1
+	})
+	st, out, errs := b.run("run="+run+" nobody", "status")
+	if st != exitUsage || out != "" || !strings.Contains(errs, sock+": permission denied") {
+		t.Errorf("as nobody: %d, %s, %s", st, out, errs)
+	}
+	// Another user's program, in a directory for temporary files.
+	dir := b.own("boardlink-65534")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	srv, err := statusd.Serve(filepath.Join(dir, "agent-x.sock"), func() status.Program { return status.Program{Side: "agent\x1b[31m", PID: 7} })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer srv.Close()
+	if st, out, errs := b.run("run="+run, "status"); st != 0 || !strings.Contains(errs, "belongs to user 0, not to user 65534") || strings.Contains(out, "pid 7") {
+		t.Errorf("a directory that root made for somebody: %d, %s, %s", st, out, errs)
+	}
+	if err := os.Chown(dir, 65534, 65534); err != nil {
+		t.Fatal(err)
+	}
+	if st, out, errs := b.run("run="+run, "status"); st != 0 || errs != "" || !strings.Contains(out, "agent?[31m") || !strings.Contains(out, "pid 7") {
+		t.Errorf("as root: %d, %s, %s", st, out, errs)
+	}
+	srv.Close()
+	if code := h.end(unix.SIGTERM, 5*time.Second); code != 0 {
+		t.Errorf("ends with status %d", code)
+	}
+	b.keep = append(b.keep, "run", "run/boardlink")
 }
 
 // TestServerRestart kills the rendezvous. The ends go on without it; who is started anew meets the other

@@ -19,7 +19,7 @@ import (
 	_ "github.com/boardlink/boardlink/board/ivshmem"  // kinds of board register themselves
 	_ "github.com/boardlink/boardlink/board/loopback" //
 	_ "github.com/boardlink/boardlink/board/mpc83xx"  //
-	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
+	"github.com/boardlink/boardlink/cmd/internal/statussock"
 	"github.com/boardlink/boardlink/hwtest/benchkit"
 	_ "github.com/boardlink/boardlink/pci/uio"  // ways to open a PCI function
 	_ "github.com/boardlink/boardlink/pci/vfio" //
@@ -114,7 +114,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 
 // vars are what the help of flags refers to.
 func vars() kong.Vars {
-	return kong.Vars{"samples": sampleNames(), "status_dir": statusd.Dir(), "max_queues": strconv.Itoa(tunbridge.MaxQueues)}
+	return kong.Vars{"samples": sampleNames(), "status_dir": statussock.Dir(), "max_queues": strconv.Itoa(tunbridge.MaxQueues)}
 }
 
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }

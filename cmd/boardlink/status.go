@@ -3,45 +3,67 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"sort"
 	"strings"
+	"sync"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
+	"github.com/boardlink/boardlink/cmd/internal/statussock"
 	"github.com/boardlink/boardlink/status"
 )
 
 type statusCmd struct {
-	Path    []string `arg:"" optional:"" help:"Status sockets (default: all in ${status_dir})."`
+	Path    []string `arg:"" optional:"" help:"Status sockets (default: all in ${status_dir}, and those of other users that you may ask)."`
 	JSON    bool     `name:"json" help:"Print JSON: an array with one object for each program."`
 	Verbose bool     `short:"v" help:"Show every counter, also those that are 0."`
 }
 
 func (c *statusCmd) Run(s *streams) error {
 	paths := c.Path
-	if len(paths) == 0 {
-		var err error
-		if paths, err = statusd.Find(); err != nil {
-			return err
-		}
-		if len(paths) == 0 {
-			return usagef("no status socket in %s: is a host or an agent running? One started with --status PATH is asked by: boardlink status PATH", statusd.Dir())
-		}
+	var notes []string
+	if len(c.Path) == 0 {
+		paths, notes = statussock.Find()
 	}
+	// All are asked at once: one that is silent does not use up the time of the others.
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
+	answers, errs := make([]status.Program, len(paths)), make([]error, len(paths))
+	var wg sync.WaitGroup
+	for i, path := range paths {
+		wg.Go(func() { answers[i], errs[i] = statusd.Get(ctx, path) })
+	}
+	wg.Wait()
 	programs := []status.Program{}
-	failed := false
-	for _, path := range paths {
-		p, err := statusd.Get(ctx, path)
-		if err != nil {
-			fmt.Fprintf(s.err, "boardlink status: %v\n", err)
+	failed, unseen := false, len(notes)
+	for i, err := range errs {
+		switch {
+		case err == nil:
+			programs = append(programs, answers[i])
+		case len(c.Path) == 0 && errors.Is(err, statusd.ErrNobody):
+			// A program that was killed leaves its socket; the next one of its name replaces it.
+			notes = append(notes, fmt.Sprintf("%s: left by a program that was killed", paths[i]))
+		case len(c.Path) == 0 && errors.Is(err, statusd.ErrDenied):
+			notes = append(notes, err.Error())
+			unseen++
+		default:
+			fmt.Fprintf(s.err, "boardlink status: %s\n", printable(err.Error()))
 			failed = true
-			continue
 		}
-		programs = append(programs, p)
+	}
+	for _, n := range notes {
+		fmt.Fprintf(s.err, "boardlink status: %s\n", printable(n))
+	}
+	if len(c.Path) == 0 && len(programs) == 0 && !failed {
+		if unseen != 0 {
+			return usagef("no program that this user may ask")
+		}
+		return usagef("no program answers in %s: is a host or an agent running? One started with --status PATH is asked by: boardlink status PATH", statussock.Dir())
 	}
 	if c.JSON {
 		e := json.NewEncoder(s.out)
@@ -63,8 +85,29 @@ func (c *statusCmd) Run(s *streams) error {
 	return nil
 }
 
+// printable returns text without control characters: what another user's program says must not steer the
+// terminal.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r != '\n' && unicode.IsControl(r) {
+			return '?'
+		}
+		return r
+	}, text)
+}
+
+// printer passes on what is printable.
+type printer struct{ w io.Writer }
+
+func (p printer) Write(b []byte) (int, error) {
+	if _, err := io.WriteString(p.w, printable(string(b))); err != nil {
+		return 0, err
+	}
+	return len(b), nil
+}
+
 func (c *statusCmd) print(s *streams, p *status.Program) {
-	w := tabwriter.NewWriter(s.out, 0, 8, 2, ' ', 0)
+	w := tabwriter.NewWriter(printer{s.out}, 0, 8, 2, ' ', 0)
 	defer w.Flush()
 	fmt.Fprintf(w, "%s\tpid %d, since %s, boardlink %s\n", p.Side, p.PID, p.Started, p.Version)
 	for _, l := range p.Links {

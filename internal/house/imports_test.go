@@ -44,7 +44,7 @@ func subset(rel string) bool {
 
 // lean are the packages of cmd that gccgo compiles for old PowerPC (docs/ports.md).
 var lean = map[string]bool{
-	"cmd/boardlink-agent": true, "cmd/boardlink-host": true, "cmd/internal/lean": true, "cmd/internal/ifaddr": true,
+	"cmd/boardlink-agent": true, "cmd/boardlink-host": true, "cmd/internal/lean": true, "cmd/internal/ifaddr": true, "cmd/internal/statussock": true,
 }
 
 // forCmd tells whether a package is cmd's, though it lies in the room that it is about: it may use current Go and

@@ -11,14 +11,17 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
+	"github.com/boardlink/boardlink/cmd/internal/statussock"
 	"github.com/boardlink/boardlink/status"
 )
 
 // statusTime limits one conversation.
 const statusTime = 5 * time.Second
+
+// acceptPause is how long the server waits after it could not accept a connection.
+const acceptPause = 100 * time.Millisecond
 
 // maxRequest limits the head of a request, in bytes.
 const maxRequest = 16 << 10
@@ -40,19 +43,9 @@ func serveStatus(path string, get func() status.Program) (*statusServer, error) 
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("status socket: %w", err)
 	}
-	l, err := net.Listen("unix", path)
-	if errors.Is(err, syscall.EADDRINUSE) {
-		if c, derr := net.DialTimeout("unix", path, time.Second); derr == nil {
-			c.Close()
-			return nil, fmt.Errorf("status socket %s: another program serves it; choose another with --status", path)
-		}
-		if fi, serr := os.Lstat(path); serr == nil && fi.Mode()&os.ModeSocket != 0 {
-			os.Remove(path)
-			l, err = net.Listen("unix", path)
-		}
-	}
+	l, err := statussock.Listen(path)
 	if err != nil {
-		return nil, fmt.Errorf("status socket %s: %w; choose another with --status", path, err)
+		return nil, err
 	}
 	s.l = l
 	s.done.Add(1)
@@ -60,8 +53,12 @@ func serveStatus(path string, get func() status.Program) (*statusServer, error) 
 		defer s.done.Done()
 		for {
 			c, err := l.Accept()
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
 			if err != nil {
-				return // closed; or out of descriptors, and then status is the least to miss
+				time.Sleep(acceptPause) // out of descriptors or memory, which passes
+				continue
 			}
 			s.done.Add(1)
 			go func() {

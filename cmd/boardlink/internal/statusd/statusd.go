@@ -15,26 +15,13 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"sort"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
+	"github.com/boardlink/boardlink/cmd/internal/statussock"
 	"github.com/boardlink/boardlink/status"
 )
-
-// Dir returns where programs put their sockets: /run/boardlink for root, the user's runtime
-// directory otherwise.
-func Dir() string {
-	if os.Geteuid() == 0 {
-		return "/run/boardlink"
-	}
-	if d := os.Getenv("XDG_RUNTIME_DIR"); d != "" {
-		return filepath.Join(d, "boardlink")
-	}
-	return filepath.Join(os.TempDir(), "boardlink-"+strconv.Itoa(os.Geteuid()))
-}
 
 // DefaultPath returns the socket of a program of the given side and name.
 func DefaultPath(side, name string) string {
@@ -44,7 +31,7 @@ func DefaultPath(side, name string) string {
 		}
 		return '_'
 	}, name)
-	return filepath.Join(Dir(), side+"-"+safe+".sock")
+	return filepath.Join(statussock.Dir(), side+"-"+safe+".sock")
 }
 
 // Server answers for one program.
@@ -54,37 +41,18 @@ type Server struct {
 	done chan struct{}
 }
 
-// ErrTaken: a live program serves the path already.
-var ErrTaken = errors.New("another program serves this status socket")
-
 // Serve answers at path with what get returns, until Close. A socket that nobody listens on is
 // replaced. An empty path serves nothing.
 func Serve(path string, get func() status.Program) (*Server, error) {
 	if path == "" {
 		return &Server{}, nil
 	}
-	const most = 107 // sun_path of unix(7) less its zero byte
-	if len(path) > most {
-		return nil, fmt.Errorf("status socket %s: the path has %d bytes, a unix socket's at most %d; choose another with --status", path, len(path), most)
-	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("status socket: %w", err)
 	}
-	l, err := net.Listen("unix", path)
-	if errors.Is(err, syscall.EADDRINUSE) {
-		if c, derr := net.DialTimeout("unix", path, time.Second); derr == nil {
-			c.Close()
-			return nil, fmt.Errorf("status socket %s: %w (of the same --name?); choose another with --status", path, ErrTaken)
-		}
-		fi, serr := os.Lstat(path)
-		if serr == nil && fi.Mode()&os.ModeSocket == 0 {
-			return nil, fmt.Errorf("status socket %s: there is something else, no socket; choose another with --status", path)
-		}
-		os.Remove(path)
-		l, err = net.Listen("unix", path)
-	}
+	l, err := statussock.Listen(path)
 	if err != nil {
-		return nil, fmt.Errorf("status socket %s: %w; choose another with --status", path, err)
+		return nil, err
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, r *http.Request) {
@@ -112,6 +80,14 @@ func (s *Server) Close() error {
 	return err
 }
 
+// What errors of Get match (errors.Is).
+var (
+	// ErrNobody: the socket is not there, or left by a program that has ended.
+	ErrNobody = errors.New("no program listens there")
+	// ErrDenied: this user may not ask.
+	ErrDenied = errors.New("permission denied")
+)
+
 // Get asks the program at path.
 func Get(ctx context.Context, path string) (status.Program, error) {
 	var p status.Program
@@ -129,11 +105,11 @@ func Get(ctx context.Context, path string) (status.Program, error) {
 	if err != nil {
 		for _, e := range []error{syscall.ENOENT, syscall.ECONNREFUSED} {
 			if errors.Is(err, e) {
-				return p, fmt.Errorf("%s: no program listens there: is it running, and with this --status?", path)
+				return p, fmt.Errorf("%s: %w: is it running, and with this --status?", path, ErrNobody)
 			}
 		}
 		if errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.EPERM) {
-			return p, fmt.Errorf("%s: permission denied: ask as the user of that program, or as root", path)
+			return p, fmt.Errorf("%s: %w: ask as the user of that program, or as root", path, ErrDenied)
 		}
 		if ctx.Err() != nil {
 			return p, fmt.Errorf("%s: no answer: %w", path, ctx.Err())
@@ -148,11 +124,4 @@ func Get(ctx context.Context, path string) (status.Program, error) {
 		return p, fmt.Errorf("%s: not the status of a boardlink program: %w", path, err)
 	}
 	return p, nil
-}
-
-// Find returns the sockets in Dir, sorted.
-func Find() ([]string, error) {
-	paths, err := filepath.Glob(filepath.Join(Dir(), "*.sock"))
-	sort.Strings(paths)
-	return paths, err
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/boardlink/boardlink/cmd/internal/statussock"
 	"github.com/boardlink/boardlink/status"
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
@@ -32,7 +33,7 @@ func TestServeAndGet(t *testing.T) {
 	if d := cmp.Diff(want, got); d != "" {
 		t.Fatal(d)
 	}
-	if _, err := Serve(path, nil); !errors.Is(err, ErrTaken) {
+	if _, err := Serve(path, nil); !errors.Is(err, statussock.ErrTaken) {
 		t.Fatalf("a second server: %v", err)
 	}
 	if err := s.Close(); err != nil {
