@@ -2,8 +2,8 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
-	"path/filepath"
 	"regexp"
 	"strings"
 	"syscall"
@@ -156,29 +156,34 @@ func TestLoopbackInterrupted(t *testing.T) {
 	}
 }
 
-// TestLoopbackKilled: SIGKILL leaves a directory, and no process.
+// TestLoopbackKilled: SIGKILL at any time leaves no process and no file.
 func TestLoopbackKilled(t *testing.T) {
 	needRoot(t)
 	for who, how := range asUser {
-		t.Run(who, func(t *testing.T) {
-			b := newBox(t)
-			p := b.start(nil, how, "loopback", "--duration", "30s")
-			n := 3
-			if how != "" {
-				n = 4
-			}
-			select {
-			case <-p.done:
-				lackUser(t, p.err.String())
-			case <-time.After(300 * time.Millisecond):
-			}
-			b.ends(n)
-			p.kill()
-			until(t, 2*time.Second, "no process is left", func() bool { return len(b.processes()) == 0 })
-			left, _ := filepath.Glob(b.path("boardlink-*"))
-			for _, d := range left {
-				os.RemoveAll(d)
-			}
-		})
+		for _, early := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s early=%v", who, early), func(t *testing.T) {
+				t.Parallel()
+				b := newBox(t)
+				p := b.start(nil, how, "loopback", "--duration", "30s")
+				n := 3
+				if how != "" {
+					n = 4
+				}
+				if early {
+					n-- // one end is missing
+				}
+				select {
+				case <-p.done:
+					lackUser(t, p.err.String())
+				case <-time.After(300 * time.Millisecond):
+				}
+				b.ends(n)
+				p.kill()
+				until(t, 2*time.Second, "no process is left", func() bool { return len(b.processes()) == 0 })
+				if files := b.files(); len(files) > 0 {
+					t.Errorf("it leaves %q", files)
+				}
+			})
+		}
 	}
 }

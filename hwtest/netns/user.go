@@ -52,7 +52,7 @@ func tunError(err error) error {
 }
 
 // EnterUser runs this program again, with the same arguments, environment and standard streams,
-// as root of a new user and network namespace, passes signals on to it, waits for it and exits
+// as root of a new user, network and mount namespace, passes signals on to it, waits for it and exits
 // with its status (128 + the number where a signal ended it). It returns only if that cannot be:
 // an error of one line that says what the system forbids. Call it first thing in main, where
 // NeedsUser says so; it ends in an error in the program run again, too, should the namespace
@@ -96,14 +96,15 @@ func EnterUser() error {
 	return nil
 }
 
-// userCommand prepares a program to run as root of a new user and network namespace.
+// userCommand prepares a program to run as root of a new user, network and mount namespace. The mounts are as they are
+// outside; the namespace gives the right to make file systems of its own.
 func userCommand(path string, args []string) *exec.Cmd {
 	return &exec.Cmd{
 		Path: path,
 		Args: args,
 		Env:  append(os.Environ(), userMark+"=1"),
 		SysProcAttr: &syscall.SysProcAttr{
-			Cloneflags:                 unix.CLONE_NEWUSER | unix.CLONE_NEWNET,
+			Cloneflags:                 unix.CLONE_NEWUSER | unix.CLONE_NEWNET | unix.CLONE_NEWNS,
 			UidMappings:                []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}},
 			GidMappings:                []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getegid(), Size: 1}},
 			GidMappingsEnableSetgroups: false,

@@ -20,7 +20,6 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -103,7 +102,7 @@ func (c Config) withDefaults() Config {
 // Rig is a link that runs. Its methods may be used by several goroutines.
 type Rig struct {
 	cfg    Config
-	dir    string
+	place  *place
 	server *loopback.Server
 	served chan error
 	ns     [2]*netns.NS
@@ -158,10 +157,10 @@ func Start(cfg Config) (*Rig, error) {
 
 func (r *Rig) start() error {
 	var err error
-	if r.dir, err = os.MkdirTemp("", "boardlink-"); err != nil {
+	if r.place, err = newPlace(); err != nil {
 		return err
 	}
-	if r.server, err = loopback.NewServer(loopback.ServerConfig{Path: r.socket(), Size: r.cfg.Window, Vectors: r.cfg.Vectors}); err != nil {
+	if r.server, err = loopback.NewServer(loopback.ServerConfig{Path: r.place.path(boardSocket), Size: r.cfg.Window, Vectors: r.cfg.Vectors}); err != nil {
 		return err
 	}
 	go func() { r.served <- r.server.Serve() }()
@@ -178,8 +177,11 @@ func (r *Rig) start() error {
 	return nil
 }
 
-func (r *Rig) socket() string                 { return filepath.Join(r.dir, "board.sock") }
-func (r *Rig) statusPath(s board.Side) string { return filepath.Join(r.dir, s.String()+".sock") }
+// boardSocket is the name of the board's socket in the place.
+const boardSocket = "board.sock"
+
+// statusSocket returns the name of an end's socket in the place.
+func statusSocket(s board.Side) string { return s.String() + ".sock" }
 
 // NS returns the namespace of a side.
 func (r *Rig) NS(s board.Side) *netns.NS { return r.ns[s] }
@@ -193,7 +195,7 @@ func (r *Rig) args(s board.Side) []string {
 	if s == board.Agent {
 		ip4, ip6, extra = boardIP4, boardIP6, r.cfg.AgentArgs
 	}
-	a := []string{"--board", "loopback:" + r.socket(), "--status", r.statusPath(s)}
+	a := []string{"--board", "loopback:" + r.place.childPath(boardSocket), "--status", r.place.childPath(statusSocket(s))}
 	for n := 0; n < r.cfg.Nets; n++ {
 		spec := fmt.Sprintf("name=%s,link=%s,offload=%v,persist=%v,addr="+ip4+"/24,addr="+ip6+"/64",
 			Interface(n), r.cfg.Link, r.cfg.Offload, r.cfg.Persist, n, n)
@@ -226,6 +228,7 @@ func (r *Rig) StartSide(s board.Side) error {
 	p.cmd = exec.Command(words[0], words[1:]...)
 	p.cmd.Env = append(os.Environ(), r.cfg.Env...)
 	p.cmd.Stdout, p.cmd.Stderr = p.log, p.log
+	r.place.give(p.cmd)
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	if err := r.ns[s].Start(p.cmd); err != nil {
 		return fmt.Errorf("start the %s: %w", s, err)
@@ -302,7 +305,7 @@ func (r *Rig) Status(ctx context.Context, s board.Side) (status.Program, error) 
 	var p status.Program
 	c := http.Client{Transport: &http.Transport{DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", r.statusPath(s))
+			return (&net.Dialer{}).DialContext(ctx, "unix", r.place.path(statusSocket(s)))
 		}}}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://boardlink/status", nil)
 	if err != nil {
@@ -445,8 +448,8 @@ func (r *Rig) Close() error {
 			n.Close()
 		}
 	}
-	if r.dir != "" {
-		os.RemoveAll(r.dir)
+	if r.place != nil {
+		r.place.close()
 	}
 	return errors.Join(errs...)
 }

@@ -267,16 +267,16 @@ func (s stage) do(ctx context.Context, out *printer, missing map[string]string) 
 func stages(fuzztime time.Duration) []stage {
 	return []stage{
 		{name: "gofmt", what: "gofmt -l of every Go file", limit: time.Minute, run: gofmtStage},
-		{name: "vet", what: "go vet ./...", limit: 5 * time.Minute, run: func(r *run) {
+		{name: "vet", what: "go vet ./...", limit: 12 * time.Minute, run: func(r *run) {
 			r.out.doing("./...")
 			r.command(nil, "go", "vet", "./...")
 		}},
-		{name: "lint", what: "staticcheck; and its check of 64-bit alignment for 386", limit: 8 * time.Minute, run: lintStage},
-		{name: "house", what: "the rules of the house: floors, imports, language level, comments, files", limit: 5 * time.Minute, run: func(r *run) {
+		{name: "lint", what: "staticcheck; and its check of 64-bit alignment for 386", limit: 12 * time.Minute, run: lintStage},
+		{name: "house", what: "the rules of the house: floors, imports, language level, comments, files", limit: 10 * time.Minute, run: func(r *run) {
 			r.goTest(nil, "-skip=^TestGo118Build", "./internal/house")
 		}},
 		{name: "go118", what: "the packages below cmd built as Go 1.18 with golang.org/x/sys v0.6.0, by gc and by gccgo",
-			needs: []string{"gccgo", "gcc"}, limit: 5 * time.Minute, run: func(r *run) {
+			needs: []string{"gccgo", "gcc"}, limit: 10 * time.Minute, run: func(r *run) {
 				r.goTest(nil, "-run=^TestGo118Build", "./internal/house")
 			}},
 		{name: "test", what: "go test of all packages that have no stage of their own", wants: []string{"gcc", "ip", "qemu-system", "spin"}, limit: 12 * time.Minute, run: testStage},
