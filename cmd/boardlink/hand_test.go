@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/boardlink/boardlink/app"
 	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
 	"github.com/boardlink/boardlink/hwtest/netns"
 	"github.com/boardlink/boardlink/hwtest/traffic"
@@ -366,7 +367,7 @@ func TestStatusOfOthers(t *testing.T) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	srv, err := statusd.Serve(filepath.Join(dir, "agent-x.sock"), func() status.Program { return status.Program{Side: "agent\x1b[31m", PID: 7} })
+	srv, err := app.ServeStatus(filepath.Join(dir, "agent-x.sock"), func() status.Program { return status.Program{Side: "agent\x1b[31m", PID: 7} })
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,30 +14,22 @@ import (
 	"strings"
 
 	"github.com/alecthomas/kong"
-	"github.com/boardlink/boardlink/board"
-	_ "github.com/boardlink/boardlink/board/generic"  //
-	_ "github.com/boardlink/boardlink/board/ivshmem"  // kinds of board register themselves
-	_ "github.com/boardlink/boardlink/board/loopback" //
-	_ "github.com/boardlink/boardlink/board/mpc83xx"  //
-	"github.com/boardlink/boardlink/cmd/internal/statussock"
+	"github.com/boardlink/boardlink/app"
+	_ "github.com/boardlink/boardlink/board/all" // every kind of board
 	"github.com/boardlink/boardlink/hwtest/benchkit"
-	_ "github.com/boardlink/boardlink/pci/uio"  // ways to open a PCI function
-	_ "github.com/boardlink/boardlink/pci/vfio" //
 	"github.com/boardlink/boardlink/tunbridge"
 )
 
-// Exit statuses: 2 is the user's, what was typed or how the machine is set up for it; 1 is ours, or
-// what was measured is not good.
 const (
-	exitOK    = 0
-	exitFail  = 1
-	exitUsage = 2
+	exitOK    = app.ExitOK
+	exitFail  = app.ExitFail
+	exitUsage = app.ExitUsage
 )
 
 type cli struct {
 	Loopback loopbackCmd `cmd:"" help:"Try it here: both ends on this machine, with real traffic between two namespaces."`
-	Host     hostCmd     `cmd:"" help:"The carrier's end: offers network devices to a board."`
-	Agent    agentCmd    `cmd:"" help:"The board's end: drives the devices that the host offers."`
+	Host     hostCmd     `cmd:"" passthrough:"" help:"The carrier's end: offers network devices to a board."`
+	Agent    agentCmd    `cmd:"" passthrough:"" help:"The board's end: drives the devices that the host offers."`
 	Serve    serveCmd    `cmd:"" help:"The rendezvous of a loopback board (an ivshmem server: QEMU can be either end)."`
 	Probe    probeCmd    `cmd:"" help:"PCI functions that could be boards, and what is missing to use them."`
 	Check    checkCmd    `cmd:"" help:"Check a file that describes a board, without the board; samples to start from."`
@@ -47,13 +39,13 @@ type cli struct {
 	Version  versionCmd  `cmd:"" help:"Print the version."`
 }
 
-// usageError is the user's fault, in one line.
+// usageError is the user's fault, in one line: app.UsageError in short.
 type usageError struct{ err error }
 
 func (e usageError) Error() string { return e.err.Error() }
-func (e usageError) Unwrap() error { return e.err }
+func (e usageError) Unwrap() error { return app.UsageError{Err: e.err} }
 
-func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+func usagef(format string, args ...any) error { return app.Usagef(format, args...) }
 
 // statusError has been reported already; only the exit status is left.
 type statusError int
@@ -62,17 +54,10 @@ func (e statusError) Error() string { return fmt.Sprintf("exit status %d", int(e
 
 func exitStatus(err error) int {
 	var st statusError
-	var us usageError
-	var tu tunbridge.UserError
-	switch {
-	case err == nil:
-		return exitOK
-	case errors.As(err, &st):
+	if errors.As(err, &st) {
 		return int(st)
-	case errors.As(err, &us), errors.As(err, &tu), errors.Is(err, board.ErrInput), errors.Is(err, board.ErrSideTaken):
-		return exitUsage
 	}
-	return exitFail
+	return app.ExitStatus(err)
 }
 
 func main() {
@@ -114,10 +99,10 @@ func run(args []string, stdout, stderr io.Writer) int {
 
 // vars are what the help of flags refers to.
 func vars() kong.Vars {
-	return kong.Vars{"samples": sampleNames(), "status_dir": statussock.Dir(), "max_queues": strconv.Itoa(tunbridge.MaxQueues)}
+	return kong.Vars{"samples": sampleNames(), "status_dir": app.StatusDir(), "max_queues": strconv.Itoa(tunbridge.MaxQueues)}
 }
 
-func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
+func oneLine(err error) string { return app.OneLine(err) }
 
 type streams struct{ out, err io.Writer }
 

@@ -13,8 +13,8 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/boardlink/boardlink/app"
 	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
-	"github.com/boardlink/boardlink/cmd/internal/statussock"
 	"github.com/boardlink/boardlink/status"
 )
 
@@ -28,7 +28,7 @@ func (c *statusCmd) Run(s *streams) error {
 	paths := c.Path
 	var notes []string
 	if len(c.Path) == 0 {
-		paths, notes = statussock.Find()
+		paths, notes = app.FindStatus()
 	}
 	// All are asked at once: one that is silent does not use up the time of the others.
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
@@ -63,7 +63,7 @@ func (c *statusCmd) Run(s *streams) error {
 		if unseen != 0 {
 			return usagef("no program that this user may ask")
 		}
-		return usagef("no program answers in %s: is a host or an agent running? One started with --status PATH is asked by: boardlink status PATH", statussock.Dir())
+		return usagef("no program answers in %s: is a host or an agent running? One started with --status PATH is asked by: boardlink status PATH", app.StatusDir())
 	}
 	if c.JSON {
 		e := json.NewEncoder(s.out)

@@ -1,8 +1,7 @@
-// Package statusd serves and reads the status of a running host or agent: JSON over HTTP on a
-// unix socket. Any HTTP client can ask: curl --unix-socket PATH http://boardlink/status
+// Package statusd reads the status of running hosts and agents: JSON over HTTP on a unix socket, which
+// app.ServeStatus serves.
 //
-// In the room: the socket, its place, both ends of the conversation. Never in it: what a status
-// says (package status), how it is printed.
+// It must not know what a status says (package status), or how it is printed.
 package statusd
 
 import (
@@ -13,72 +12,10 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
-	"path/filepath"
-	"strings"
 	"syscall"
-	"time"
 
-	"github.com/boardlink/boardlink/cmd/internal/statussock"
 	"github.com/boardlink/boardlink/status"
 )
-
-// DefaultPath returns the socket of a program of the given side and name.
-func DefaultPath(side, name string) string {
-	safe := strings.Map(func(r rune) rune {
-		if r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '_' || r == '.' {
-			return r
-		}
-		return '_'
-	}, name)
-	return filepath.Join(statussock.Dir(), side+"-"+safe+".sock")
-}
-
-// Server answers for one program.
-type Server struct {
-	path string
-	http *http.Server
-	done chan struct{}
-}
-
-// Serve answers at path with what get returns, until Close. A socket that nobody listens on is
-// replaced. An empty path serves nothing.
-func Serve(path string, get func() status.Program) (*Server, error) {
-	if path == "" {
-		return &Server{}, nil
-	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("status socket: %w", err)
-	}
-	l, err := statussock.Listen(path)
-	if err != nil {
-		return nil, err
-	}
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /status", func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		e.Encode(get())
-	})
-	s := &Server{path: path, done: make(chan struct{}),
-		http: &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}}
-	go func() {
-		defer close(s.done)
-		s.http.Serve(l)
-	}()
-	return s, nil
-}
-
-// Close ends the service and removes the socket.
-func (s *Server) Close() error {
-	if s.http == nil {
-		return nil
-	}
-	err := s.http.Close()
-	<-s.done
-	return err
-}
 
 // What errors of Get match (errors.Is).
 var (

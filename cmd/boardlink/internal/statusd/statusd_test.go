@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/boardlink/boardlink/cmd/internal/statussock"
+	"github.com/boardlink/boardlink/app"
 	"github.com/boardlink/boardlink/status"
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
@@ -22,7 +22,7 @@ func TestServeAndGet(t *testing.T) {
 	defer cancel()
 	path := filepath.Join(t.TempDir(), "deep", "s.sock")
 	want := status.Program{Side: "host", PID: 7, Links: []status.Link{{Name: "a", Counters: map[string]uint64{"x": 1 << 60}}}}
-	s, err := Serve(path, func() status.Program { return want })
+	s, err := app.ServeStatus(path, func() status.Program { return want })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -33,7 +33,7 @@ func TestServeAndGet(t *testing.T) {
 	if d := cmp.Diff(want, got); d != "" {
 		t.Fatal(d)
 	}
-	if _, err := Serve(path, nil); !errors.Is(err, statussock.ErrTaken) {
+	if _, err := app.ServeStatus(path, nil); !errors.Is(err, app.ErrStatusTaken) {
 		t.Fatalf("a second server: %v", err)
 	}
 	if err := s.Close(); err != nil {
@@ -58,7 +58,7 @@ func TestStaleAndForeign(t *testing.T) {
 	}
 	l.SetUnlinkOnClose(false)
 	l.Close() // what a killed program leaves
-	s, err := Serve(path, func() status.Program { return status.Program{} })
+	s, err := app.ServeStatus(path, func() status.Program { return status.Program{} })
 	if err != nil {
 		t.Fatalf("a stale socket is in the way: %v", err)
 	}
@@ -68,7 +68,7 @@ func TestStaleAndForeign(t *testing.T) {
 	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Serve(file, nil); err == nil {
+	if _, err := app.ServeStatus(file, nil); err == nil {
 		t.Fatal("a file was taken for a socket")
 	}
 	if b, _ := os.ReadFile(file); string(b) != "precious" {

@@ -1,0 +1,337 @@
+package app
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/signal"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/boardlink/boardlink/agent"
+	"github.com/boardlink/boardlink/app/internal/ifaddr"
+	"github.com/boardlink/boardlink/app/internal/statussock"
+	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/host"
+	"github.com/boardlink/boardlink/session"
+	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/tunbridge"
+)
+
+// defaultMTU is that of a host's interface, in bytes.
+const defaultMTU = 1500
+
+// end is one end of a link.
+type end interface {
+	Open(context.Context) error
+	Run(context.Context) error
+	Status() status.Link
+}
+
+// device is a network device that is open, with what was asked for.
+type device interface {
+	Interface() *tunbridge.Iface
+	Close() error
+}
+
+// ends is what is built from a Config.
+type ends struct {
+	c       *Config
+	log     session.Logger
+	links   []end
+	devices []device // one for each of c.Nets
+	machine *Machine // nil: not asked for yet
+}
+
+// Run runs one end until ctx ends or a signal (SIGINT, SIGTERM, SIGHUP) comes. version is what status tells of the program. Nothing
+// is logged before all is known to be well: what is not is the error, in one line.
+func Run(ctx context.Context, c *Config, version string, log session.Logger) error {
+	e := &ends{c: c, log: log}
+	build := e.buildHost
+	if c.Side == board.Agent {
+		build = e.buildAgent
+	}
+	err := build()
+	if err == nil {
+		err = e.serve(ctx, version)
+	}
+	if err != nil {
+		for _, d := range e.devices {
+			d.Close()
+		}
+	}
+	return err
+}
+
+// add takes a device that is open, and gives its interface its addresses.
+func (e *ends) add(n *Net, d device) error {
+	e.devices = append(e.devices, d)
+	return e.address(n, d)
+}
+
+// address sets an interface up.
+func (e *ends) address(n *Net, d device) error {
+	i := d.Interface()
+	if err := ifaddr.Apply(i.Name(), n.Addrs); err != nil {
+		return UsageError{err}
+	}
+	return ifaddr.Up(i.Name())
+}
+
+// iface returns the device's own end.
+func (n *Net) iface() tunbridge.Config {
+	return tunbridge.Config{Name: n.Name, Type: n.Type, Offload: n.Offload, Persist: n.Persist, MAC: n.MAC, MTU: n.MTU}
+}
+
+// stableMACs gives device i the MAC addresses that the operator did not choose, the host's own and the board's: they stay the
+// same from start to start, so that neighbour tables stay true, and differ from those of other machines and boards.
+func (e *ends) stableMACs(n *Net, i int) error {
+	if n.Type != tunbridge.TAP || n.MAC != (tunbridge.MAC{}) && n.BoardMAC != (tunbridge.MAC{}) {
+		return nil
+	}
+	if e.machine == nil {
+		m, err := Identify(e.c.MachineID)
+		if err != nil {
+			return err
+		}
+		if m.Warning != "" {
+			e.log.Warn(m.Warning)
+		}
+		e.machine = &m
+	}
+	for _, a := range []struct {
+		side board.Side
+		mac  *tunbridge.MAC
+	}{{board.Host, &n.MAC}, {board.Agent, &n.BoardMAC}} {
+		if *a.mac == (tunbridge.MAC{}) {
+			*a.mac = e.machine.MAC(e.c.LinkName(n.Board), a.side, e.c.Boards[n.Board], i)
+		}
+	}
+	return nil
+}
+
+// options returns how the boards are opened.
+func (e *ends) options() board.Options {
+	o := board.Options{Kind: e.c.Memory, Logf: func(format string, args ...interface{}) {
+		e.log.Debug(fmt.Sprintf(format, args...))
+	}, Warnf: func(format string, args ...interface{}) {
+		e.log.Warn(fmt.Sprintf(format, args...))
+	}}
+	if e.c.Account {
+		o.Account = new(dma.Account)
+	}
+	return o
+}
+
+func (e *ends) buildHost() error {
+	c := e.c
+	devices := make([]map[uint16]host.Backend, len(c.Boards))
+	for k := range c.Nets {
+		n := c.Nets[k]
+		if devices[n.Board] == nil {
+			devices[n.Board] = map[uint16]host.Backend{}
+		}
+		i := len(devices[n.Board]) // number on its link
+		if err := e.stableMACs(&n, i); err != nil {
+			return err
+		}
+		ic := n.iface()
+		if ic.MTU == 0 {
+			ic.MTU = defaultMTU
+		}
+		ic.Queues = n.Queues
+		d, err := host.NewNet(host.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: ic, BoardMAC: n.BoardMAC,
+			Deny: c.Deny, Loop: c.Loop.From(i), QueueMax: c.QueueMax})
+		if err != nil {
+			return err
+		}
+		devices[n.Board][uint16(i)] = d
+		if err := e.add(&n, d); err != nil {
+			return err
+		}
+	}
+	for b, spec := range c.Boards {
+		e.links = append(e.links, host.NewLink(host.Config{Name: c.LinkName(b), Board: spec, Options: e.options(), Devices: devices[b], NoPool: !c.Pool,
+			DMA: c.DMA, Log: e.log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts, Retry: len(c.Boards) > 1}))
+	}
+	return nil
+}
+
+func (e *ends) buildAgent() error {
+	c := e.c
+	var devices []*agent.Net
+	for i := range c.Nets {
+		n := &c.Nets[i]
+		d, err := agent.NewNet(agent.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: n.iface(),
+			Deny: c.Deny, Loop: c.Loop.From(i), Ring: c.Ring, Queues: n.Queues, QueueSize: c.QueueSize, RXBuffer: c.RXBuffer})
+		if err != nil {
+			return err
+		}
+		devices = append(devices, d)
+		if err := e.add(n, d); err != nil {
+			return err
+		}
+	}
+	e.links = append(e.links, agent.NewLink(agent.Config{Name: c.Name, Board: c.Boards[0], Placement: c.Placement, Options: e.options(), Devices: devices,
+		Log: e.log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts}))
+	return nil
+}
+
+// serve runs the links until a signal, with their status socket.
+func (e *ends) serve(ctx context.Context, version string) error {
+	path := e.c.Status
+	var unusable error // of the directory for the status socket: not worth to end for
+	switch path {
+	case "":
+		if unusable = statussock.Prepare(); unusable == nil {
+			path = StatusPath(e.c.Side.String(), e.c.Name)
+		}
+	case "none":
+		path = ""
+	}
+	started := time.Now().Format(time.RFC3339)
+	srv, err := ServeStatus(path, func() status.Program {
+		p := status.Program{Version: version, Side: e.c.Side.String(), PID: os.Getpid(), Started: started}
+		for _, l := range e.links {
+			p.Links = append(p.Links, l.Status())
+		}
+		return p
+	})
+	if err != nil {
+		return UsageError{err}
+	}
+	defer srv.Close()
+	signals := []os.Signal{syscall.SIGINT, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // nohup
+		signals = append(signals, syscall.SIGHUP)
+	}
+	ctx, stop := signal.NotifyContext(ctx, signals...)
+	defer stop()
+	if err := e.open(ctx); err != nil {
+		return err
+	}
+	if unusable != nil {
+		e.log.Warn("no status socket", "error", unusable)
+	}
+	for i, d := range e.devices {
+		e.ready(&e.c.Nets[i], d)
+	}
+	// One board that fails for good does not take the others along.
+	return e.all(func(i int, l end) error {
+		err := l.Run(ctx)
+		if err != nil && len(e.links) > 1 {
+			e.log.Error("link given up", "link", e.c.LinkName(i), "error", err)
+		}
+		return err
+	}, true)
+}
+
+// open opens the boards of all links, at the same time, as one may take seconds to fail. An error
+// means that no board can be used nor waited for. Otherwise the links go on: their Run waits for
+// what is not there, and with several boards also for what is wrong (session.Config.Retry).
+func (e *ends) open(ctx context.Context) error {
+	return e.all(func(_ int, l end) error { return l.Open(ctx) }, false)
+}
+
+// all calls f for all links at the same time. It returns the errors, or nil where some succeed unless each error counts.
+func (e *ends) all(f func(i int, l end) error, each bool) error {
+	var wg sync.WaitGroup
+	errs := make([]error, len(e.links))
+	for i, l := range e.links {
+		wg.Add(1)
+		go func(i int, l end) {
+			defer wg.Done()
+			errs[i] = f(i, l)
+		}(i, l)
+	}
+	wg.Wait()
+	var failed Errors
+	for _, err := range errs {
+		if err != nil {
+			failed = append(failed, err)
+		}
+	}
+	if len(failed) == 0 || len(failed) < len(errs) && !each {
+		return nil
+	}
+	if len(failed) == 1 {
+		return failed[0]
+	}
+	return failed
+}
+
+// ready tells of an interface that is set up.
+func (e *ends) ready(n *Net, d device) {
+	i := d.Interface()
+	for _, w := range i.Warnings() {
+		e.log.Warn(w, "interface", i.Name())
+	}
+	for _, w := range strayAddresses(i, n) {
+		e.log.Warn(w, "interface", i.Name())
+	}
+	e.log.Info("interface ready", "interface", i.Name(), "addresses", n.Addrs)
+}
+
+// strayAddresses warns of addresses that an interface kept from another start, and that the flags do not give it: nobody else
+// would tell that it still has them.
+func strayAddresses(i *tunbridge.Iface, n *Net) (warnings []string) {
+	if !i.Attached() || len(n.Addrs) == 0 {
+		return nil
+	}
+	ni, err := net.InterfaceByName(i.Name())
+	if err != nil {
+		return nil
+	}
+	as, err := ni.Addrs()
+	if err != nil {
+		return nil
+	}
+	wanted := map[string]bool{}
+	for _, p := range n.Addrs {
+		wanted[p.String()] = true
+	}
+	for _, a := range as {
+		ip, ok := a.(*net.IPNet)
+		if ok && !ip.IP.IsLinkLocalUnicast() && !wanted[ip.String()] {
+			warnings = append(warnings, fmt.Sprintf("the interface was there already and keeps its address %s, which --addr does not give; to remove it: ip addr del %s dev %s", ip, ip, i.Name()))
+		}
+	}
+	return warnings
+}
+
+// Errors are several errors, of several links.
+type Errors []error
+
+// Error returns them in one line.
+func (es Errors) Error() string {
+	var s []string
+	for _, err := range es {
+		s = append(s, OneLine(err))
+	}
+	return strings.Join(s, "; ")
+}
+
+// Is tells whether one of them is the target.
+func (es Errors) Is(target error) bool {
+	for _, err := range es {
+		if errors.Is(err, target) {
+			return true
+		}
+	}
+	return false
+}
+
+// As finds the first of them that the target fits.
+func (es Errors) As(target interface{}) bool {
+	for _, err := range es {
+		if errors.As(err, target) {
+			return true
+		}
+	}
+	return false
+}
