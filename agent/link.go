@@ -85,6 +85,7 @@ type device struct {
 	since   time.Time // up
 	backoff time.Duration
 	failed  chan error // of its loops
+	toldUp  bool       // what the host was told of the interface
 	logged  string     // the last error that was logged
 }
 
@@ -100,6 +101,9 @@ func NewLink(c Config) *Link {
 	c.Options.Side = board.Agent
 	l.s = session.New(session.Config{Name: c.Name, Spec: c.Board, Options: c.Options, Log: c.Log,
 		Beat: c.Beat, LostBeats: c.LostBeats, NoInterrupts: c.NoInterrupts, Handler: (*handler)(l)})
+	for _, d := range l.devs {
+		d.n.onChange(l.s.Wake)
+	}
 	return l
 }
 
@@ -217,6 +221,7 @@ func (l *handler) Declare(b board.Board) (virtiomsg.Declaration, error) {
 	l.region = &dma.Region{Name: "heap", Addr: w.Addr + offHeap, Mem: m, Access: dma.DeviceRead | dma.DeviceWrite,
 		Across: w.Across, Account: w.Account}
 	return virtiomsg.Declaration{
+		Features:        virtiomsg.FeatureLinkState,
 		FIFOAgentToHost: offAgentToHost, FIFOHostToAgent: offHostToAgent,
 		SlotsAgentToHost: virtiomsg.MaxSlots, SlotsHostToAgent: virtiomsg.MaxSlots,
 		Regions: []virtiomsg.Region{{Addr: l.region.Addr, Size: m.Size(), Offset: offHeap, Access: l.region.Access}},
@@ -289,13 +294,20 @@ func (l *handler) Tick() {
 				l.s.Fault(err)
 				return
 			}
-			if d.up {
+			if d.up && errors.Is(err, tunbridge.ErrGone) {
+				d.down() // whoever looks after the interface tells of it
+				d.later()
+			} else if d.up {
 				atomic.AddUint64(&l.n.Broken, 1)
 				d.l.cfg.Log.Warn("device broken, resetting it", "link", l.cfg.Name, "device", d.n.cfg.Name, "error", err)
 				d.down()
 				d.later()
 			}
 		default:
+		}
+		d.tellLink()
+		if d.n.isRemade() {
+			d.next, d.backoff = time.Time{}, 0
 		}
 		if d.up || time.Now().Before(d.next) {
 			continue
@@ -383,9 +395,18 @@ func (d *device) bringUp() error {
 	if err := d.n.up(t, m, d.broken); err != nil {
 		return err
 	}
-	d.up, d.since, d.logged = true, time.Now(), ""
+	d.up, d.since, d.logged, d.toldUp = true, time.Now(), "", true // as the host takes it after a reset
+	d.logWarning()
+	d.tellLink()
 	d.l.cfg.Log.Info("device up", "link", d.l.cfg.Name, "device", d.n.cfg.Name, "interface", d.n.ifc.Name())
 	return nil
+}
+
+// logWarning logs what the device does without.
+func (d *device) logWarning() {
+	if w := d.n.takeWarning(); w != "" {
+		d.l.cfg.Log.Warn(w, "link", d.l.cfg.Name, "device", d.n.cfg.Name, "interface", d.n.ifc.Name())
+	}
 }
 
 // share returns the device's part of a region.
@@ -457,7 +478,9 @@ func (l *handler) Message(h virtiomsg.Header, m *virtiomsg.Slot) {
 			continue
 		}
 		t := &transportMsg{s: l.s, dev: h.Dev, name: d.n.cfg.Name}
-		if err := d.n.reconfigure(t); err != nil && !errors.Is(err, virtiomsg.ErrDown) {
+		err := d.n.reconfigure(t)
+		d.logWarning()
+		if err != nil && !errors.Is(err, virtiomsg.ErrDown) {
 			if errors.Is(err, session.ErrTimeout) {
 				l.s.Reset() // as in Tick
 			}

@@ -91,6 +91,14 @@ type Net struct {
 	lastErr   error
 	ups       uint64
 	broken    uint64
+
+	mtuCap  int    // the MTU of an interface that somebody else made: it is not raised; 0: none
+	busy    bool   // the interface's descriptors are in use
+	ifaceUp bool   // administratively
+	remade  bool   // the interface was made again, and the link has not noticed
+	wake    func() // of the link
+	warning string // to be logged
+	warned  string // the last one
 }
 
 // netPair is a receive and a transmit queue, and the queue of the interface that they belong to.
@@ -145,6 +153,11 @@ func NewNet(cfg NetConfig) (*Net, error) {
 	for i := 0; i < ifc.Queues(); i++ {
 		n.pairs = append(n.pairs, netPair{ifc: ifc.Queue(i), rx: newNetQueue(), tx: newNetQueue()})
 	}
+	if ifc.Attached() && !cfg.Interface.Persist && cfg.Interface.MTU == 0 {
+		n.mtuCap = ifc.MTU()
+	}
+	n.ifaceUp = ifc.State().Up
+	ifc.Watch(n.interfaceChanged)
 	return n, nil
 }
 
@@ -225,6 +238,15 @@ func (m *memory) take(name string, n, align uint64) (dma.Span, error) {
 // up brings the device up (virtio 1.2, 3.1.1). The memory is not shown to the device
 // by anybody else. notify hears when a loop ends by an error.
 func (n *Net) up(t transport, m layout, notify func(error)) error {
+	n.setBusy(true)
+	defer func() {
+		n.mu.Lock()
+		n.busy = n.stop != nil
+		n.mu.Unlock()
+	}()
+	if n.ifc.Gone() { // the host is not troubled with it
+		return fmt.Errorf("interface %q: %w", n.ifc.Name(), tunbridge.ErrGone)
+	}
 	s, err := t.SetStatus(0)
 	if err == nil && s != 0 {
 		err = fmt.Errorf("%s: the device does not reset: its status is %s", n.cfg.Name, virtio.StatusString(s))
@@ -343,16 +365,25 @@ func (n *Net) startPair(p *netPair, notify func(error)) {
 func (n *Net) configure(acked virtio.Features, c virtio.NetConfig) error {
 	if acked.Has(virtio.NetMAC) && n.cfg.Interface.MAC == (tunbridge.MAC{}) && n.ifc.Type() == tunbridge.TAP &&
 		n.ifc.MAC() != tunbridge.MAC(c.MAC) {
-		if err := n.ifc.SetMAC(tunbridge.MAC(c.MAC)); err != nil {
+		m := tunbridge.MAC(c.MAC)
+		if err := n.tolerate(n.ifc.SetMAC(m), "its MAC address stays %v, the host gives %v: run \"ip link set dev %s address %v\" as root", n.ifc.MAC(), m, n.ifc.Name(), m); err != nil {
 			return err
 		}
 	}
 	mtu := n.cfg.Interface.MTU
+	if mtu == 0 {
+		mtu = n.mtuCap
+	}
 	if acked.Has(virtio.NetMTU) && (mtu == 0 || mtu > int(c.MTU)) {
 		mtu = int(c.MTU)
 	}
-	if mtu != 0 && mtu != n.ifc.MTU() {
-		return n.ifc.SetMTU(mtu)
+	if have := n.ifc.MTU(); mtu != 0 && mtu != have {
+		err := n.ifc.SetMTU(mtu)
+		if errors.Is(err, tunbridge.ErrElsewhere) {
+			n.warnOnce(fmt.Sprintf("its MTU stays %d, the host gives %d: %v", have, mtu, err))
+			return nil
+		}
+		return n.tolerate(err, "its MTU stays %d, the host gives %d: run \"ip link set dev %s mtu %d\" as root", have, mtu, n.ifc.Name(), mtu)
 	}
 	return nil
 }
@@ -661,7 +692,9 @@ func (n *Net) run(p tunbridge.Pump, notify func(error)) {
 	if err != nil {
 		n.mu.Lock()
 		n.lastErr = err
-		n.broken++
+		if !errors.Is(err, tunbridge.ErrGone) { // that is nobody's fault at the queue
+			n.broken++
+		}
 		n.mu.Unlock()
 		notify(err)
 	}
@@ -691,6 +724,7 @@ func (n *Net) down() {
 	n.ifc.SetQueues(1)
 	n.mu.Lock()
 	n.stop, n.carrier, n.devStatus, n.acked, n.inUse, n.setUps = nil, false, 0, virtio.Features{}, 0, 0
+	n.busy = false
 	n.mu.Unlock()
 }
 
@@ -709,7 +743,7 @@ func (n *Net) Status() status.Device {
 		Offload: tunbridge.DriverOffload(n.acked.Mask()).String(), Status: virtio.StatusString(n.devStatus),
 		Offered: n.offered.Names(), Allowed: n.wanted().Without(n.cfg.Deny).Names(), Negotiated: n.acked.Names(),
 		Pairs: n.inUse, MaxPairs: n.limit,
-		Counters: map[string]uint64{"ups": n.ups, "broken": n.broken}}
+		Counters: map[string]uint64{"ups": n.ups, "broken": n.broken, "remade": uint64(n.ifc.Remakes())}}
 	if n.ifc.Type() == tunbridge.TAP {
 		s.MAC = n.ifc.MAC().String()
 	}

@@ -31,6 +31,8 @@ type device struct {
 	told    bool            // a ConfigEvent has to be sent
 	gaveUp  bool            // the driver did, which was logged; until it runs
 	logged  string          // the refusal of features that was logged; until it runs
+	linkUp  bool            // the driver's end, as it told last
+	shownUp bool            // and as the model knows it
 	stateMu sync.Mutex      // guards what describe reads
 	push    bool            // the driver put a queue's descriptor area into the pool
 	status  uint32
@@ -40,7 +42,9 @@ type device struct {
 	pending []Event // of the model
 }
 
-func newDevice(l *Link, n uint16, be Backend) *device { return &device{l: l, number: n, be: be} }
+func newDevice(l *Link, n uint16, be Backend) *device {
+	return &device{l: l, number: n, be: be, linkUp: true, shownUp: true}
+}
 
 // event is the model's Notify.
 func (d *device) event(e Event) {
@@ -70,6 +74,10 @@ func (d *device) events() {
 			d.told = true
 		}
 	}
+	if be, ok := d.be.(linked); ok && d.linkUp != d.shownUp {
+		be.SetPeerLink(d.linkUp)
+		d.shownUp = d.linkUp
+	}
 	if d.told {
 		var m virtiomsg.Slot
 		(&virtiomsg.ConfigEvent{Status: d.status, Generation: d.gen}).Encode(&m, d.number)
@@ -98,7 +106,11 @@ func (d *device) needsReset(err error) {
 		return
 	}
 	atomic.AddUint64(&d.l.n.DeviceResets, 1)
-	d.l.cfg.Log.Warn("device needs a reset", "link", d.l.cfg.Name, "device", d.number, "error", err)
+	if errors.Is(err, tunbridge.ErrGone) { // whoever looks after the interface tells of it
+		d.l.cfg.Log.Debug("device without an interface", "link", d.l.cfg.Name, "device", d.number, "error", err)
+	} else {
+		d.l.cfg.Log.Warn("device needs a reset", "link", d.l.cfg.Name, "device", d.number, "error", err)
+	}
 	d.setStatus(d.status | virtio.StatusNeedsReset)
 	d.told = true
 	d.l.s.Wake()
@@ -111,6 +123,7 @@ func (d *device) reset() {
 	d.pending = nil // of what was before
 	d.mu.Unlock()
 	d.driver = virtio.Features{}
+	d.linkUp, d.shownUp = true, true
 	d.told = false
 	d.setStatus(0)
 }
@@ -205,6 +218,13 @@ func (d *device) message(h virtiomsg.Header, m *virtiomsg.Slot) (answer bool, er
 			return false, err
 		}
 		(&virtiomsg.Shm{Index: i}).Encode(m, h.Dev, h.Token)
+	case virtiomsg.EventLink:
+		up, err := virtiomsg.DecodeLink(m)
+		if err != nil {
+			return false, err
+		}
+		d.linkUp = up // the model hears of it with the next tick: a driver may tell again and again
+		return false, nil
 	case virtiomsg.EventAvail:
 		// A kick of a peer without doorbells: the poll fallback finds what it is for.
 		return false, nil

@@ -140,7 +140,7 @@ func (l *handler) pool(b board.Board) (dma.Region, bool) {
 
 // Declare implements session.Handler: the pool, where the board can reach one.
 func (l *handler) Declare(b board.Board) (virtiomsg.Declaration, error) {
-	var d virtiomsg.Declaration
+	d := virtiomsg.Declaration{Features: virtiomsg.FeatureLinkState}
 	if _, ok := b.(board.Engined); !ok && l.cfg.DMA.Mode == DMAOn {
 		return d, &board.Error{Spec: b.String(), Reason: "boards of this kind have no DMA engine that the host drives: leave --dma at auto", Class: board.ErrInput}
 	}

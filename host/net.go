@@ -1,6 +1,7 @@
 package host
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 
@@ -49,12 +50,15 @@ type Net struct {
 	ctrl    netQueue
 	inUse   int // pairs
 	carrier bool
-	stop    *tunbridge.Stop
-	loops   sync.WaitGroup
-	lastErr error
-	starts  uint64
-	broken  uint64
-	engines engineSet
+	told    linkState // to the driver, by the last event
+	// peerDown: the driver's end is down, as it told since the last reset.
+	peerDown bool
+	stop     *tunbridge.Stop
+	loops    sync.WaitGroup
+	lastErr  error
+	starts   uint64
+	broken   uint64
+	engines  engineSet
 }
 
 // netPair is a receive and a transmit queue (the names are the driver's: what it receives, the device fills in), and the queue of
@@ -105,6 +109,8 @@ func NewNet(cfg NetConfig) (*Net, error) {
 		ifc.Close()
 		return nil, err
 	}
+	n.told = n.linkState()
+	ifc.Watch(n.interfaceChanged)
 	return n, nil
 }
 
@@ -185,7 +191,8 @@ func (n *Net) SetFeatures(f virtio.Features) error {
 
 // Config implements Backend.
 func (n *Net) Config() []byte {
-	b := virtio.NetConfig{MAC: [6]byte(n.cfg.BoardMAC), LinkUp: true, MaxQueuePairs: uint16(n.maxPairs()), MTU: uint16(n.ifc.MTU())}.Encode()
+	l := n.linkState()
+	b := virtio.NetConfig{MAC: [6]byte(n.cfg.BoardMAC), LinkUp: l.up, MaxQueuePairs: uint16(n.maxPairs()), MTU: uint16(l.mtu)}.Encode()
 	return b[:]
 }
 
@@ -233,7 +240,11 @@ func (n *Net) queue(i int) *netQueue {
 func (n *Net) SetMemory(t *dma.TableRef) { n.table = t }
 
 // Notify implements Backend.
-func (n *Net) Notify(f func(Event)) { n.notify = f }
+func (n *Net) Notify(f func(Event)) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.notify = f
+}
 
 // queueName names queue i for errors. mu is held.
 func (n *Net) queueName(i int) string {
@@ -329,7 +340,7 @@ func (n *Net) Start() error {
 	n.starts++
 	n.startPair(&n.pairs[0])
 	// Last: from here on the kernel sends.
-	if err := n.ifc.SetCarrier(true); err != nil {
+	if err := n.ifc.SetCarrier(!n.peerDown); err != nil {
 		stop.Raise()
 		n.mu.Unlock()
 		n.loops.Wait() // they may want mu
@@ -339,7 +350,7 @@ func (n *Net) Start() error {
 		stop.Close()
 		return err
 	}
-	n.carrier = true
+	n.carrier = !n.peerDown
 	if ctrl != nil {
 		n.loops.Add(1)
 		go n.run(ctrl)
@@ -441,10 +452,13 @@ func (n *Net) run(p tunbridge.Pump) {
 	}
 	n.mu.Lock()
 	n.lastErr = err
-	n.broken++
+	if !errors.Is(err, tunbridge.ErrGone) { // that is nobody's fault at the queue
+		n.broken++
+	}
+	notify := n.notify
 	n.mu.Unlock()
-	if n.notify != nil {
-		n.notify(Event{Broken: err})
+	if notify != nil {
+		notify(Event{Broken: err})
 	}
 }
 
@@ -483,7 +497,7 @@ func (n *Net) Stop() []vring.State {
 func (n *Net) reset() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.acked = virtio.Features{}
+	n.acked, n.peerDown = virtio.Features{}, false
 	for i := range n.pairs {
 		n.pairs[i].rx.set, n.pairs[i].tx.set = false, false
 	}
@@ -505,7 +519,7 @@ func (n *Net) Status() status.Device {
 		Offload: tunbridge.DeviceOffload(n.acked.Mask()).String(),
 		Offered: n.possible().Names(), Allowed: n.Features().Names(), Negotiated: n.acked.Names(),
 		Pairs: n.inUse, MaxPairs: n.maxPairs(),
-		Counters: map[string]uint64{"starts": n.starts, "broken": n.broken}}
+		Counters: map[string]uint64{"starts": n.starts, "broken": n.broken, "remade": uint64(n.ifc.Remakes())}}
 	if len(n.pairs) > 1 {
 		for k, v := range status.Counters(n.ctl.load()) {
 			s.Counters[k] = v

@@ -17,6 +17,9 @@ import (
 // program may not enter. Frames and the carrier still work there; requests by name do not.
 var ErrElsewhere = errors.New("the interface is in another network namespace, which this program may not enter (CAP_SYS_ADMIN and CAP_NET_ADMIN there)")
 
+// ErrInUse is behind refusals to make an interface again while loops still use the removed one.
+var ErrInUse = errors.New("the interface's loops have not ended yet")
+
 // netnsID identifies a network namespace while it exists; the zero value is an unknown one.
 type netnsID struct{ dev, ino uint64 }
 

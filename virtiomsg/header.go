@@ -46,6 +46,7 @@ const (
 	EventConfig       = 0x40
 	EventAvail        = 0x41
 	EventUsed         = 0x42
+	EventLink         = 0x60 // ours, not of the draft: only with FeatureLinkState
 )
 
 // Message ids of the bus: TypeBus is set, the device number is 0.
@@ -135,6 +136,8 @@ func MessageName(bus bool, id uint8) string {
 		return "EVENT_AVAIL"
 	case EventUsed:
 		return "EVENT_USED"
+	case EventLink:
+		return "EVENT_LINK"
 	}
 	return fmt.Sprintf("message %#x", id)
 }

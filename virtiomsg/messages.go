@@ -653,3 +653,30 @@ func (m *DeviceEvent) Decode(s *Slot) error {
 	*m = DeviceEvent{Dev: s.u16(0), State: s.u16(2)}
 	return nil
 }
+
+// FeatureLinkState is a feature bit of the link (Declaration.Features): the agent tells by EVENT_LINK whether its
+// end of a network device is up. In force where both sides show it.
+const FeatureLinkState uint32 = 1 << 0
+
+// EncodeLink writes an EVENT_LINK, from the driver side: whether its interface is administratively up.
+func EncodeLink(s *Slot, dev uint16, up bool) {
+	s.put(0, EventLink, dev, 0, 4)
+	v := uint32(0)
+	if up {
+		v = 1
+	}
+	s.putU32(0, v)
+}
+
+// DecodeLink reads an EVENT_LINK.
+func DecodeLink(s *Slot) (up bool, err error) {
+	h, err := s.expect(0, EventLink, 4)
+	if err != nil {
+		return false, err
+	}
+	v := s.u32(0)
+	if v > 1 {
+		return false, msgErr(h, ErrBounds, "link state", uint64(v))
+	}
+	return v == 1, nil
+}

@@ -94,7 +94,7 @@ type PoolRegion struct {
 type Declaration struct {
 	Major, Minor uint16         // of a peer; a Link fills in its own
 	WindowSize   uint64         // bytes; a Link fills in its own
-	Features     uint32         // of the link itself; none are defined, unknown ones are ignored
+	Features     uint32         // of the link itself (FeatureLinkState), unknown ones are ignored
 	Ring         board.RingInfo // how to ring this side
 
 	// Of the agent only. The FIFOs (one page each, slots of 64 bytes, 1 to MaxSlots of them)
