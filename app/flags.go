@@ -88,7 +88,7 @@ var flags = []Flag{
 			}
 			return nil
 		}},
-	{Name: "mtu", Arg: "BYTES", Help: "MTU (default: 1500 at the host; what the host says at the agent, which may lower it).", set: of("mtu")},
+	{Name: "mtu", Arg: "BYTES", Help: "MTU (default: 1500 at the host; what the host says at the agent, which may lower it; an interface that somebody else made keeps its MTU at the host, and a smaller one at the agent).", set: of("mtu")},
 	{Name: "mac", Arg: "MAC", Help: "MAC address of the interface (default: one that stays the same for machine, slot and --name).", set: of("mac")},
 	{Name: "board-mac", Arg: "MAC", sides: hostOnly, Help: "MAC address that the board's interface is given (default: one that stays the same for machine, slot and --name).", set: of("board-mac")},
 	{Name: "offload", Def: "on", Help: "Leave checksums and segmentation to the other side where the kernel can.", set: of("offload")},

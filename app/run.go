@@ -23,7 +23,7 @@ import (
 	"github.com/boardlink/boardlink/tunbridge"
 )
 
-// defaultMTU is that of a host's interface, in bytes.
+// defaultMTU is that of a host's interface, in bytes, unless somebody else made it.
 const defaultMTU = 1500
 
 // end is one end of a link.
@@ -35,7 +35,7 @@ type end interface {
 
 // device is a network device that is open, with what was asked for.
 type device interface {
-	Interface() *tunbridge.Iface
+	ifaddr.Device
 	Close() error
 }
 
@@ -76,11 +76,10 @@ func (e *ends) add(n *Net, d device) error {
 
 // address sets an interface up.
 func (e *ends) address(n *Net, d device) error {
-	i := d.Interface()
-	if err := ifaddr.Apply(i.Name(), n.Addrs); err != nil {
+	if err := ifaddr.SetUp(d.Interface(), n.Addrs, n.MTU, e.log); err != nil {
 		return UsageError{err}
 	}
-	return ifaddr.Up(i.Name())
+	return nil
 }
 
 // iface returns the device's own end.
@@ -141,7 +140,7 @@ func (e *ends) buildHost() error {
 			return err
 		}
 		ic := n.iface()
-		if ic.MTU == 0 {
+		if ic.MTU == 0 && ic.Persist { // one of ours; what somebody else made stays as it is
 			ic.MTU = defaultMTU
 		}
 		ic.Queues = n.Queues
@@ -218,17 +217,35 @@ func (e *ends) serve(ctx context.Context, version string) error {
 	if unusable != nil {
 		e.log.Warn("no status socket", "error", unusable)
 	}
+	ctx, lose := context.WithCancel(ctx)
+	defer lose()
+	lost := make(chan error, len(e.devices))
 	for i, d := range e.devices {
 		e.ready(&e.c.Nets[i], d)
+		kc := ifaddr.KeepConfig{Device: d, Addrs: e.c.Nets[i].Addrs, Log: e.log}
+		if len(e.links) == 1 { // else the others go on, and it is tried again
+			kc.Lost = func(err error) {
+				lost <- fmt.Errorf("the interface was removed and cannot be made again: %s", OneLine(err))
+				lose()
+			}
+		}
+		k := ifaddr.Keep(kc)
+		defer k.Close()
 	}
 	// One board that fails for good does not take the others along.
-	return e.all(func(i int, l end) error {
+	err = e.all(func(i int, l end) error {
 		err := l.Run(ctx)
 		if err != nil && len(e.links) > 1 {
 			e.log.Error("link given up", "link", e.c.LinkName(i), "error", err)
 		}
 		return err
 	}, true)
+	select {
+	case l := <-lost:
+		return l
+	default:
+		return err
+	}
 }
 
 // open opens the boards of all links, at the same time, as one may take seconds to fail. An error

@@ -186,6 +186,13 @@ func statusSocket(s board.Side) string { return s.String() + ".sock" }
 // NS returns the namespace of a side.
 func (r *Rig) NS(s board.Side) *netns.NS { return r.ns[s] }
 
+// SetMTU changes the MTU that the host is started with, from its next start on.
+func (r *Rig) SetMTU(mtu int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.cfg.MTU = mtu
+}
+
 // Interface returns the name of device n's interface, the same on both sides.
 func Interface(n int) string { return "bl" + strconv.Itoa(n) }
 
@@ -197,8 +204,11 @@ func (r *Rig) args(s board.Side) []string {
 	}
 	a := []string{"--board", "loopback:" + r.place.childPath(boardSocket), "--status", r.place.childPath(statusSocket(s))}
 	for n := 0; n < r.cfg.Nets; n++ {
-		spec := fmt.Sprintf("name=%s,link=%s,offload=%v,persist=%v,addr="+ip4+"/24,addr="+ip6+"/64",
-			Interface(n), r.cfg.Link, r.cfg.Offload, r.cfg.Persist, n, n)
+		spec := fmt.Sprintf("name=%s,link=%s,offload=%v,persist=%v,addr="+ip4+"/24",
+			Interface(n), r.cfg.Link, r.cfg.Offload, r.cfg.Persist, n)
+		if s == board.Agent || r.cfg.MTU >= 1280 { // below, a host refuses to start with one
+			spec += fmt.Sprintf(",addr="+ip6+"/64", n)
+		}
 		if s == board.Host {
 			spec += ",mtu=" + strconv.Itoa(r.cfg.MTU)
 		}

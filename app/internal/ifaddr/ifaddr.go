@@ -1,18 +1,20 @@
-// Package ifaddr gives a network interface its addresses and sets it up.
+// Package ifaddr gives a network interface its addresses, sets it up, and keeps it so.
 //
-// In the room: addresses of one interface, and the IPv6 settings that make them
-// usable at once. Never in it: opening interfaces (tunbridge), routes, name servers.
+// In the room: addresses of one interface, the IPv6 settings that make them
+// usable at once, and what to do when somebody takes the interface down, lowers its MTU or removes it. Never in it: opening
+// interfaces (tunbridge), routes, name servers.
 //
 // It speaks rtnetlink itself (netlink.go), in Go 1.18: the lean programs for machines that only gccgo
 // compiles for use it, and so do ends under an emulator, which alters what it knows of
 // netlink only.
 //
-// All functions act in the network namespace of the calling thread.
+// All requests go to the network namespace that the interface is in.
 package ifaddr
 
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -36,26 +38,21 @@ type iface struct {
 	index uint32
 }
 
-func find(ifname string) (*iface, error) {
-	r, err := unix.NewIfreq(ifname)
-	if err != nil {
-		return nil, userError(ifname, nil, "there is no such interface in this network namespace: its name is too long")
-	}
-	ctl, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err == unix.EAFNOSUPPORT {
-		ctl, err = unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("interface %q: look it up: %w", ifname, err)
-	}
-	if err := ioctl(ctl, unix.SIOCGIFINDEX, r); err != nil {
-		unix.Close(ctl)
-		if err == unix.ENODEV {
-			return nil, userError(ifname, nil, "there is no such interface in this network namespace")
+// with runs f in the network namespace of the interface. Where the interface is gone or cannot be reached, the
+// error matches tunbridge.ErrGone or tunbridge.ErrElsewhere.
+func with(it *tunbridge.Iface, f func(*iface) error) error {
+	return it.InNamespace(func(name string, index int) error {
+		ctl, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		if err == unix.EAFNOSUPPORT {
+			ctl, err = unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 		}
-		return nil, fmt.Errorf("interface %q: look it up: %w", ifname, err)
-	}
-	return &iface{name: ifname, ctl: ctl, index: r.Uint32()}, nil
+		if err != nil {
+			return fmt.Errorf("interface %q: control socket: %w", name, err)
+		}
+		i := &iface{name: name, ctl: ctl, index: uint32(index)}
+		defer i.close()
+		return f(i)
+	})
 }
 
 func (i *iface) close() { unix.Close(i.ctl) }
@@ -77,38 +74,89 @@ func (i *iface) get(req uint) (*unix.Ifreq, error) {
 	return r, err
 }
 
+// minMTU6 is the least MTU that IPv6 works with (RFC 8200, 5). Below it the kernel removes an interface's IPv6 addresses.
+const minMTU6 = 1280
+
+// MTUError tells of IPv6 addresses that were not added because the MTU is below 1280. It is a tunbridge.UserError.
+type MTUError struct {
+	Name  string // of the interface
+	MTU   int    // bytes
+	Addrs []netip.Prefix
+}
+
+// Error names the addresses, the MTU, and the MTU that is needed.
+func (e *MTUError) Error() string {
+	return fmt.Sprintf("interface %q: addresses %v: IPv6 needs an MTU of 1280 or more, it is %d: they come once the MTU allows it", e.Name, e.Addrs, e.MTU)
+}
+
+// UserError returns true.
+func (e *MTUError) UserError() bool { return true }
+
 // Apply adds addrs (an address and its prefix length, as 10.0.0.1/24) to the interface and
-// leaves its other addresses alone. What is there already stays as it is, so that it may
+// leaves its other addresses alone. What is there already stays as it is and needs no privilege, so that it may
 // be called at every start. IPv6 addresses skip duplicate detection: the only
 // neighbour on a link of boardlink is the other side, and a restart must not wait a second
 // for it. All addresses are checked before the first is added. What the operator can mend is
-// a *tunbridge.ConfigError.
-func Apply(ifname string, addrs []netip.Prefix) error {
+// a *tunbridge.ConfigError, or, once all others are added, a *MTUError.
+func Apply(it *tunbridge.Iface, addrs []netip.Prefix) error {
 	for _, p := range addrs {
-		if err := check(ifname, p); err != nil {
+		if err := check(it.Name(), p); err != nil {
 			return err
 		}
 	}
-	i, err := find(ifname)
-	if err != nil {
-		return err
-	}
-	defer i.close()
+	return with(it, func(i *iface) error { return i.apply(addrs) })
+}
+
+func (i *iface) apply(addrs []netip.Prefix) error {
 	i.settle()
 	if len(addrs) == 0 {
 		return nil
 	}
+	have, err := i.addresses()
+	if err != nil {
+		return err
+	}
+	mtu := minMTU6
+	if r, err := i.get(unix.SIOCGIFMTU); err == nil {
+		mtu = int(r.Uint32())
+	}
 	nl, err := openNetlink()
 	if err != nil {
-		return fmt.Errorf("interface %q: netlink socket: %w", ifname, err)
+		return fmt.Errorf("interface %q: netlink socket: %w", i.name, err)
 	}
 	defer nl.close()
+	var later []netip.Prefix
 	for _, p := range addrs {
+		if mtu < minMTU6 && p.Addr().Is6() {
+			later = append(later, p)
+			continue
+		}
+		if have[p] && !i.unusable(p) {
+			continue
+		}
 		if err := i.add(nl, p); err != nil {
 			return err
 		}
 	}
+	if later != nil {
+		return &MTUError{Name: i.name, MTU: mtu, Addrs: later}
+	}
 	return nil
+}
+
+// addresses returns the addresses that the interface has.
+func (i *iface) addresses() (map[netip.Prefix]bool, error) {
+	list, err := (&net.Interface{Index: int(i.index), Name: i.name}).Addrs()
+	if err != nil {
+		return nil, fmt.Errorf("interface %q: list its addresses: %w", i.name, err)
+	}
+	have := make(map[netip.Prefix]bool, len(list))
+	for _, a := range list {
+		if p, err := netip.ParsePrefix(a.String()); err == nil {
+			have[p] = true
+		}
+	}
+	return have, nil
 }
 
 // check refuses what cannot be an interface's address.
@@ -142,12 +190,6 @@ func (i *iface) add(nl *rtnl, p netip.Prefix) error {
 		return userError(i.name, err, "not permitted to add address %v: CAP_NET_ADMIN is missing in this network namespace", p)
 	case p.Addr().Is6() && (err == unix.EACCES || err == unix.EOPNOTSUPP || err == unix.EAFNOSUPPORT):
 		return userError(i.name, err, "address %v: IPv6 is switched off here (sysctl net.ipv6.conf.%s.disable_ipv6, or a kernel without it)", p, i.name)
-	case p.Addr().Is6() && err == unix.EINVAL:
-		mtu := uint32(0)
-		if r, err := i.get(unix.SIOCGIFMTU); err == nil {
-			mtu = r.Uint32()
-		}
-		return userError(i.name, err, "address %v: the kernel refuses it; IPv6 needs an MTU of 1280 or more (it is %d)", p, mtu)
 	}
 	return fmt.Errorf("interface %q: add address %v: %w", i.name, p, err)
 }
@@ -185,26 +227,23 @@ func tentative(text string, a netip.Addr, index uint32) bool {
 	return false
 }
 
-// Up sets the interface up. Its IPv6 link-local address needs no duplicate detection and,
+// Up sets the interface up; where it is up already no privilege is needed. Its IPv6 link-local address needs no duplicate detection and,
 // on a tap, follows from the MAC address: it is usable at once and stable. (A tun has no MAC
 // address; the kernel draws its link-local address.)
-func Up(ifname string) error {
-	i, err := find(ifname)
-	if err != nil {
-		return err
-	}
-	defer i.close()
+func Up(it *tunbridge.Iface) error { return with(it, (*iface).up) }
+
+func (i *iface) up() error {
 	i.settle()
 	r, err := i.get(unix.SIOCGIFFLAGS)
-	if err == nil {
+	if err == nil && r.Uint16()&unix.IFF_UP == 0 {
 		r.SetUint16(r.Uint16() | unix.IFF_UP)
 		err = ioctl(i.ctl, unix.SIOCSIFFLAGS, r)
 	}
 	if err == unix.EPERM {
-		return userError(ifname, err, "not permitted to set the interface up: CAP_NET_ADMIN is missing in this network namespace")
+		return userError(i.name, err, "not permitted to set the interface up: CAP_NET_ADMIN is missing in this network namespace; run \"ip link set dev %s up\" as root", i.name)
 	}
 	if err != nil {
-		return fmt.Errorf("interface %q: set up: %w", ifname, err)
+		return fmt.Errorf("interface %q: set up: %w", i.name, err)
 	}
 	return nil
 }
@@ -219,11 +258,19 @@ func (i *iface) settle() {
 	if r, err := i.get(unix.SIOCGIFHWADDR); err == nil && r.Uint16() == unix.ARPHRD_ETHER {
 		_ = writeSysctl(filepath.Join(dir, "addr_gen_mode"), "0") // EUI-64
 	}
-	// Carrier off and on flushes the neighbours, and a question asked while the other side is away is
-	// repeated after this time: the default second would be most of what a restart costs.
+	// Carrier off and on flushes the neighbours. A question that was asked while the other side was away, or whose answer came
+	// before the own carrier, is repeated after this time: the default second would be most of what a restart costs, and with
+	// 100 ms the first datagrams took about as long. As many repetitions keep the time after which a neighbour counts as absent.
 	for _, family := range []string{"ipv4", "ipv6"} {
-		_ = writeSysctl(filepath.Join("/proc/sys/net", family, "neigh", i.name, "retrans_time_ms"), "100")
+		for _, s := range neighbourSysctls {
+			_ = writeSysctl(filepath.Join("/proc/sys/net", family, "neigh", i.name, s.name), s.value)
+		}
 	}
+}
+
+// neighbourSysctls let an unanswered neighbour be asked each 20 ms, for 300 ms.
+var neighbourSysctls = []struct{ name, value string }{
+	{"retrans_time_ms", "20"}, {"mcast_solicit", "15"}, {"ucast_solicit", "15"},
 }
 
 // writeSysctl writes value unless it is there already.
