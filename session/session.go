@@ -171,7 +171,11 @@ func (s *Session) Open(ctx context.Context) error {
 		return nil
 	}
 	s.fail(err)
-	if errors.Is(err, board.ErrAbsent) {
+	absent := errors.Is(err, board.ErrAbsent)
+	if absent || s.cfg.Retry {
+		s.setState(stateWaiting)
+	}
+	if absent {
 		return nil
 	}
 	return err

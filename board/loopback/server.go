@@ -41,6 +41,9 @@ type ServerConfig struct {
 	Stuck time.Duration
 	// Logf, if set, hears of clients that come and go, and why. It must not call the server.
 	Logf func(format string, args ...interface{})
+	// Warnf, if set, hears when clients cannot be taken, and when they can be again: a line for each,
+	// however many clients try. Otherwise Logf does.
+	Warnf func(format string, args ...interface{})
 }
 
 // Server is an ivshmem server: it gives each client the shared memory, the doorbells of all others and
@@ -61,6 +64,8 @@ type Server struct {
 	mu      sync.Mutex
 	clients map[int]*client
 	closed  bool
+	refused string // why clients are not taken now; empty: they are
+	turned  int    // clients turned away since
 	// nextID is where the search for a client's number begins. A number is not used again before all others were,
 	// as in QEMU's own server: QEMU's device (7.2) frees its record of a client that goes and corrupts its heap
 	// when the number comes back.
@@ -108,6 +113,9 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	}
 	if cfg.Logf == nil {
 		cfg.Logf = func(string, ...interface{}) {}
+	}
+	if cfg.Warnf == nil {
+		cfg.Warnf = cfg.Logf
 	}
 	s := &Server{cfg: cfg, clients: map[int]*client{}, done: make(chan struct{})}
 	if cfg.Path != "" {
@@ -240,9 +248,11 @@ func (s *Server) Serve() error {
 		case errors.Is(err, net.ErrClosed):
 			return nil
 		case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOBUFS),
-			errors.Is(err, unix.ENOMEM), errors.Is(err, unix.ECONNABORTED):
+			errors.Is(err, unix.ENOMEM), errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ECONNABORTED):
 			// Passes when somebody leaves; the connection waits meanwhile.
-			s.cfg.Logf("%s: cannot accept a client now: %v", s.cfg.Path, err)
+			s.mu.Lock()
+			s.refuse(err.Error())
+			s.mu.Unlock()
 			select {
 			case <-s.done:
 				return nil
@@ -290,7 +300,8 @@ func (s *Server) admit(conn *net.UnixConn) bool {
 		return false
 	}
 	if len(s.clients) >= s.cfg.MaxClients {
-		s.cfg.Logf("%s: %s turned away: %d clients are connected", s.cfg.Path, c.who, len(s.clients))
+		s.turned++
+		s.refuse(fmt.Sprintf("%d clients are connected, the last one to be turned away is %s", len(s.clients), c.who))
 		conn.Close()
 		return false
 	}
@@ -301,12 +312,17 @@ func (s *Server) admit(conn *net.UnixConn) bool {
 	for i := 0; i < s.cfg.Vectors; i++ {
 		fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
 		if err != nil {
-			s.cfg.Logf("%s: %s turned away: eventfd: %v", s.cfg.Path, c.who, err)
+			s.turned++
+			s.refuse(fmt.Sprintf("a doorbell for %s: %v", c.who, err))
 			c.closeVectors()
 			conn.Close()
 			return false
 		}
 		c.vectors = append(c.vectors, fd)
+	}
+	if s.refused != "" {
+		s.cfg.Warnf("%s: clients are taken again; %d were turned away", s.cfg.Path, s.turned)
+		s.refused, s.turned = "", 0
 	}
 	s.cfg.Logf("%s: client %d came: %s", s.cfg.Path, c.id, c.who)
 
@@ -335,6 +351,14 @@ func (s *Server) admit(conn *net.UnixConn) bool {
 	s.wg.Add(1)
 	go s.watch(c)
 	return true
+}
+
+// refuse tells that clients are not taken now, once until they are again; s.mu is held.
+func (s *Server) refuse(why string) {
+	if s.refused == "" {
+		s.cfg.Warnf("%s: no more clients are taken now: %s", s.cfg.Path, why)
+	}
+	s.refused = why
 }
 
 // watch waits for the end of a client's connection.

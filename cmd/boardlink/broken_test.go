@@ -296,3 +296,81 @@ func TestSeveralBoards(t *testing.T) {
 		}
 	})
 }
+
+// TestFewFiles: a limit of open files that is too low is one line that says so, whatever it is.
+func TestFewFiles(t *testing.T) {
+	needRoot(t)
+	for _, n := range []int{8, 12, 20, 31, 40} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			t.Parallel()
+			b := newBox(t)
+			serve(t, b, "s")
+			for _, args := range []string{
+				"host --status none --queues 16 --board loopback:" + b.path("s"),
+				"agent --status none --board loopback:" + b.path("s"),
+				"serve " + b.path("x"),
+			} {
+				if n == 40 && !strings.Contains(args, "--queues 16") {
+					continue // enough
+				}
+				st, out, errs := b.run(fmt.Sprint("files=", n), strings.Fields(args)...)
+				if st != exitUsage || out != "" || strings.Count(errs, "\n") != 1 || !strings.Contains(errs, fmt.Sprintf("(RLIMIT_NOFILE) is %d", n)) {
+					t.Errorf("%s: status %d, %s%s", args, st, out, errs)
+				}
+			}
+		})
+	}
+}
+
+// TestServeOutOfFiles: a server without free descriptors says so once; a starting agent waits, and is
+// served when there are some.
+func TestServeOutOfFiles(t *testing.T) {
+	needRoot(t)
+	for name, room := range map[string]int{"for no connection": 0, "for a connection": 3} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBox(t)
+			srv := b.start(nil, "", "serve", b.path("s"))
+			until(t, 10*time.Second, "a server", func() bool { return strings.Contains(srv.err.String(), "msg=serving") })
+			pid := srv.cmd.Process.Pid
+			var old unix.Rlimit
+			if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &old); err != nil {
+				t.Fatal(err)
+			}
+			fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+			if err != nil {
+				t.Fatal(err)
+			}
+			n := uint64(len(fds) + room)
+			if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: n, Max: old.Max}, nil); err != nil {
+				t.Fatal(err)
+			}
+			agent := b.start(nil, "", "agent", "--board", "loopback:"+b.path("s"), "--status", b.path("a"), "-i", "bl0")
+			until(t, 20*time.Second, "the agent waits", func() bool {
+				l := b.links("a")
+				return len(l) == 1 && l[0].State == "waiting for the board" && l[0].Counters["open_errors"] >= 1
+			})
+			if l := b.links("a"); !strings.Contains(l[0].LastError, "takes no more clients now") {
+				t.Errorf("the agent's error: %s", l[0].LastError)
+			}
+			if log := srv.err.String(); strings.Count(log, "level=WARN") != 1 || !strings.Contains(log, "too many open files") {
+				t.Errorf("the server's log:\n%s", log)
+			}
+			if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &old, nil); err != nil {
+				t.Fatal(err)
+			}
+			until(t, 20*time.Second, "the agent has its board", func() bool {
+				l := b.links("a")
+				return len(l) == 1 && l[0].State == "waiting for the peer"
+			})
+			if log := srv.err.String(); strings.Count(log, "level=WARN") != 2 || !strings.Contains(log, "clients are taken again") {
+				t.Errorf("the server's log:\n%s", log)
+			}
+			for _, p := range []*program{agent, srv} {
+				if code := p.end(unix.SIGTERM, 5*time.Second); code != 0 {
+					t.Errorf("%v ended with %d", p.cmd.Args, code)
+				}
+			}
+		})
+	}
+}

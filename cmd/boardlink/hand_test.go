@@ -381,7 +381,6 @@ func TestStatusOfOthers(t *testing.T) {
 	if st, out, errs := b.run("run="+run, "status"); st != 0 || errs != "" || !strings.Contains(out, "agent?[31m") || !strings.Contains(out, "pid 7") {
 		t.Errorf("as root: %d, %s, %s", st, out, errs)
 	}
-	srv.Close()
 	if code := h.end(unix.SIGTERM, 5*time.Second); code != 0 {
 		t.Errorf("ends with status %d", code)
 	}

@@ -61,6 +61,10 @@ func exitStatus(err error) int {
 }
 
 func main() {
+	if err := app.CheckFiles(); err != nil {
+		fmt.Fprintln(os.Stderr, "boardlink:", err)
+		os.Exit(exitStatus(err))
+	}
 	benchkit.Peer()           // this program is the other side of its benchmarks
 	log.SetOutput(io.Discard) // net/http's: what strangers answer is told in our own words
 	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
@@ -88,7 +92,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "boardlink: %s (see boardlink --help)\n", oneLine(err))
 		return exitUsage
 	}
-	err = ctx.Run(&streams{stdout, stderr})
+	err = app.ExplainFiles(ctx.Run(&streams{stdout, stderr}))
 	var st statusError
 	if err != nil && !errors.As(err, &st) {
 		name, _, _ := strings.Cut(ctx.Command(), " ") // without the arguments' names

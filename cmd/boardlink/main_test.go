@@ -68,6 +68,7 @@ func testMain(m *testing.M) int {
 //	tun=MODE   /dev/net with a tun of these permissions
 //	run=DIR    with that directory as /run
 //	nonetadmin without CAP_NET_ADMIN
+//	files=N    with that limit of open files, soft and hard
 //	nobody     as a user without rights
 func become(how string) error {
 	runtime.LockOSThread()
@@ -98,6 +99,15 @@ func become(how string) error {
 			}
 			if err := unix.Mount(arg, "/run", "", unix.MS_BIND, ""); err != nil {
 				return fmt.Errorf("mount: %w", err)
+			}
+		case "files":
+			n, err := strconv.ParseUint(arg, 10, 32)
+			if err != nil {
+				return err
+			}
+			// syscall's, as its Exec would restore the soft limit that this process began with.
+			if err := syscall.Setrlimit(unix.RLIMIT_NOFILE, &syscall.Rlimit{Cur: n, Max: n}); err != nil {
+				return err
 			}
 		case "nonetadmin":
 			if err := unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_NET_ADMIN, 0, 0, 0); err != nil {

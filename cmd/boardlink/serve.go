@@ -33,6 +33,9 @@ func (c *serveCmd) Run(s *streams) error {
 	srv, err := loopback.NewServer(loopback.ServerConfig{Path: c.Path, Mode: os.FileMode(mode), Size: size, Vectors: c.Vectors,
 		Logf: func(format string, args ...interface{}) {
 			log.Debug(fmt.Sprintf(format, args...))
+		},
+		Warnf: func(format string, args ...interface{}) {
+			log.Warn(fmt.Sprintf(format, args...))
 		}})
 	if err != nil {
 		return err

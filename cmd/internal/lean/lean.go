@@ -31,14 +31,17 @@ func Main(side board.Side) {
 func run(side board.Side, args []string, stdout, stderr io.Writer) int {
 	program := "boardlink-" + side.String()
 	c := app.New(side)
-	err := c.Parse(args)
+	err := app.CheckFiles()
+	if err == nil {
+		err = c.Parse(args)
+	}
 	if errors.Is(err, app.ErrHelp) {
 		err = app.WriteHelp(stdout, side, program)
 	} else if err == nil {
 		version := Version + " lean " + runtime.Version() + " " + runtime.GOARCH
 		err = app.Run(context.Background(), c, version, &Log{w: stderr, debug: c.Verbose})
 	}
-	if err != nil {
+	if err = app.ExplainFiles(err); err != nil {
 		fmt.Fprintf(stderr, "%s: %s\n", program, app.OneLine(err))
 	}
 	return app.ExitStatus(err)
