@@ -208,6 +208,10 @@ func (l *handler) alone(vectors uint32, pairs int) int {
 
 // Declare implements session.Handler: everything behind the FIFOs is for rings and buffers.
 func (l *handler) Declare(b board.Board) (virtiomsg.Declaration, error) {
+	// The pool of the board that was open before is not mapped any more.
+	l.mu.Lock()
+	l.pool = nil
+	l.mu.Unlock()
 	l.limitPairs(b.Self().Vectors)
 	w := b.Window()
 	size := w.Mem.Size() &^ (virtiomsg.RegionAlign - 1)

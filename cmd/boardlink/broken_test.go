@@ -217,6 +217,14 @@ func TestTruncated(t *testing.T) {
 		until(t, 10*time.Second, "the links are up again", allUp)
 		flood.Wait()
 	}
+	// At any moment of the handshake and of bringing the device up.
+	for i := 0; i < 60; i++ {
+		shm.truncate([]int64{0, size / 2, 4096, size/2 + 4096}[i%4])
+		time.Sleep(time.Duration(i*7%11) * time.Millisecond)
+		shm.truncate(size)
+		time.Sleep(time.Duration(i*13%37) * time.Millisecond)
+	}
+	until(t, 20*time.Second, "the links are up at last", allUp)
 	pinged(t, b.ns, "10.9.1.2")
 	if l := b.links("h")[0]; l.Epoch != epoch {
 		t.Error("the other board's link was disturbed")
