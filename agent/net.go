@@ -380,10 +380,10 @@ func (n *Net) configure(acked virtio.Features, c virtio.NetConfig) error {
 	if have := n.ifc.MTU(); mtu != 0 && mtu != have {
 		err := n.ifc.SetMTU(mtu)
 		if errors.Is(err, tunbridge.ErrElsewhere) {
-			n.warnOnce(fmt.Sprintf("its MTU stays %d, the host gives %d: %v", have, mtu, err))
+			n.warnOnce(fmt.Sprintf("its MTU stays %d, %d is wanted: %v", have, mtu, err))
 			return nil
 		}
-		return n.tolerate(err, "its MTU stays %d, the host gives %d: run \"ip link set dev %s mtu %d\" as root", have, mtu, n.ifc.Name(), mtu)
+		return n.tolerate(err, "its MTU stays %d, %d is wanted: run \"ip link set dev %s mtu %d\" as root", have, mtu, n.ifc.Name(), mtu)
 	}
 	return nil
 }
