@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -18,6 +19,7 @@ type benchDMACmd struct {
 	Duration time.Duration `default:"15ms" help:"Of each measurement."`
 	MaxSize  string        `default:"4M" help:"Largest copy: 64 to 4M, with K or M."`
 	Offset   string        `default:"0" help:"Where in the board's window to begin, with K, M or G."`
+	Verbose  bool          `short:"v" help:"Show every measurement, not only the best way in each direction."`
 	Force    bool          `help:"Also where an agent has its link in the window: it loses it."`
 }
 
@@ -61,7 +63,7 @@ func (c *benchDMACmd) Run(s *streams) error {
 	if r != nil {
 		r.Environment = run.env
 	}
-	err = run.report(err, r, func(w io.Writer) { printBench(w, r) }, func(w io.Writer) error { return dmabench.Plot(w, r) })
+	err = run.report(err, r, func(w io.Writer) { printBench(w, r, c.Verbose) }, func(w io.Writer) error { return dmabench.Plot(w, r) })
 	if err != nil {
 		return err
 	}
@@ -109,11 +111,63 @@ func (c *benchDMACmd) target(s *streams, off uint64) (*dmabench.Target, func(), 
 	}, nil
 }
 
-func printBench(out io.Writer, r *dmabench.Result) {
+// printBench prints four lines: the best way in each direction, by the processor and by a DMA engine; all measurements with verbose.
+func printBench(out io.Writer, r *dmabench.Result, verbose bool) {
 	fmt.Fprintf(out, "%s, memory of the board: %s\n", r.Target.Name, r.Target.Memory)
 	if l := r.Target.Link; l != nil {
 		fmt.Fprintf(out, "link: x%d at %g GT/s, payloads of %d bytes: at most %.0f MB/s each way\n", l.Width, l.SpeedGTps, l.MaxPayload, l.LimitMBps)
 	}
+	fmt.Fprintln(out)
+	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
+	for _, d := range []dmabench.Direction{dmabench.HostToBoard, dmabench.BoardToHost} {
+		for _, engine := range []bool{false, true} {
+			by := "processor"
+			if engine {
+				by = "engine"
+			}
+			p := r.Best(d, engine)
+			if p == nil {
+				fmt.Fprintf(w, "%s\t%s\tnone\t\t\t\t\n", d, by)
+				continue
+			}
+			fmt.Fprintf(w, "%s\t%s\t%.0f MB/s\t%s\t%s\t%s\n", d, by, p.MBps, sizeText(p.Size), p.Variant, flights(p))
+		}
+	}
+	w.Flush()
+	fmt.Fprintln(out)
+	if verbose {
+		printPoints(out, r)
+	}
+	more := "; -v shows all"
+	if verbose {
+		more = ""
+	}
+	fmt.Fprintf(out, "%d measurements in %.1f s, %d corrupt%s\n", len(r.Points), r.Seconds, r.Corrupt, more)
+}
+
+// sizeText is a size with its unit.
+func sizeText(n int) string {
+	s := dmabench.SizeString(n)
+	if n < 1<<10 || n%(1<<10) != 0 {
+		s += " bytes"
+	}
+	return s
+}
+
+// flights tells what the size alone does not.
+func flights(p *dmabench.Point) string {
+	var s []string
+	if p.Engine {
+		s = append(s, fmt.Sprintf("%d in flight", p.InFlight))
+	}
+	if !p.Aligned {
+		s = append(s, "not aligned")
+	}
+	return strings.Join(s, ", ")
+}
+
+// printPoints prints the whole sweep.
+func printPoints(out io.Writer, r *dmabench.Result) {
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(w, "copy\tdirection\taligned\tin flight\tsize\tMB/s\tp50 us\tp99 us\tCPU\t")
 	for _, p := range r.Points {
@@ -130,5 +184,4 @@ func printBench(out io.Writer, r *dmabench.Result) {
 	if q := r.Ratio; q != nil {
 		fmt.Fprintf(out, "device copy by runtime copy, 64 KiB: %.2f host to board, %.2f board to host\n", q.HostToBoard, q.BoardToHost)
 	}
-	fmt.Fprintf(out, "%d measurements in %.1f s, %d corrupt\n", len(r.Points), r.Seconds, r.Corrupt)
 }

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -58,10 +59,22 @@ func TestBenchDMA(t *testing.T) {
 		t.Errorf("the plot: %v, %d lines", err, strings.Count(string(svg), "<polyline"))
 	}
 
-	st, out, errs = b.run("", "bench", "dma", "loopback", "--duration", "100us", "--max-size", "64")
+	st, out, errs = b.run("", "bench", "dma", "loopback", "--duration", "100us", "--max-size", "64", "-v")
 	lines := strings.Split(strings.TrimSpace(out), "\n")
-	if st != 0 || len(lines) < 20 || !strings.Contains(lines[0], "Linux") || !strings.Contains(lines[3], "MB/s") || len(lines[4]) != len(lines[5]) || !strings.Contains(out, " 0 corrupt") {
+	if st != 0 || len(lines) < 25 || !strings.Contains(lines[0], "Linux") || !strings.Contains(lines[9], "MB/s") || len(lines[10]) != len(lines[11]) || !strings.HasSuffix(out, " 0 corrupt\n") {
 		t.Errorf("status %d: %s\n%s", st, errs, out)
+	}
+	// Without -v: the best way in each direction, by the processor and by an engine.
+	st, out, errs = b.run("", "bench", "dma", "loopback", "--duration", "100us", "--max-size", "64")
+	lines = strings.Split(strings.TrimSpace(out), "\n")
+	four := regexp.MustCompile(`^(host to board|board to host)  (processor|engine   )  \d+ MB/s +64 bytes  \w+ (copy|engine)[ ,]`)
+	if st != 0 || len(lines) != 10 || !strings.HasSuffix(out, " 0 corrupt; -v shows all\n") {
+		t.Fatalf("status %d: %s\n%s", st, errs, out)
+	}
+	for _, l := range lines[4:8] {
+		if !four.MatchString(l) {
+			t.Errorf("%q does not match %s", l, four)
+		}
 	}
 	for _, bad := range [][]string{
 		{"bench", "dma"}, {"bench", "dma", "loopback", "--max-size", "5M"}, {"bench", "dma", "loopback", "--max-size", "x"},

@@ -92,11 +92,28 @@ type Point struct {
 	InFlight  int       `json:"in_flight"`
 	Aligned   bool      `json:"aligned"` // false: the board's side starts at an odd address, the host's three bytes behind a line
 	MBps      float64   `json:"mbps"`
-	P50       float64   `json:"p50_us"` // time of one copy, from submission to completion
+	P50       float64   `json:"p50_us"` // time of one copy, from submission to completion; below 2 KiB the mean of a batch
 	P99       float64   `json:"p99_us"`
 	CPU       float64   `json:"cpu"` // processor time by time
 	Copies    int       `json:"copies"`
-	CRC       string    `json:"crc32c"` // of what arrived, equal to what was sent
+	Engine    bool      `json:"engine,omitempty"` // a DMA engine copied, or the stand-in of one
+	CRC       string    `json:"crc32c"`           // of what arrived, equal to what was sent
+}
+
+// Best returns the fastest measurement of a direction, by the processor or by engines, and of equally fast ones the
+// smallest; nil where there is none.
+func (r *Result) Best(d Direction, engine bool) *Point {
+	var best *Point
+	for i := range r.Points {
+		p := &r.Points[i]
+		if p.Direction != d || p.Engine != engine {
+			continue
+		}
+		if best == nil || p.MBps > best.MBps || p.MBps == best.MBps && p.Size < best.Size {
+			best = p
+		}
+	}
+	return best
 }
 
 // Ratio compares the copy for device memory with the runtime's copy between cached memories, aligned, at 64 KiB.
@@ -218,6 +235,7 @@ func (r *Result) direction(ctx context.Context, v *Variant, d Direction, c *Conf
 					return err
 				}
 				p.Variant, p.Direction, p.Size, p.InFlight, p.Aligned = v.Name, d, size, k, aligned
+				p.Engine = v.Engine != nil
 				r.Points = append(r.Points, p)
 				if time.Duration(p.P50*1e3) > slowest/time.Duration(k) {
 					r.Skipped = append(r.Skipped, what+": too slow for larger ones")

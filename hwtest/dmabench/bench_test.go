@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"encoding/xml"
 	"errors"
+	"fmt"
 	"io"
 	"math"
 	"path/filepath"
@@ -227,5 +228,82 @@ func TestBoard(t *testing.T) {
 		}
 		target.Close()
 		b.Close()
+	}
+}
+
+// TestSmallCopiesInBatches: below 2 KiB the clock is read once for a batch of 16 KiB, by the processor's copies and an engine's.
+func TestSmallCopiesInBatches(t *testing.T) {
+	reads := 0
+	real := now
+	now = func() time.Time { reads++; return real() }
+	defer func() { now = real }()
+	target, err := Loopback()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer target.Close()
+	for i := range target.Variants {
+		v := &target.Variants[i]
+		for _, size := range []int{64, 1 << 10, 2 << 10} {
+			m := &meter{v: v, d: HostToBoard, host: v.Host}
+			k := 1
+			if v.Engine != nil {
+				var mem dma.Span
+				if m.e, mem, err = v.Engine(HostToBoard); err != nil {
+					t.Fatal(err)
+				}
+				if mem.Region != nil {
+					m.host = mem
+				}
+				k = 4
+			}
+			if !m.place(size, k, true) {
+				t.Fatal("no room")
+			}
+			m.prepare()
+			reads = 0
+			var p Point
+			if err := m.measure(2*time.Millisecond, &p); err != nil {
+				t.Fatal(err)
+			}
+			if _, bad := m.verify(); bad {
+				t.Errorf("%s, %d bytes: corrupt", v.Name, size)
+			}
+			// One read for a batch, some at the start, at the end, and while nothing is done.
+			if least := (reads - 8) * 16384 / size / 2; size < batched && p.Copies < least {
+				t.Errorf("%s, %d bytes: %d copies for %d readings of the clock, want %d", v.Name, size, p.Copies, reads, least)
+			}
+			if p.P50 <= 0 || p.Copies == 0 {
+				t.Errorf("%s, %d bytes: %+v", v.Name, size, p)
+			}
+			if m.e != nil {
+				if err := m.e.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	}
+}
+
+func TestBest(t *testing.T) {
+	r := &Result{Points: []Point{
+		{Variant: "a", Direction: HostToBoard, Size: 64, MBps: 5},
+		{Variant: "b", Direction: HostToBoard, Size: 4096, MBps: 9},
+		{Variant: "b", Direction: HostToBoard, Size: 2048, MBps: 9},
+		{Variant: "e", Direction: HostToBoard, Size: 4096, MBps: 99, Engine: true},
+		{Variant: "c", Direction: BoardToHost, Size: 128, MBps: 1},
+	}}
+	for _, c := range []struct {
+		d      Direction
+		engine bool
+		want   string
+	}{{HostToBoard, false, "b 2048"}, {HostToBoard, true, "e 4096"}, {BoardToHost, false, "c 128"}, {BoardToHost, true, "none"}} {
+		got := "none"
+		if p := r.Best(c.d, c.engine); p != nil {
+			got = fmt.Sprint(p.Variant, " ", p.Size)
+		}
+		if got != c.want {
+			t.Errorf("%s, engine %v: %s, want %s", c.d, c.engine, got, c.want)
+		}
 	}
 }
