@@ -272,7 +272,7 @@ func stages(fuzztime time.Duration) []stage {
 			r.command(nil, "go", "vet", "./...")
 		}},
 		{name: "lint", what: "staticcheck; and its check of 64-bit alignment for 386", limit: 12 * time.Minute, run: lintStage},
-		{name: "house", what: "the rules of the house: floors, imports, language level, comments, files", limit: 10 * time.Minute, run: func(r *run) {
+		{name: "house", what: "the rules of the house: floors, imports, language level, comments, files", wants: []string{"git"}, limit: 10 * time.Minute, run: func(r *run) {
 			r.goTest(nil, "-skip=^TestGo118Build", "./internal/house")
 		}},
 		{name: "go118", what: "the packages below cmd built as Go 1.18 with golang.org/x/sys v0.6.0, by gc and by gccgo",

@@ -26,6 +26,7 @@ type tool struct {
 // tools is all that `make test` may install.
 var tools = []tool{
 	{"gcc", []string{"gcc"}, []string{"gcc libc6-dev"}, "the race detector and cgo", nil},
+	{"git", []string{"git"}, []string{"git"}, "to know the files of the tree", nil},
 	{"gccgo", gccgoNames, []string{"gccgo-12", "gccgo-13", "gccgo-14", "gccgo"}, "to compile the packages as Go 1.18", nil},
 	{"gccgo-ppc", crossNames("powerpc-linux-gnu-gccgo"), []string{"gccgo-12-powerpc-linux-gnu gcc-12-powerpc-linux-gnu", "gccgo-powerpc-linux-gnu gcc-powerpc-linux-gnu"}, "to compile the lean programs for 32-bit PowerPC", nil},
 	{"gccgo-ppc64", crossNames("powerpc64-linux-gnu-gccgo"), []string{"gccgo-12-powerpc64-linux-gnu gcc-12-powerpc64-linux-gnu", "gccgo-powerpc64-linux-gnu gcc-powerpc64-linux-gnu"}, "to compile the lean programs for 64-bit PowerPC below POWER8", nil},
