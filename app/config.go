@@ -42,7 +42,9 @@ type Config struct {
 	// The host's.
 	QueueMax uint16
 	Pool     bool
-	DMA      host.DMAConfig
+	// AllowSharedGroup lets two boards of one IOMMU group be used at once.
+	AllowSharedGroup bool
+	DMA              host.DMAConfig
 
 	// The agent's.
 	QueueSize uint16

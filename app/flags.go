@@ -125,6 +125,7 @@ var flags = []Flag{
 		set: func(c *Config, v string) error { c.Status = v; return nil }},
 	{Name: "queue-max", Arg: "N", Def: "1024", sides: hostOnly, Help: "Largest queue size, a power of two.", set: queueSize(func(c *Config) *uint16 { return &c.QueueMax })},
 	{Name: "pool", Def: "on", sides: hostOnly, Help: "Let the board reach host memory where it can (placement push).", set: onOff(func(c *Config) *bool { return &c.Pool })},
+	{Name: "allow-shared-group", sides: hostOnly, Help: "Let two boards of one IOMMU group be used at once. Each of them can then reach the host memory that is meant for the other.", set: onOff(func(c *Config) *bool { return &c.AllowSharedGroup })},
 	{Name: "dma", Arg: "MODE", Def: "auto", sides: hostOnly, Help: "What the board's DMA engine is for (auto, off, on), where this program can drive one: auto, what the board sends, where that is faster; on, both ways, however fast it is.",
 		set: func(c *Config, v string) (err error) { c.DMA.Mode, err = host.ParseDMAMode(v); return err }},
 	{Name: "dma-min", Arg: "BYTES", sides: hostOnly, Help: "Length below which the processor copies, not the DMA engine (default: measured at start).",

@@ -116,7 +116,7 @@ func (e *ends) stableMACs(n *Net, i int) error {
 
 // options returns how the boards are opened.
 func (e *ends) options() board.Options {
-	o := board.Options{Kind: e.c.Memory, Logf: func(format string, args ...interface{}) {
+	o := board.Options{Kind: e.c.Memory, AllowSharedGroup: e.c.AllowSharedGroup, Logf: func(format string, args ...interface{}) {
 		e.log.Debug(fmt.Sprintf(format, args...))
 	}, Warnf: func(format string, args ...interface{}) {
 		e.log.Warn(fmt.Sprintf(format, args...))

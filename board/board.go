@@ -44,6 +44,9 @@ type Options struct {
 	// Account turns on accounting of accesses across the bus. Virtqueues have accounts of their own (dma.QueueAccount) where it is set: it
 	// keeps what is done for anything else.
 	Account *dma.Account
+	// AllowSharedGroup lets this program open two boards of one IOMMU group, each of which can then reach the
+	// memory that is meant for the other.
+	AllowSharedGroup bool
 	// Logf, if set, hears of peers that come and go, and of lost connections. It may be
 	// called from several goroutines.
 	Logf func(format string, args ...interface{})
@@ -117,6 +120,15 @@ type Pooled interface {
 // ErrNoEngine: the board has no DMA engine for this side that is free and goes in the wanted direction.
 var ErrNoEngine = errors.New("board: no DMA engine is free")
 
+// ErrHasNoEngine: the board has no DMA engine that this side drives, and never had. It matches ErrNoEngine too.
+var ErrHasNoEngine error = hasNoEngine{}
+
+type hasNoEngine struct{}
+
+func (hasNoEngine) Error() string { return "the board has no DMA engine that this side drives" }
+
+func (hasNoEngine) Is(target error) bool { return target == ErrNoEngine }
+
 // WindowPart is a part of the window, and the link address that copies call its first byte by.
 type WindowPart struct {
 	Link         dma.Addr
@@ -143,7 +155,7 @@ type Engined interface {
 	// reaches. Close of the engine takes that memory away from the board and gives it back; the span is not valid any
 	// more then. Close all before the Board.
 	//
-	// Errors: ErrNoEngine where none is left; others tell what is in the way.
+	// Errors: ErrNoEngine where none is left, ErrHasNoEngine where there never was one; others tell what is in the way.
 	//
 	// Where Close fails with dma.ErrRunaway, bus mastering is off, and the Board is lost (Vanishing): it does not open again before
 	// its engine stands still, which may take a reset.
@@ -163,6 +175,12 @@ type Vanishing interface {
 	// Gone tells why the board is lost or about to be, nil if it is there. Close it soon then; to
 	// open it again fails with an error that matches ErrAbsent until it is back.
 	Gone() error
+}
+
+// Counting is a Board that counts what happens to it while it is open, for status: by name, "bus_master_restored".
+type Counting interface {
+	Board
+	Counters() map[string]uint64
 }
 
 // Served is a Board that depends on a connection beside the window itself.

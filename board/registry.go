@@ -14,6 +14,10 @@ type Kind struct {
 	Help string // one line: what the argument is
 	// Open opens the board that arg, the part of the spec behind the colon, names.
 	Open func(arg string, o Options) (Board, error)
+	// Examine, where the kind has it, returns what stands in the way of opening the host's end, all of it,
+	// without opening anything. What Open would refuse comes first, in the words of Open. The rest is what
+	// shows from outside only, as that another process has the board.
+	Examine func(arg string, o Options) []error
 }
 
 // ErrInput is what errors match (errors.Is) that are the fault of what the operator wrote: no
@@ -86,6 +90,23 @@ func Kinds() []Kind {
 	}
 	sort.Slice(l, func(i, j int) bool { return l[i].Name < l[j].Name })
 	return l
+}
+
+// Examine returns what stands in the way of opening the host's end of a board, without opening anything;
+// nothing where nothing is known to, or where kinds of that name cannot tell.
+func Examine(spec string, o Options) []error {
+	o.Side = Host
+	name, arg := spec, ""
+	if i := strings.IndexByte(spec, ':'); i >= 0 {
+		name, arg = spec[:i], spec[i+1:]
+	}
+	kindsMu.Lock()
+	k := kinds[name]
+	kindsMu.Unlock()
+	if k.Examine == nil {
+		return nil
+	}
+	return k.Examine(arg, o)
 }
 
 // Open opens this program's end of the board that spec, "kind:argument", names. Errors

@@ -19,6 +19,8 @@ const (
 	Gone
 	// Wiped: the function is there but was reset under us: its BARs or its memory access are off.
 	Wiped
+	// InUse: a driver of the kernel uses it: it is a disk, a network interface, ...
+	InUse
 	// Unbound: no driver, or the wrong one, is bound to it.
 	Unbound
 	// MissingModule: the kernel has no driver of the wanted name loaded.
@@ -29,7 +31,8 @@ const (
 	NoIOMMUDisabled
 	// Busy: another process has it open.
 	Busy
-	// GroupShared: another function of its IOMMU group is in use by a driver of the kernel.
+	// GroupShared: another function of its IOMMU group is in use by a driver of the kernel, or by this
+	// program.
 	GroupShared
 	// Permission: this process may not.
 	Permission
@@ -46,7 +49,7 @@ const (
 )
 
 var problemNames = [...]string{
-	"other", "bad-input", "absent", "gone", "wiped", "unbound", "missing-module", "no-iommu", "noiommu-disabled",
+	"other", "bad-input", "absent", "gone", "wiped", "in-use", "unbound", "missing-module", "no-iommu", "noiommu-disabled",
 	"busy", "group-shared", "permission", "memlock", "no-bar", "no-interrupt", "no-dma", "no-reset",
 }
 

@@ -28,6 +28,9 @@ type Options struct {
 	// Interrupts is the only kind to use, for boards and machines whose better kinds are broken;
 	// NoInterrupts (the zero value) takes the best.
 	Interrupts InterruptKind
+	// AllowSharedGroup lets two functions of one IOMMU group be open at once in this process. The IOMMU does
+	// not tell them apart: each can reach the memory that is mapped for the other.
+	AllowSharedGroup bool
 	// Sysfs is where to read; the zero value is the machine's own.
 	Sysfs Sysfs
 	// Logf, if set, hears of what is worth a line: a mapping kind that could not be had, a
@@ -196,6 +199,17 @@ type DMACounter interface {
 	// DMAAvail returns how many more maps the kernel would allow, and false where it does not
 	// tell. Each map takes one off, each unmap gives it back.
 	DMAAvail() (uint32, bool)
+}
+
+// Counters is what happened to an open function.
+type Counters struct {
+	BusMasterRestored uint64 // times that somebody turned bus mastering off, and it was turned on again
+	BusMasterLost     uint64 // times that it was found off, and did not stay on
+}
+
+// CounterTeller is implemented by functions that count what happens to them.
+type CounterTeller interface {
+	Counters() Counters
 }
 
 // IOMMUTeller is implemented by functions that are opened through VFIO.

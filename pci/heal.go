@@ -12,8 +12,12 @@ import (
 // Heal brings a function back whose board was reset under us: vendor id and device id answer, the BARs and memory decoding are
 // wiped. It writes the BARs that the kernel had assigned, with memory decoding; where that does not hold it removes the
 // function, rescans the bus and gives it back to its driver. It returns what it did, "" where nothing was
-// wrong, and the error of Check where the function is not there, or cannot be helped. The function must not be open.
+// wrong, and the error of Check where the function cannot be helped; one that matches ErrAbsent where there is none. The
+// function must not be open.
 func (s Sysfs) Heal(a Address) (done string, err error) {
+	if !s.Present(a) {
+		return "", absent(a)
+	}
 	err = s.Check(a)
 	var e *Error
 	if err == nil || !errors.As(err, &e) || e.Problem != Wiped {

@@ -10,6 +10,10 @@ import (
 // Holders names the processes that have the file open, "pid 17 (qemu)" each, as far as this process
 // may know; "" for none. It is for error messages: it looks through all of /proc.
 func Holders(file string) string {
+	// Below /sys/bus are links; an open file is known by its own name.
+	if real, err := filepath.EvalSymlinks(file); err == nil {
+		file = real
+	}
 	procs, err := os.ReadDir("/proc")
 	if err != nil {
 		return ""

@@ -54,6 +54,25 @@ func (i *Info) BAR(index int) (BAR, bool) {
 	return BAR{}, false
 }
 
+// Usable returns BAR n where it exists and has an address. The error is an *Error with Problem NoBAR.
+func (i *Info) Usable(n int) (BAR, error) {
+	fail := func(mend, format string, args ...interface{}) (BAR, error) {
+		return BAR{}, &Error{Problem: NoBAR, Spec: i.Address.String(), Reason: fmt.Sprintf(format, args...), Mend: mend}
+	}
+	if n < 0 || n >= NumBARs {
+		return fail("", "there can be no BAR %d", n)
+	}
+	b, ok := i.BAR(n)
+	if !ok {
+		return fail("", "has no BAR %d", n)
+	}
+	if b.Unassigned {
+		return fail("remove the function and rescan the bus, or boot with pci=realloc, or allow large BARs (\"above 4G decoding\") in the firmware",
+			"its BAR %d (%s) was given no address: the machine found no room for it", n, b)
+	}
+	return b, nil
+}
+
 // NumBARs is how many base address registers a function has; a 64-bit BAR takes two.
 const NumBARs = 6
 

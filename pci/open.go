@@ -5,8 +5,9 @@ import (
 	"sync"
 )
 
-// Opener opens functions in one or more modes.
-type Opener func(a Address, o Options) (Function, error)
+// Opener opens functions in one or more modes. i is what sysfs tells of the function, which Diagnose found
+// nothing against; o.Mode is not Auto.
+type Opener func(i *Info, o Options) (Function, error)
 
 var (
 	openersMu sync.Mutex
@@ -25,69 +26,58 @@ func Register(m Mode, open Opener) {
 }
 
 // Open opens a function in the given mode or, with Auto, in the one of the driver it is
-// bound to. Errors are *Error as a rule. The modes are those of the imported sub-packages.
+// bound to. It refuses what Diagnose tells of. Errors are *Error as a rule. The modes are those of the
+// imported sub-packages.
 func Open(a Address, o Options) (Function, error) {
-	m := o.Mode
-	if m == Auto {
-		info, err := o.Sysfs.Read(a)
-		if err != nil {
-			return nil, err
-		}
-		if m, err = AutoMode(info); err != nil {
-			return nil, err
-		}
-	}
 	openersMu.Lock()
-	open := openers[m]
+	open := openers[o.Mode]
 	openersMu.Unlock()
-	if open == nil {
+	if open == nil && o.Mode != Auto {
 		return nil, &Error{
-			Problem: BadInput, Spec: a.String(), Reason: fmt.Sprintf("cannot be opened as %q: there is no such mode", m),
+			Problem: BadInput, Spec: a.String(), Reason: fmt.Sprintf("cannot be opened as %q: there is no such mode", o.Mode),
 			Mend: "the modes are vfio, noiommu, uio and sysfs",
 		}
 	}
-	o.Mode = m
-	return open(a, o)
+	i, err := o.Sysfs.Read(a)
+	if err != nil {
+		return nil, err
+	}
+	if found := o.Sysfs.Diagnose(i, o); len(found) > 0 {
+		return nil, found[0]
+	}
+	if o.Mode == Auto {
+		if o.Mode, err = o.Sysfs.AutoMode(i); err != nil {
+			return nil, err
+		}
+		openersMu.Lock()
+		open = openers[o.Mode]
+		openersMu.Unlock()
+		if open == nil {
+			return nil, &Error{Problem: BadInput, Spec: a.String(), Reason: fmt.Sprintf("this program has no mode %s", o.Mode)}
+		}
+	}
+	return open(i, o)
 }
 
-// AutoMode is the mode that belongs to the driver a function is bound to. The error is an *Error
-// with Problem Unbound where it has none, or one that is not for user space.
-func AutoMode(i *Info) (Mode, error) {
+// AutoMode is the mode that belongs to the driver a function is bound to. The error is an *Error, what
+// Diagnose tells of one that has none, or one that is not for user space.
+func (s Sysfs) AutoMode(i *Info) (Mode, error) {
 	switch i.Driver {
-	case "vfio-pci":
+	case driverVFIO:
 		if i.NoIOMMUGroup {
 			return VFIONoIOMMU, nil
 		}
 		return VFIO, nil
-	case "uio_pci_generic":
+	case driverUIO:
 		return UIO, nil
 	}
-	return Auto, i.unbound("vfio-pci")
-}
-
-func (i *Info) unbound(driver string) *Error {
-	e := &Error{Problem: Unbound, Spec: i.Address.String(), Mend: BindCommand(i, driver)}
-	if i.Driver == "" {
-		e.Reason = "is bound to no driver"
-	} else {
-		e.Reason = fmt.Sprintf("is bound to the driver %s, not to %s", i.Driver, driver)
+	if e := s.inUse(i); e != nil {
+		return Auto, e
 	}
-	return e
-}
-
-// NeedDriver returns nil where the function is bound to the driver, else an *Error that tells the command
-// that binds it (Unbound), or that the driver is not loaded (MissingModule).
-func (s Sysfs) NeedDriver(i *Info, driver string) error {
-	if i.Driver == driver {
-		return nil
+	if e := s.vfioDriver(i); e != nil {
+		return Auto, e
 	}
-	e := i.unbound(driver)
-	if !s.HasDriver(driver) {
-		e.Problem = MissingModule
-		e.Reason += ", and the kernel has no driver " + driver + " loaded"
-		e.Mend = "modprobe " + driver + " && " + e.Mend
-	}
-	return e
+	return Auto, &Error{Problem: Unbound, Spec: i.Address.String(), Reason: boundTo(i, driverVFIO)}
 }
 
 // BindCommand is the shell command that binds the function to the driver.

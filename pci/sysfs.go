@@ -16,15 +16,38 @@ import (
 
 // Sysfs reads and steers functions through the kernel's sysfs.
 type Sysfs struct {
-	// Root is where sysfs is mounted; "" is /sys.
+	// Root is where sysfs is mounted; "" is Machine's.
 	Root string
+	// Proc is where the kernel tells of mounts and interrupts; "" is Machine's.
+	Proc string
+	// Modules is the directory of the running kernel's modules; "" is Machine's.
+	Modules string
 }
 
-func (s Sysfs) root() string {
-	if s.Root == "" {
-		return "/sys"
+// Machine is what the empty fields of a Sysfs mean: this machine. Tests that have a tree of their own set
+// it before anything is opened.
+var Machine = Sysfs{Root: "/sys", Proc: "/proc", Modules: "/lib/modules/" + release()}
+
+// release is the running kernel's: "6.1.0-18-amd64".
+func release() string {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return "unknown"
 	}
-	return s.Root
+	return unix.ByteSliceToString(u.Release[:])
+}
+
+func (s Sysfs) root() string { return either(s.Root, Machine.Root) }
+
+func (s Sysfs) proc() string { return either(s.Proc, Machine.Proc) }
+
+func (s Sysfs) modules() string { return either(s.Modules, Machine.Modules) }
+
+func either(a, b string) string {
+	if a == "" {
+		return b
+	}
+	return a
 }
 
 // Dir is the function's directory.
@@ -71,10 +94,7 @@ func (s Sysfs) Read(a Address) (*Info, error) {
 	v, err := readHex(dir, "vendor", 16)
 	if err != nil {
 		if !s.Present(a) {
-			return nil, &Error{
-				Problem: Absent, Spec: a.String(), Reason: "is not there",
-				Mend: "lspci -D lists what is; echo 1 > /sys/bus/pci/rescan looks again",
-			}
+			return nil, absent(a)
 		}
 		return nil, &Error{Problem: Other, Spec: a.String(), Reason: "cannot be read", Err: err}
 	}
@@ -120,6 +140,13 @@ func (s Sysfs) Read(a Address) (*Info, error) {
 	// A list that breaks off is a defect of the board, or of the moment: what was seen counts.
 	i.Capabilities, _ = ParseCapabilities(i.Config)
 	return i, nil
+}
+
+func absent(a Address) *Error {
+	return &Error{
+		Problem: Absent, Spec: a.String(), Reason: "is not there",
+		Mend: "lspci -D lists what is; echo 1 > /sys/bus/pci/rescan looks again",
+	}
 }
 
 // readConfigFile reads until the kernel allows no more.
@@ -229,7 +256,7 @@ func (s Sysfs) Bind(a Address, driver string) error {
 		return nil
 	}
 	if !s.HasDriver(driver) {
-		return s.NeedDriver(i, driver)
+		return s.needDriver(i, driver)
 	}
 	dir := s.Dir(a)
 	if err := s.write(a, filepath.Join(dir, "driver_override"), driver+"\n", "given the driver "+driver); err != nil {
@@ -247,32 +274,12 @@ func (s Sysfs) Bind(a Address, driver string) error {
 	if got := linkBase(dir, "driver"); got != driver {
 		e := &Error{Problem: Other, Spec: a.String(), Reason: fmt.Sprintf("the driver %s refused it", driver), Mend: "dmesg tells why"}
 		if driver == "vfio-pci" && linkBase(dir, "iommu_group") == "" {
-			return s.noIOMMU(a)
+			return s.noIOMMU(i)
 		}
 		return e
 	}
 	return nil
 }
-
-// noIOMMU is why vfio-pci does not take a function that is in no IOMMU group.
-func (s Sysfs) noIOMMU(a Address) *Error {
-	e := &Error{Problem: NoIOMMU, Spec: a.String(), Reason: "is behind no IOMMU"}
-	const par = "module/vfio/parameters/enable_unsafe_noiommu_mode"
-	switch v := readLine(s.root(), par); {
-	case v == "N" || v == "0":
-		e.Problem = NoIOMMUDisabled
-		e.Mend = "turn the IOMMU on (intel_iommu=on on the kernel's command line), or do without its protection: " +
-			"echo 1 > /sys/" + par
-	default:
-		e.Mend = "turn the IOMMU on (intel_iommu=on on the kernel's command line); this kernel's vfio has no mode without one, " +
-			"uio_pci_generic and sysfs do"
-	}
-	return e
-}
-
-// NoIOMMU returns the error for a function that is in no IOMMU group, with the way out that this
-// kernel has.
-func (s Sysfs) NoIOMMU(a Address) error { return s.noIOMMU(a) }
 
 // Unbind takes the function from its driver and lifts the override. It blocks until the driver has let
 // go: where vfio-pci has it, until the process that has it open closes it.
@@ -317,8 +324,9 @@ func (s Sysfs) Rescan() error {
 }
 
 // Check asks the function itself, past every cache: it returns nil where it answers, decodes memory, and
-// its BARs still hold the addresses that the kernel gave them. Else an *Error with Problem Gone or
-// Wiped. It reads the header of the configuration space, which every user may.
+// its BARs still hold the addresses that the kernel gave them, and the bridges above an enabled function pass
+// accesses on. Else an *Error with Problem Gone or Wiped. It reads headers of configuration spaces, which
+// every user may.
 func (s Sysfs) Check(a Address) error {
 	dir := s.Dir(a)
 	f, err := os.Open(filepath.Join(dir, "config"))
@@ -344,7 +352,49 @@ func (s Sysfs) Check(a Address) error {
 	if err != nil {
 		return &Error{Problem: Other, Spec: a.String(), Reason: "its resources make no sense", Err: err}
 	}
-	return checkHeader(a, b[:], bars)
+	if err := checkHeader(a, b[:], bars); err != nil {
+		return err
+	}
+	// The kernel turns the bridges above on when it enables the function, not before.
+	if s.enableCount(a) == 0 {
+		return nil
+	}
+	return s.checkBridges(a)
+}
+
+// checkBridges asks the bridges above the function whether they pass accesses on to it.
+func (s Sysfs) checkBridges(a Address) error {
+	path, err := filepath.EvalSymlinks(s.Dir(a))
+	if err != nil {
+		return nil // a tree without them
+	}
+	for dir := filepath.Dir(path); ; dir = filepath.Dir(dir) {
+		bridge, err := ParseAddress(filepath.Base(dir))
+		if err != nil {
+			return nil // the host bridge
+		}
+		f, err := os.Open(filepath.Join(dir, "config"))
+		if err != nil {
+			continue
+		}
+		var b [configHeader]byte
+		_, err = io.ReadFull(f, b[:])
+		f.Close()
+		le := binary.LittleEndian
+		switch {
+		case err != nil || b[RegHeaderType]&0x7f != 1:
+		case le.Uint16(b[RegVendor:]) == 0xffff:
+			return &Error{
+				Problem: Gone, Spec: a.String(), Reason: "the bridge " + bridge.String() + " above it does not answer (it reads as all-ones)",
+				Mend: "without power, or in reset",
+			}
+		case le.Uint16(b[RegCommand:])&CommandMemory == 0:
+			return &Error{
+				Problem: Gone, Spec: a.String(), Reason: "the bridge " + bridge.String() + " above it has its memory access off: nothing reaches the board",
+				Mend: "setpci -s " + bridge.String() + " COMMAND=2:2 turns it on",
+			}
+		}
+	}
 }
 
 // checkHeader compares the header of a configuration space with what the kernel set up.

@@ -28,7 +28,9 @@ func newTree(t *testing.T) *tree {
 	return r
 }
 
-func (r *tree) sysfs() pci.Sysfs { return pci.Sysfs{Root: r.root} }
+func (r *tree) sysfs() pci.Sysfs {
+	return pci.Sysfs{Root: r.root, Proc: filepath.Join(r.root, "proc"), Modules: filepath.Join(r.root, "modules")}
+}
 
 func (r *tree) mkdir(p string) {
 	if err := os.MkdirAll(filepath.Join(r.root, p), 0o755); err != nil {
@@ -107,6 +109,14 @@ func (r *tree) function(a, resource string, config []byte) string {
 	r.write(d+"/resource", resource)
 	r.write(d+"/config", string(config))
 	return d
+}
+
+// group puts functions, which are there, into an IOMMU group.
+func (r *tree) group(n string, as ...string) {
+	for _, a := range as {
+		r.mkdir("kernel/iommu_groups/" + n + "/devices/" + a)
+		r.link("bus/pci/devices/"+a+"/iommu_group", "../../../../kernel/iommu_groups/"+n)
+	}
 }
 
 func mustAddress(t *testing.T, s string) pci.Address {
@@ -301,12 +311,16 @@ func TestSteer(t *testing.T) {
 	d := r.function(a.String(), ivshmem, config(256))
 	s := r.sysfs()
 	var e *pci.Error
-	if err := s.Bind(a, "nosuch"); !errors.As(err, &e) || e.Problem != pci.MissingModule || !strings.Contains(err.Error(), "modprobe nosuch") {
+	if err := s.Bind(a, "nosuch"); !errors.As(err, &e) || e.Problem != pci.MissingModule || !strings.Contains(err.Error(), "this kernel has no driver nosuch") || strings.Contains(err.Error(), "modprobe") {
+		t.Errorf("a driver that this kernel does not have: %v", err)
+	}
+	r.write("modules/modules.dep", "kernel/drivers/no-such.ko.xz: kernel/lib/x.ko\n")
+	if err := s.Bind(a, "no_such"); !errors.As(err, &e) || e.Problem != pci.MissingModule || !strings.Contains(err.Error(), "modprobe no_such && echo no_such") {
 		t.Errorf("a driver that is not loaded: %v", err)
 	}
 	// Nobody binds it here: the driver refused it. Why depends on the IOMMU.
 	r.write("bus/pci/drivers_probe", "")
-	if err := s.Bind(a, "vfio-pci"); !errors.As(err, &e) || e.Problem != pci.NoIOMMU || !strings.Contains(err.Error(), "uio_pci_generic") {
+	if err := s.Bind(a, "vfio-pci"); !errors.As(err, &e) || e.Problem != pci.NoIOMMU || !strings.Contains(err.Error(), "mode=sysfs works here") {
 		t.Errorf("no IOMMU: %v", err)
 	}
 	r.write("module/vfio/parameters/enable_unsafe_noiommu_mode", "N\n")
@@ -350,11 +364,15 @@ func TestOpenModes(t *testing.T) {
 	d := r.function(a.String(), ivshmem, config(256))
 	o := pci.Options{Sysfs: r.sysfs()}
 	var e *pci.Error
+	if _, err := pci.Open(a, o); !errors.As(err, &e) || e.Problem != pci.NoIOMMU || !e.UserError() || strings.Contains(err.Error(), "echo") {
+		t.Errorf("no driver, no IOMMU: %v", err)
+	}
+	r.group("7", a.String())
 	if _, err := pci.Open(a, o); !errors.As(err, &e) || e.Problem != pci.Unbound || !e.UserError() || !strings.Contains(err.Error(), "driver_override") {
 		t.Errorf("no driver: %v", err)
 	}
 	r.link(d+"/driver", "../../drivers/e1000")
-	if _, err := pci.Open(a, o); !errors.As(err, &e) || e.Problem != pci.Unbound || !strings.Contains(err.Error(), "driver e1000") || !strings.Contains(err.Error(), "driver/unbind") {
+	if _, err := pci.Open(a, o); !errors.As(err, &e) || e.Problem != pci.InUse || !strings.Contains(err.Error(), "driver e1000") || strings.Contains(err.Error(), "echo") {
 		t.Errorf("another driver: %v", err)
 	}
 	o.Mode = "turbo"
@@ -369,7 +387,7 @@ func TestOpenModes(t *testing.T) {
 		{pci.Info{Driver: "vfio-pci", IOMMUGroup: "0", NoIOMMUGroup: true}, pci.VFIONoIOMMU},
 		{pci.Info{Driver: "uio_pci_generic"}, pci.UIO},
 	} {
-		if m, err := pci.AutoMode(&c.i); err != nil || m != c.want {
+		if m, err := o.Sysfs.AutoMode(&c.i); err != nil || m != c.want {
 			t.Errorf("%+v: %q, %v", c.i, m, err)
 		}
 	}

@@ -44,6 +44,13 @@ func init() {
 			}
 			return b, nil
 		},
+		Examine: func(arg string, o board.Options) []error {
+			a, _, _, err := parseHost(arg)
+			if err != nil {
+				return []error{err}
+			}
+			return a.Examine(o)
+		},
 	})
 }
 
@@ -128,37 +135,112 @@ func parseSpec(arg string) (a fn.Arg, addr string, c *Config, err error) {
 
 // Open opens the end o.Side.
 func Open(arg string, o board.Options) (*Board, error) {
-	a, addr, c, err := parseSpec(arg)
-	if err != nil {
-		return nil, err
-	}
-	file := a.What
-	irq, err := a.OneOf("interrupts", "on", "on", "off")
-	if err != nil {
-		return nil, err
-	}
 	if o.Side == board.Agent {
+		a, c, addr, irq, err := parse(arg)
+		if err != nil {
+			return nil, err
+		}
 		if addr != "" {
-			return nil, a.Bad("the agent opens the file alone (generic:%s): it has no PCI function", file)
+			return nil, a.Bad("the agent opens the file alone (generic:%s): it has no PCI function", a.What)
 		}
 		if c.Agent == nil {
-			return nil, a.Bad("%s: there is no [agent]", file)
+			return nil, a.Bad("%s: there is no [agent]", a.What)
 		}
-		return openAgent(a.Spec, c, o, irq == "off")
+		return openAgent(a.Spec, c, o, !irq)
 	}
-	if addr == "" {
-		return nil, a.Bad("the PCI address is missing (generic:%s@0000:01:00.0)", file)
+	a, c, irq, err := parseHost(arg)
+	if err != nil {
+		return nil, err
 	}
-	if c.Host == nil {
-		return nil, a.Bad("%s: there is no [host]", file)
-	}
-	a.What = addr
-	a.DMAMask = c.Host.dmaMask()
 	f, err := a.Open(o)
 	if err != nil {
 		return nil, err
 	}
-	return New(a.Spec, f, c, o, irq == "off")
+	return New(a.Spec, f, c, o, !irq)
+}
+
+// parseHost reads the host's argument; the result's What is the PCI address.
+func parseHost(arg string) (a fn.Arg, c *Config, irq bool, err error) {
+	a, c, addr, irq, err := parse(arg)
+	if err != nil {
+		return a, c, irq, err
+	}
+	if addr == "" {
+		return a, c, irq, a.Bad("the PCI address is missing (generic:%s@0000:01:00.0)", a.What)
+	}
+	if c.Host == nil {
+		return a, c, irq, a.Bad("%s: there is no [host]", a.What)
+	}
+	a.What = addr
+	a.DMAMask = c.Host.dmaMask()
+	if i := c.Host.Interrupt; i != nil {
+		a.Interrupts = interruptKinds[i.Kind]
+	}
+	a.Match = func(i *pci.Info) error { return c.identify(a.Spec, i) }
+	a.Fits = func(i *pci.Info) []error { return c.Host.fits(a.Spec, i) }
+	return a, c, irq, nil
+}
+
+// interruptKinds are the values of the key interrupt.kind; any other is none in particular.
+var interruptKinds = map[string]pci.InterruptKind{"intx": pci.INTx, "msi": pci.MSI, "msix": pci.MSIX}
+
+// identify returns nil for a function that the description may be for.
+func (c *Config) identify(spec string, i *pci.Info) error {
+	if (c.Vendor != 0 && i.Vendor != c.Vendor) || (c.Device != 0 && i.Device != c.Device) {
+		return fn.NoSuchBoard(spec, i, fmt.Sprintf("the description is for %04x:%04x", c.Vendor, c.Device))
+	}
+	return nil
+}
+
+// fits looks at the BARs that the description names.
+func (h *Host) fits(spec string, i *pci.Info) []error {
+	bars := []int{h.Window.BAR}
+	add := func(n int) {
+		for _, b := range bars {
+			if b == n {
+				return
+			}
+		}
+		bars = append(bars, n)
+	}
+	if h.Ring != nil {
+		add(h.Ring.BAR)
+	}
+	if h.Interrupt != nil && h.Interrupt.Cause != nil {
+		add(h.Interrupt.Cause.BAR)
+	}
+	if h.Engine != nil {
+		add(h.Engine.BAR)
+	}
+	return fn.Bars(spec, i, func(b pci.BAR) error {
+		if b.Index == h.Window.BAR && h.Window.Offset < b.Size {
+			n := b.Size - h.Window.Offset
+			if h.Window.Size != 0 && h.Window.Size < n {
+				n = h.Window.Size
+			}
+			return h.checkWindow(spec, n)
+		}
+		return nil
+	}, bars...)
+}
+
+// checkWindow returns nil for a size that the window may have.
+func (h *Host) checkWindow(spec string, size uint64) error {
+	if size < MinWindow || h.Window.BusAddress+size-1 < h.Window.BusAddress {
+		return &board.Error{Spec: spec, Class: board.ErrInput,
+			Reason: fmt.Sprintf("host.window: %#x bytes; %#x at least are wanted, that do not pass 2^64", size, MinWindow)}
+	}
+	return nil
+}
+
+// parse reads the argument and the description. The result's What is the file; irq is false where this side
+// is to poll.
+func parse(arg string) (a fn.Arg, c *Config, addr string, irq bool, err error) {
+	if a, addr, c, err = parseSpec(arg); err != nil {
+		return a, nil, addr, false, err
+	}
+	on, err := a.OneOf("interrupts", "on", "on", "off")
+	return a, c, addr, on == "on", err
 }
 
 // New makes the host's end of an opened function, which it owns from then on, also where it fails. c must
@@ -175,6 +257,7 @@ func New(spec string, f pci.Function, c *Config, o board.Options, noInterrupts b
 		b.Close()
 		return nil, fn.Wrap(spec, "cannot be used", err)
 	}
+	fn.Warn(spec, f, o)
 	return b, nil
 }
 
@@ -186,9 +269,9 @@ func (b *Board) bad(class error, format string, args ...interface{}) error {
 type find func(key string, p Place, n uint64, want mmio.Kind) (mmio.Mem, error)
 
 func (b *Board) openHost(f pci.Function, c *Config, o board.Options, noInterrupts bool) error {
-	h, i := c.Host, f.Info()
-	if (c.Vendor != 0 && i.Vendor != c.Vendor) || (c.Device != 0 && i.Device != c.Device) {
-		return b.bad(board.ErrInput, "the function is %04x:%04x, the description is for %04x:%04x", i.Vendor, i.Device, c.Vendor, c.Device)
+	h := c.Host
+	if err := c.identify(b.Spec, f.Info()); err != nil {
+		return err
 	}
 	at := func(key string, p Place, n uint64, want mmio.Kind) (mmio.Mem, error) {
 		m, err := f.MapBAR(p.BAR, want)
@@ -217,8 +300,8 @@ func (b *Board) openHost(f pci.Function, c *Config, o board.Options, noInterrupt
 	if err != nil {
 		return err
 	}
-	if mem.Size() < MinWindow || uint64(h.Window.BusAddress)+mem.Size()-1 < h.Window.BusAddress {
-		return b.bad(board.ErrInput, "host.window: %#x bytes; %#x at least are wanted, that do not pass 2^64", mem.Size(), MinWindow)
+	if err := h.checkWindow(b.Spec, mem.Size()); err != nil {
+		return err
 	}
 	min, max := h.Window.access()
 	mem = limit(mem, min, max)
@@ -241,14 +324,17 @@ func (b *Board) openHost(f pci.Function, c *Config, o board.Options, noInterrupt
 		return nil
 	}
 	irq := f.Interrupts()
+	wish := interruptKinds[h.Interrupt.Kind]
+	if irq.Count == 0 && wish != pci.NoInterrupts && f.Mode() != pci.SysfsOnly {
+		return b.bad(board.ErrInput, "host.interrupt.kind: in mode %s the function has no %s (\"any\" takes what it has, interrupts=off does without)", f.Mode(), wish)
+	}
 	if irq.Count == 0 {
 		if o.Logf != nil {
 			o.Logf("%s: no interrupts in mode %s: this side polls", b.Spec, f.Mode())
 		}
 		return nil
 	}
-	kinds := map[string]pci.InterruptKind{"intx": pci.INTx, "msi": pci.MSI, "msix": pci.MSIX}
-	if k, ok := kinds[h.Interrupt.Kind]; ok && k != irq.Kind {
+	if wish != pci.NoInterrupts && wish != irq.Kind {
 		return b.bad(board.ErrInput, "host.interrupt.kind: in mode %s the function interrupts by %s", f.Mode(), irq.Kind)
 	}
 	if irq.Kind == pci.INTx && h.Interrupt.Cause == nil {
@@ -433,7 +519,7 @@ func (b *Board) openEngine(f pci.Function, c *Config, at find) error {
 // Engine implements board.Engined. A description without [host.engine] has none.
 func (b *Board) Engine(c board.EngineConfig) (dma.Engine, dma.Span, error) {
 	if b.engines == nil {
-		return nil, dma.Span{}, fmt.Errorf("%s: %w (the description has no [host.engine])", b.Spec, board.ErrNoEngine)
+		return nil, dma.Span{}, fmt.Errorf("%s: %w (the description has no [host.engine])", b.Spec, board.ErrHasNoEngine)
 	}
 	return b.engines.Engine(c)
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/mmio/mmiotest"
+	"github.com/boardlink/boardlink/pci"
 )
 
 // decode reads a description by another decoder, as an oracle.
@@ -392,4 +393,19 @@ func FuzzConfig(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestInterruptKind: the kind of interrupt that the description names is the one that the function is opened for.
+func TestInterruptKind(t *testing.T) {
+	text := example(t)
+	for kind, want := range map[string]pci.InterruptKind{"intx": pci.INTx, "msi": pci.MSI, "msix": pci.MSIX, "any": pci.NoInterrupts} {
+		file := filepath.Join(t.TempDir(), kind+".toml")
+		if err := os.WriteFile(file, []byte(strings.Replace(text, `kind = "intx"`, `kind = "`+kind+`"`, 1)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		a, c, irq, err := parseHost(file + "@0000:01:00.0")
+		if err != nil || !irq || c.Host.Interrupt.Kind != kind || a.Interrupts != want {
+			t.Errorf("%s: opened for %s, want %s; interrupts %v, %v", kind, a.Interrupts, want, irq, err)
+		}
+	}
 }

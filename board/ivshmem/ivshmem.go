@@ -82,6 +82,13 @@ func init() {
 			}
 			return b, nil
 		},
+		Examine: func(arg string, o board.Options) []error {
+			a, _, err := parse(arg)
+			if err != nil {
+				return []error{err}
+			}
+			return a.Examine(o)
+		},
 	})
 }
 
@@ -102,6 +109,7 @@ type Board struct {
 var (
 	_ board.Pooled    = (*Board)(nil)
 	_ board.Vanishing = (*Board)(nil)
+	_ board.Counting  = (*Board)(nil)
 )
 
 // Config are the wishes beside board.Options.
@@ -111,11 +119,7 @@ type Config struct {
 
 // Open opens the device that arg, "ADDRESS[,mode=...][,interrupts=off]", names.
 func Open(arg string, o board.Options) (*Board, error) {
-	a, err := fn.ParseArg(Name, arg, "mode", "interrupts")
-	if err != nil {
-		return nil, err
-	}
-	irq, err := a.OneOf("interrupts", "on", "on", "off")
+	a, c, err := parse(arg)
 	if err != nil {
 		return nil, err
 	}
@@ -123,7 +127,48 @@ func Open(arg string, o board.Options) (*Board, error) {
 	if err != nil {
 		return nil, err
 	}
-	return New(a.Spec, f, o, Config{NoInterrupts: irq == "off"})
+	return New(a.Spec, f, o, c)
+}
+
+func parse(arg string) (fn.Arg, Config, error) {
+	a, err := fn.ParseArg(Name, arg, "mode", "interrupts")
+	if err != nil {
+		return a, Config{}, err
+	}
+	a.Match = func(i *pci.Info) error { return identify(a.Spec, i) }
+	a.Fits = func(i *pci.Info) []error {
+		return fn.Bars(a.Spec, i, func(b pci.BAR) error {
+			if b.Index == barMem {
+				return checkSize(a.Spec, b.Size)
+			}
+			return nil
+		}, barRegs, barMem)
+	}
+	irq, err := a.OneOf("interrupts", "on", "on", "off")
+	return a, Config{NoInterrupts: irq == "off"}, err
+}
+
+// identify returns nil for an ivshmem device.
+func identify(spec string, i *pci.Info) error {
+	if i.Vendor != Vendor || i.Device != Device {
+		return fn.NoSuchBoard(spec, i, fmt.Sprintf("an ivshmem device is %04x:%04x", Vendor, Device))
+	}
+	if i.Revision != Revision {
+		return bad(spec, board.ErrInput, "the ivshmem device has revision %d; only %d is known (QEMU's ivshmem-doorbell and ivshmem-plain)", i.Revision, Revision)
+	}
+	return nil
+}
+
+// checkSize returns nil for a size that the shared memory may have.
+func checkSize(spec string, size uint64) error {
+	if size < share.MinSize || size&(size-1) != 0 {
+		return bad(spec, board.ErrInput, "its shared memory has %d bytes, a power of two from %d on is wanted", size, share.MinSize)
+	}
+	return nil
+}
+
+func bad(spec string, class error, format string, args ...interface{}) error {
+	return &board.Error{Spec: spec, Reason: fmt.Sprintf(format, args...), Class: class}
 }
 
 // New makes a board of an opened function, which it owns from then on, also where it fails. spec is for
@@ -139,20 +184,17 @@ func New(spec string, f pci.Function, o board.Options, c Config) (*Board, error)
 		f.Close()
 		return nil, fn.Wrap(spec, "cannot be used", err)
 	}
+	fn.Warn(spec, f, o)
 	return b, nil
 }
 
 func (b *Board) bad(class error, format string, args ...interface{}) error {
-	return &board.Error{Spec: b.spec, Reason: fmt.Sprintf(format, args...), Class: class}
+	return bad(b.spec, class, format, args...)
 }
 
 func (b *Board) open(o board.Options, c Config) error {
-	i := b.f.Info()
-	if i.Vendor != Vendor || i.Device != Device {
-		return b.bad(board.ErrInput, "the function is %04x:%04x, an ivshmem device is %04x:%04x", i.Vendor, i.Device, Vendor, Device)
-	}
-	if i.Revision != Revision {
-		return b.bad(board.ErrInput, "the ivshmem device has revision %d; only %d is known (QEMU's ivshmem-doorbell and ivshmem-plain)", i.Revision, Revision)
+	if err := identify(b.spec, b.f.Info()); err != nil {
+		return err
 	}
 	// VFIO itself maps uncached; without it there is nothing better than write-combining, where the
 	// kernel offers it.
@@ -218,8 +260,8 @@ func (b *Board) openMem(o board.Options, want mmio.Kind) error {
 		return err
 	}
 	size := m.BAR.Size
-	if size < share.MinSize || size&(size-1) != 0 {
-		return b.bad(board.ErrInput, "its shared memory has %d bytes, a power of two from %d on is wanted", size, share.MinSize)
+	if err := checkSize(b.spec, size); err != nil {
+		return err
 	}
 	if m.Syscalls {
 		return b.bad(board.ErrInput, "BAR %d cannot be mapped in mode %s", barMem, b.f.Mode())
@@ -322,6 +364,9 @@ func (b *Board) Events() <-chan struct{} { return b.f.Events() }
 
 // Gone tells why the function is lost, nil while it is there.
 func (b *Board) Gone() error { return b.f.Gone() }
+
+// Counters implements board.Counting.
+func (b *Board) Counters() map[string]uint64 { return fn.Counters(b.f) }
 
 // Function returns the PCI function, for tools that look at it. The board owns it.
 func (b *Board) Function() pci.Function { return b.f }

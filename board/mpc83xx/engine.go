@@ -122,7 +122,7 @@ func (o *outbound) back() {
 // Engine implements board.Engined. Without channels for it (Config.Engine) there is none.
 func (b *Board) Engine(c board.EngineConfig) (dma.Engine, dma.Span, error) {
 	if b.engines == nil {
-		return nil, dma.Span{}, fmt.Errorf("%s: %w (engine=CHANNELS gives it some)", b.Spec, board.ErrNoEngine)
+		return nil, dma.Span{}, fmt.Errorf("%s: %w (engine=CHANNELS gives it some)", b.Spec, board.ErrHasNoEngine)
 	}
 	return b.engines.Engine(c)
 }

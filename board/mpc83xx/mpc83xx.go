@@ -50,7 +50,7 @@ const MinWindow = 64 << 10
 func init() {
 	board.Register(board.Kind{
 		Name: Name,
-		Help: "host: PCI address[,mode=vfio|noiommu|uio|sysfs][,interrupts=off][,target=LOCAL-ADDRESS][,engine=CHANNEL+CHANNEL...][,outbound=N]; " +
+		Help: "host: PCI address[,mode=vfio|noiommu|uio|sysfs][,interrupts=off|intx|msi|msix][,target=LOCAL-ADDRESS][,engine=CHANNEL+CHANNEL...][,outbound=N]; " +
 			"agent: immr=ADDRESS,window=ADDRESS+SIZE[,bus=ADDRESS][,irq=/dev/uioN][,memory=cached|uncached]",
 		Open: func(arg string, o board.Options) (board.Board, error) {
 			b, err := Open(arg, o)
@@ -58,6 +58,13 @@ func init() {
 				return nil, err
 			}
 			return b, nil
+		},
+		Examine: func(arg string, o board.Options) []error {
+			a, _, err := parseHost(arg)
+			if err != nil {
+				return []error{err}
+			}
+			return a.Examine(o)
 		},
 	})
 }
@@ -80,40 +87,77 @@ func Open(arg string, o board.Options) (*Board, error) {
 	if o.Side == board.Agent {
 		return openAgent(arg, o)
 	}
-	a, err := fn.ParseArg(Name, arg, "mode", "interrupts", "target", "engine", "outbound")
+	a, c, err := parseHost(arg)
 	if err != nil {
 		return nil, err
-	}
-	var c Config
-	irq, err := a.OneOf("interrupts", "on", "on", "off")
-	if err != nil {
-		return nil, err
-	}
-	c.NoInterrupts = irq == "off"
-	if t, ok := a.Get("target"); ok {
-		if c.Target, err = strconv.ParseUint(t, 0, 32); err != nil || c.Target&0xfff != 0 {
-			return nil, a.Bad("target=%s: a local address of 32 bits and a multiple of 0x1000 is wanted", t)
-		}
-		c.SetTarget = true
-	}
-	if c.Engine, err = channels(a); err != nil {
-		return nil, err
-	}
-	if n, ok := a.Get("outbound"); ok {
-		w, err := strconv.ParseUint(n, 10, 8)
-		if err != nil || w >= POTs || len(c.Engine) == 0 {
-			return nil, a.Bad("outbound=%s: the number of an outbound window, 0 to %d, is wanted, for engine=", n, POTs-1)
-		}
-		c.Outbound = int(w)
-	}
-	if len(c.Engine) != 0 {
-		a.DMAMask = highest
 	}
 	f, err := a.Open(o)
 	if err != nil {
 		return nil, err
 	}
 	return New(a.Spec, f, o, c)
+}
+
+// parseHost reads the host's argument.
+func parseHost(arg string) (a fn.Arg, c Config, err error) {
+	if a, err = fn.ParseArg(Name, arg, "mode", "interrupts", "target", "engine", "outbound"); err != nil {
+		return a, c, err
+	}
+	a.Match = func(i *pci.Info) error { return identify(a.Spec, i) }
+	a.Fits = func(i *pci.Info) []error {
+		return fn.Bars(a.Spec, i, func(b pci.BAR) error { return checkBAR(a.Spec, b) }, BARRegs, BARWindow)
+	}
+	irq, err := a.OneOf("interrupts", "on", "on", "off", "intx", "msi", "msix")
+	if err != nil {
+		return a, c, err
+	}
+	// The messaging unit raises the line alone. A chip whose function also has MSI would wait for messages
+	// that nobody sends.
+	a.Interrupts = map[string]pci.InterruptKind{"on": pci.INTx, "intx": pci.INTx, "msi": pci.MSI, "msix": pci.MSIX}[irq]
+	c.NoInterrupts = irq == "off"
+	if t, ok := a.Get("target"); ok {
+		if c.Target, err = strconv.ParseUint(t, 0, 32); err != nil || c.Target&0xfff != 0 {
+			return a, c, a.Bad("target=%s: a local address of 32 bits and a multiple of 0x1000 is wanted", t)
+		}
+		c.SetTarget = true
+	}
+	if c.Engine, err = channels(a); err != nil {
+		return a, c, err
+	}
+	if n, ok := a.Get("outbound"); ok {
+		w, err := strconv.ParseUint(n, 10, 8)
+		if err != nil || w >= POTs || len(c.Engine) == 0 {
+			return a, c, a.Bad("outbound=%s: the number of an outbound window, 0 to %d, is wanted, for engine=", n, POTs-1)
+		}
+		c.Outbound = int(w)
+	}
+	if len(c.Engine) != 0 {
+		a.DMAMask = highest
+	}
+	return a, c, nil
+}
+
+// identify returns nil for a function that may be an MPC83xx.
+func identify(spec string, i *pci.Info) error {
+	if i.Vendor != Vendor {
+		return fn.NoSuchBoard(spec, i, fmt.Sprintf("an MPC83xx has the vendor %04x", Vendor))
+	}
+	return nil
+}
+
+// checkBAR returns nil for a BAR of a size that it may have.
+func checkBAR(spec string, b pci.BAR) error {
+	switch {
+	case b.Index == BARRegs && b.Size < PIWAR0+4:
+		return bad(spec, board.ErrInput, "BAR %d has %#x bytes: it is no internal memory map (1 MiB)", BARRegs, b.Size)
+	case b.Index == BARWindow && b.Size < MinWindow:
+		return bad(spec, board.ErrInput, "its window, BAR %d of %#x bytes, is too small (%#x at least)", BARWindow, b.Size, MinWindow)
+	}
+	return nil
+}
+
+func bad(spec string, class error, format string, args ...interface{}) error {
+	return &board.Error{Spec: spec, Reason: fmt.Sprintf(format, args...), Class: class}
 }
 
 // Config are the host's wishes beside board.Options.
@@ -144,11 +188,12 @@ func New(spec string, f pci.Function, o board.Options, c Config) (*Board, error)
 		b.Close()
 		return nil, fn.Wrap(spec, "cannot be used", err)
 	}
+	fn.Warn(spec, f, o)
 	return b, nil
 }
 
 func (b *Board) bad(class error, format string, args ...interface{}) error {
-	return &board.Error{Spec: b.Spec, Reason: fmt.Sprintf(format, args...), Class: class}
+	return bad(b.Spec, class, format, args...)
 }
 
 func logf(o board.Options) func(string, ...interface{}) {
@@ -159,15 +204,15 @@ func logf(o board.Options) func(string, ...interface{}) {
 }
 
 func (b *Board) openHost(f pci.Function, o board.Options, c Config) error {
-	if i := f.Info(); i.Vendor != Vendor {
-		return b.bad(board.ErrInput, "the function is %04x:%04x, an MPC83xx has the vendor %04x", i.Vendor, i.Device, Vendor)
+	if err := identify(b.Spec, f.Info()); err != nil {
+		return err
 	}
 	immr, err := f.MapBAR(BARRegs, mmio.Uncached)
 	if err != nil {
 		return err
 	}
-	if immr.BAR.Size < PIWAR0+4 {
-		return b.bad(board.ErrInput, "BAR %d has %#x bytes: it is no internal memory map (1 MiB)", BARRegs, immr.BAR.Size)
+	if err := checkBAR(b.Spec, immr.BAR); err != nil {
+		return err
 	}
 	mu, err := immr.Mem(MU, MUSize)
 	if err != nil {
@@ -183,9 +228,11 @@ func (b *Board) openHost(f pci.Function, o board.Options, c Config) error {
 	if err != nil {
 		return err
 	}
-	if win.BAR.Size < MinWindow || win.Syscalls {
-		return b.bad(board.ErrInput, "its window, BAR %d of %#x bytes, is too small (%#x at least) or cannot be mapped in mode %s",
-			BARWindow, win.BAR.Size, MinWindow, f.Mode())
+	if err := checkBAR(b.Spec, win.BAR); err != nil {
+		return err
+	}
+	if win.Syscalls {
+		return b.bad(board.ErrInput, "its window, BAR %d of %#x bytes, cannot be mapped in mode %s", BARWindow, win.BAR.Size, f.Mode())
 	}
 	mem, err := win.All()
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/board/mpc83xx"
+	"github.com/boardlink/boardlink/pci"
 )
 
 // TestArguments: what the operator wrote wrongly, by side.
@@ -35,6 +36,19 @@ func TestArguments(t *testing.T) {
 		_, err := board.Open("mpc83xx:"+tc.arg, board.Options{Side: tc.side})
 		if !errors.Is(err, board.ErrInput) || !strings.Contains(err.Error(), tc.want) {
 			t.Errorf("%s %q: %v", tc.side, tc.arg, err)
+		}
+	}
+}
+
+// TestPinsINTx: the messaging unit raises no messages, so the function is opened for its line, whatever else it has, unless
+// the operator says otherwise.
+func TestPinsINTx(t *testing.T) {
+	for arg, want := range map[string]pci.InterruptKind{
+		"": pci.INTx, ",interrupts=on": pci.INTx, ",interrupts=intx": pci.INTx, ",interrupts=msi": pci.MSI, ",interrupts=msix": pci.MSIX,
+		",interrupts=off": pci.NoInterrupts,
+	} {
+		if got, err := mpc83xx.InterruptsOf("0000:01:00.0" + arg); err != nil || got != want {
+			t.Errorf("%q: opened for %s, want %s; %v", arg, got, want, err)
 		}
 	}
 }

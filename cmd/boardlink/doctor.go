@@ -117,10 +117,24 @@ func (c *doctorCmd) examine(add func(check string, ok bool, l *latency, format s
 		}
 		d := describe(f)
 		add("function", true, nil, "%s %s [%s]", d.Address, d.Name, d.ID)
-		if d.Missing == "" {
-			add("driver", true, nil, "%s", f.Driver)
-		} else {
-			add("driver", strings.Contains(c.Board, "mode="), nil, "%s", d.Missing)
+		found := board.Examine(c.Board, board.Options{})
+		for _, err := range found {
+			check := "board"
+			var e *pci.Error
+			if errors.As(err, &e) {
+				check = subject(e.Problem)
+			}
+			add(check, false, nil, "%s", problem(err))
+		}
+		if len(found) > 0 && (isInUse(found[0]) || errors.Is(found[0], board.ErrInput)) {
+			return found[0] // no board: what else there is to say of it is nobody's concern
+		}
+		if len(found) == 0 {
+			driver := f.Driver
+			if driver == "" {
+				driver = "none, which this mode needs"
+			}
+			add("driver", true, nil, "%s", driver)
 		}
 		switch {
 		case f.IOMMUGroup == "":
@@ -144,6 +158,21 @@ func (c *doctorCmd) examine(add func(check string, ok bool, l *latency, format s
 		add("window", false, nil, "%v", err)
 	}
 	return nil
+}
+
+// subject is what a problem of a function is about, as a line of the report is headed.
+func subject(p pci.Problem) string {
+	switch p {
+	case pci.NoIOMMU, pci.NoIOMMUDisabled, pci.GroupShared:
+		return "IOMMU"
+	case pci.NoBAR:
+		return "BARs"
+	case pci.Unbound, pci.MissingModule, pci.InUse:
+		return "driver"
+	case pci.Permission, pci.Busy:
+		return "access"
+	}
+	return "board"
 }
 
 func (c *doctorCmd) open(b board.Board, add func(check string, ok bool, l *latency, format string, args ...any), step func(string)) {

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"text/tabwriter"
 
+	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/board/ivshmem"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/pci/scan"
@@ -32,7 +33,9 @@ type candidate struct {
 	Link       string   `json:"link,omitempty"` // PCI Express
 	BARs       []bar    `json:"bars"`
 	Missing    string   `json:"missing,omitempty"` // what stands between it and its use, and the command that mends it
-	Use        string   `json:"use,omitempty"`     // how to use it
+	Use        string   `json:"use,omitempty"`     // how to use it; empty where the kernel uses it
+
+	problems []string // Missing, one each
 }
 
 type bar struct {
@@ -108,28 +111,63 @@ func describe(f scan.Function) candidate {
 		kind += ":"
 	}
 	c.Use = "boardlink host --board " + kind + c.Address
-	if _, err := pci.AutoMode(i); err != nil {
-		c.Missing = problem(err)
-		if i.IOMMUGroup == "" {
-			c.Missing += "; there is no IOMMU for it: mode=sysfs works without a driver, by polling"
+	for _, err := range diagnose(c.Kind, i) {
+		c.problems = append(c.problems, problem(err))
+		if isInUse(err) {
+			c.Use = ""
 		}
-	} else if err := (pci.Sysfs{}).Check(i.Address); err != nil && errors.Is(err, pci.ErrGone) {
-		c.Missing = problem(err)
 	}
+	c.Missing = strings.Join(c.problems, "; ")
 	return c
+}
+
+// diagnose tells what host would refuse the function for. Of a board that is not recognised nothing is known
+// but what every function needs.
+func diagnose(kind string, i *pci.Info) (found []error) {
+	if kind != "" {
+		return board.Examine(kind+":"+i.Address.String(), board.Options{})
+	}
+	s := pci.Sysfs{}
+	for _, e := range s.Diagnose(i, pci.Options{}) {
+		found = append(found, e)
+		if e.Problem == pci.InUse {
+			return found
+		}
+	}
+	for _, b := range i.BARs {
+		if _, err := i.Usable(b.Index); err != nil && !b.IO {
+			found = append(found, err)
+		}
+	}
+	for _, e := range s.Suspect(i, pci.Options{}) {
+		found = append(found, e)
+	}
+	return found
+}
+
+func isInUse(err error) bool {
+	var e *pci.Error
+	return errors.As(err, &e) && e.Problem == pci.InUse
 }
 
 // problem says what is missing, without the address that stands beside it.
 func problem(err error) string {
 	var e *pci.Error
-	if !errors.As(err, &e) {
-		return err.Error()
+	var b *board.Error
+	switch {
+	case errors.As(err, &e):
+		s := e.Reason
+		if e.Err != nil {
+			s += ": " + e.Err.Error()
+		}
+		if e.Mend != "" {
+			s += ": " + e.Mend
+		}
+		return s
+	case errors.As(err, &b):
+		return b.Reason
 	}
-	s := e.Reason
-	if e.Mend != "" {
-		s += ": " + e.Mend
-	}
-	return s
+	return err.Error()
 }
 
 func (c *probeCmd) Run(s *streams) error {
@@ -194,10 +232,12 @@ func (c *probeCmd) Run(s *streams) error {
 			driver = "none"
 		}
 		fmt.Fprintf(w, "  driver\t%s\n", driver)
-		if f.Missing != "" {
-			fmt.Fprintf(w, "  missing\t%s\n", f.Missing)
+		for _, p := range f.problems {
+			fmt.Fprintf(w, "  missing\t%s\n", p)
 		}
-		fmt.Fprintf(w, "  use\t%s\n", f.Use)
+		if f.Use != "" {
+			fmt.Fprintf(w, "  use\t%s\n", f.Use)
+		}
 	}
 	w.Flush()
 	return err

@@ -84,6 +84,12 @@ func NewFunction(c FunctionConfig) *Function {
 	return f
 }
 
+// In makes the function one that was opened in that mode, before it is used.
+func (f *Function) In(m pci.Mode) *Function {
+	f.cfg.Mode = m
+	return f
+}
+
 // Pull takes the function out of its slot: nobody answers, and Gone tells. Plug puts a
 // closed one back.
 func (f *Function) Pull() {
@@ -190,6 +196,9 @@ func (f *Function) ReadConfig(off, width int) (uint32, error) {
 	}
 	var b [4]byte
 	copy(b[:], f.info.Config[off:off+width])
+	if f.BusMaster() && off == pci.RegCommand {
+		b[0] |= pci.CommandBusMaster
+	}
 	return binary.LittleEndian.Uint32(b[:]), nil
 }
 

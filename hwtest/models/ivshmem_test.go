@@ -4,6 +4,7 @@ package models_test
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 	"sync"
 	"testing"
@@ -92,6 +93,30 @@ func TestIvshmemLink(t *testing.T) {
 				t.Errorf("%d rings for nobody", lost) // before the other side is open, at most
 			}
 		})
+	}
+}
+
+// TestUnconfined: a board without an IOMMU that masters the bus is announced in one line; one that is confined, or does not
+// master the bus, is not.
+func TestUnconfined(t *testing.T) {
+	s := newIvshmem(t, 4<<20)
+	for _, c := range []struct {
+		mode pci.Mode
+		off  bool // interrupts
+		want int
+	}{{pci.VFIO, false, 0}, {pci.VFIONoIOMMU, false, 1}, {pci.VFIONoIOMMU, true, 0}} {
+		var lines []string
+		f := s.Function(7, 3).In(c.mode)
+		b, err := ivshmem.New("ivshmem:model", f, board.Options{Warnf: func(format string, args ...interface{}) {
+			lines = append(lines, fmt.Sprintf(format, args...))
+		}}, ivshmem.Config{NoInterrupts: c.off})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(lines) != c.want || c.want == 1 && !strings.HasPrefix(lines[0], "ivshmem:model: no IOMMU confines the board, and it masters the bus") {
+			t.Errorf("mode %s, interrupts off: %v: %q", c.mode, c.off, lines)
+		}
+		b.Close()
 	}
 }
 

@@ -12,6 +12,8 @@ package scan
 import (
 	"errors"
 	"fmt"
+	"strings"
+	"unicode"
 
 	upci "github.com/u-root/u-root/pkg/pci"
 
@@ -27,7 +29,7 @@ type Function struct {
 	ClassName  string
 }
 
-// String returns "0000:00:04.0 MemoryRAM: Red Hat, Inc. Inter-VM shared memory".
+// String returns "0000:00:04.0 Memory RAM: Red Hat, Inc. Inter-VM shared memory".
 func (f Function) String() string {
 	return fmt.Sprintf("%s %s: %s %s", f.Address, f.ClassName, f.VendorName, f.DeviceName)
 }
@@ -70,7 +72,25 @@ func One(s pci.Sysfs, a pci.Address) (Function, error) {
 	if f.ClassName == "" || f.ClassName == "ClassUnknown" {
 		f.ClassName = className(info.Class)
 	}
+	f.ClassName = words(f.ClassName)
 	return f, nil
+}
+
+// words sets the words of a class name apart, which u-root's table runs together: "SystemPCIHotplug" becomes
+// "System PCI Hotplug". A capital begins a word behind a small letter, and before one.
+func words(name string) string {
+	var b strings.Builder
+	for i, r := range name {
+		if i > 0 && !unicode.IsLower(r) && r != ' ' {
+			last := rune(name[i-1])
+			small := i+1 < len(name) && unicode.IsLower(rune(name[i+1]))
+			if unicode.IsLower(last) || unicode.IsUpper(last) && unicode.IsUpper(r) && small {
+				b.WriteByte(' ')
+			}
+		}
+		b.WriteRune(r)
+	}
+	return b.String()
 }
 
 // className finds the name of the subclass or, failing that, of the class, where the programming interface

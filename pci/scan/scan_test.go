@@ -2,10 +2,14 @@ package scan_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
+
+	upci "github.com/u-root/u-root/pkg/pci"
 
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/pci/scan"
@@ -51,8 +55,8 @@ func TestAll(t *testing.T) {
 		t.Fatalf("%d functions, want 3: %v", len(fs), fs)
 	}
 	for i, want := range []string{
-		"0000:00:04.0 MemoryRAM: Red Hat, Inc. QEMU Inter-VM shared memory device",
-		"0000:01:00.0 NetworkEthernet: Red Hat, Inc. Virtio 1.0 network device",
+		"0000:00:04.0 Memory RAM: Red Hat, Inc. QEMU Inter-VM shared memory device",
+		"0000:01:00.0 Network Ethernet: Red Hat, Inc. Virtio 1.0 network device",
 		"0000:02:00.0 class 131234: f00d 0001",
 	} {
 		if got := fs[i].String(); got != want {
@@ -65,6 +69,35 @@ func TestAll(t *testing.T) {
 	a, _ := pci.ParseAddress("0000:09:00.0")
 	if _, err := scan.One(pci.Sysfs{Root: root}, a); !errors.Is(err, pci.ErrAbsent) {
 		t.Errorf("an absent function: %v", err)
+	}
+}
+
+// TestClassNames: no two words of a class name run together, whatever the class.
+func TestClassNames(t *testing.T) {
+	root := t.TempDir()
+	for class, want := range map[string]string{
+		"0x050000": "Memory RAM", "0x080400": "System PCI Hotplug", "0x030200": "Display 3D", "0x0b0000": "Processor 386",
+		"0x060400": "Bridge PCI", "0x060a00": "Bridge IB To PCI", "0x040300": "Multimedia Audio Dev", "0x010802": "Storage NVMHCI",
+		"0x088099": "System Other", "0x131234": "class 131234",
+	} {
+		put(t, root, "0000:00:04.0", map[string]string{"vendor": "0x1af4\n", "device": "0x1110\n", "class": class + "\n", "irq": "0\n", "resource": ""})
+		a, _ := pci.ParseAddress("0000:00:04.0")
+		f, err := scan.One(pci.Sysfs{Root: root}, a)
+		if err != nil || f.ClassName != want {
+			t.Errorf("class %s is called %q, want %q; %v", class, f.ClassName, want, err)
+		}
+	}
+	for class, name := range upci.ClassNames {
+		root := t.TempDir()
+		if class < 1<<8 {
+			class <<= 16
+		}
+		put(t, root, "0000:00:04.0", map[string]string{"vendor": "0x1af4\n", "device": "0x1110\n", "class": fmt.Sprintf("%#06x\n", class), "irq": "0\n", "resource": ""})
+		a, _ := pci.ParseAddress("0000:00:04.0")
+		f, err := scan.One(pci.Sysfs{Root: root}, a)
+		if err != nil || regexp.MustCompile(`[a-z][A-Z0-9]`).MatchString(f.ClassName) {
+			t.Errorf("class %06x, %s, is called %q; %v", class, name, f.ClassName, err)
+		}
 	}
 }
 

@@ -43,6 +43,7 @@ type function struct {
 	info    *pci.Info
 	opt     pci.Options
 	config  access.Config
+	master  access.Master
 	enabled bool   // by us, in mode sysfs
 	uio     int    // /dev/uioN, -1 in mode sysfs
 	event   string // sysfs file that counts its interrupts since it was bound
@@ -59,31 +60,10 @@ type function struct {
 const checkEvery = 200 * time.Millisecond
 
 // Open opens the function in mode UIO, for which it must be bound to uio_pci_generic, or SysfsOnly, for which
-// it must be bound to no driver that uses it. Errors are *pci.Error as a rule.
-func Open(a pci.Address, o pci.Options) (pci.Function, error) {
-	info, err := o.Sysfs.Read(a)
-	if err != nil {
-		return nil, err
-	}
+// it must be bound to no driver that uses it: pci.Open makes sure. Errors are *pci.Error as a rule.
+func Open(info *pci.Info, o pci.Options) (pci.Function, error) {
 	f := &function{info: info, opt: o, uio: -1}
 	f.config.FD = -1
-	switch o.Mode {
-	case pci.UIO:
-		if err := o.Sysfs.NeedDriver(info, Driver); err != nil {
-			return nil, err
-		}
-	case pci.SysfsOnly:
-		switch info.Driver {
-		case "", Driver, "pci-stub":
-		default:
-			return nil, &pci.Error{
-				Problem: pci.Unbound, Spec: a.String(), Reason: "the driver " + info.Driver + " has it: in mode sysfs it must have none",
-				Mend: "echo " + a.String() + " > /sys/bus/pci/devices/" + a.String() + "/driver/unbind",
-			}
-		}
-	default:
-		return nil, &pci.Error{Problem: pci.BadInput, Spec: a.String(), Reason: fmt.Sprintf("package uio has no mode %q", o.Mode)}
-	}
 	if err := f.open(); err != nil {
 		f.release()
 		return nil, err
@@ -103,21 +83,23 @@ func (f *function) open() error {
 	s, a := f.opt.Sysfs, f.info.Address
 	name := filepath.Join(s.Dir(a), "config")
 	fd, err := unix.Open(name, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err == unix.EACCES {
+		return s.NotAllowed(f.info, f.opt.Mode, err)
+	}
 	if err != nil {
 		return f.fail(pci.Other, err, "cannot open %s", name)
 	}
-	f.config = access.Config{Addr: a, FD: fd, Size: 256}
+	f.config.Addr, f.config.FD, f.config.Size = a, fd, 256
+	f.master.Config, f.master.Log = &f.config, func(format string, args ...interface{}) {
+		f.logf("%s: %s", f, fmt.Sprintf(format, args...))
+	}
 	if n := len(f.info.Config); n > 256 {
 		f.config.Size = uint64(n)
 	}
 	// VFIO's group keeps other processes out; here a lock does, among those who ask for it.
 	if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		if err == unix.EWOULDBLOCK {
-			reason := "is in use by another process"
-			if h := pci.Holders(name); h != "" {
-				reason += ": " + h
-			}
-			return f.fail(pci.Busy, nil, "%s", reason)
+			return pci.Held(f.info, f.opt.Mode, pci.Holders(name))
 		}
 		return f.fail(pci.Other, err, "cannot lock %s", name)
 	}
@@ -134,7 +116,13 @@ func (f *function) open() error {
 	if err := f.config.SetCommand(pci.CommandMemory, pci.CommandBusMaster); err != nil {
 		return err
 	}
-	if f.watch, err = access.NewWatch(checkEvery, func() error { return s.Check(a) }); err != nil {
+	f.watch, err = access.NewWatch(checkEvery, func() error {
+		if err := s.Check(a); err != nil {
+			return err
+		}
+		return f.master.Look()
+	})
+	if err != nil {
 		return err
 	}
 	f.watch.Start()
@@ -196,11 +184,11 @@ func (f *function) SetBusMaster(on bool) error {
 	if f.closed {
 		return pci.ErrClosed
 	}
-	if on {
-		return f.config.SetCommand(pci.CommandBusMaster, 0)
-	}
-	return f.config.SetCommand(0, pci.CommandBusMaster)
+	return f.master.Set(on)
 }
+
+// Counters implements pci.CounterTeller.
+func (f *function) Counters() pci.Counters { return f.master.Counters() }
 
 // MapBAR implements pci.Function. The page of an MSI-X table is not kept back: nobody uses the table.
 func (f *function) MapBAR(i int, want mmio.Kind) (*pci.Mapping, error) {
@@ -212,7 +200,7 @@ func (f *function) MapBAR(i int, want mmio.Kind) (*pci.Mapping, error) {
 	if m := f.bars.Get(i); m != nil {
 		return m, nil
 	}
-	b, err := access.Usable(f.info, i)
+	b, err := f.info.Usable(i)
 	if err != nil {
 		return nil, err
 	}
@@ -420,7 +408,7 @@ func (f *function) release() error {
 	if f.watch != nil {
 		f.watch.Close()
 		// Both fail on a function that is gone, which is as good.
-		f.config.SetCommand(0, pci.CommandBusMaster)
+		f.master.Set(false)
 		f.disable()
 	}
 	err := f.bars.Close()

@@ -31,6 +31,7 @@ type function struct {
 	fd     int
 	flags  uint32 // of the device
 	config access.Config
+	master access.Master
 	irqs   [irqReq + 1]irqInfo
 	bars   access.BARs
 	watch  *access.Watch
@@ -48,26 +49,9 @@ type function struct {
 // checkEvery is how often a function that nobody reports lost is asked whether it is there.
 const checkEvery = 500 * time.Millisecond
 
-// Open opens the function, which must be bound to vfio-pci, in mode VFIO or VFIONoIOMMU. Errors are
-// *pci.Error as a rule.
-func Open(a pci.Address, o pci.Options) (pci.Function, error) {
-	info, err := o.Sysfs.Read(a)
-	if err != nil {
-		return nil, err
-	}
-	if err := o.Sysfs.NeedDriver(info, "vfio-pci"); err != nil {
-		// Without an IOMMU vfio-pci would not take it: say that first.
-		if info.IOMMUGroup == "" && o.Mode == pci.VFIO && o.Sysfs.HasDriver("vfio-pci") {
-			return nil, o.Sysfs.NoIOMMU(a)
-		}
-		return nil, err
-	}
-	if info.IOMMUGroup == "" || (o.Mode == pci.VFIO && info.NoIOMMUGroup) {
-		return nil, o.Sysfs.NoIOMMU(a)
-	}
-	if o.Mode == pci.VFIONoIOMMU && !info.NoIOMMUGroup {
-		return nil, &pci.Error{Problem: pci.BadInput, Spec: a.String(), Reason: "is behind an IOMMU", Mend: "open it in mode vfio"}
-	}
+// Open opens the function, which must be bound to vfio-pci and in a group of the kind that the mode, VFIO or
+// VFIONoIOMMU, is for: pci.Open makes sure. Errors are *pci.Error as a rule.
+func Open(info *pci.Info, o pci.Options) (pci.Function, error) {
 	g, err := openGroup(info, o)
 	if err != nil {
 		return nil, err
@@ -109,7 +93,8 @@ func (f *function) open() error {
 	if err != nil {
 		return err
 	}
-	f.config = access.Config{Addr: f.info.Address, FD: f.fd, Off: int64(r.offset), Size: r.size}
+	f.config.Addr, f.config.FD, f.config.Off, f.config.Size = f.info.Address, f.fd, int64(r.offset), r.size
+	f.master.Config, f.master.Log = &f.config, f.eventLogf
 	for i := range f.irqs {
 		ii := irqInfo{argsz: uint32(unsafe.Sizeof(irqInfo{})), index: uint32(i)}
 		if uint32(i) < di.irqs {
@@ -221,11 +206,11 @@ func (f *function) SetBusMaster(on bool) error {
 	if f.closed {
 		return pci.ErrClosed
 	}
-	if on {
-		return f.config.SetCommand(pci.CommandBusMaster, 0)
-	}
-	return f.config.SetCommand(0, pci.CommandBusMaster)
+	return f.master.Set(on)
 }
+
+// Counters implements pci.CounterTeller.
+func (f *function) Counters() pci.Counters { return f.master.Counters() }
 
 // MapBAR implements pci.Function.
 func (f *function) MapBAR(i int, want mmio.Kind) (*pci.Mapping, error) {
@@ -237,7 +222,7 @@ func (f *function) MapBAR(i int, want mmio.Kind) (*pci.Mapping, error) {
 	if m := f.bars.Get(i); m != nil {
 		return m, nil
 	}
-	b, err := access.Usable(f.info, i)
+	b, err := f.info.Usable(i)
 	if err != nil {
 		return nil, err
 	}
@@ -354,7 +339,7 @@ func (f *function) EnableInterrupts(n int) ([]pci.Waiter, error) {
 	}
 	if have.Kind != pci.INTx {
 		// The interrupt is a write by the function.
-		if err := f.config.SetCommand(pci.CommandBusMaster, 0); err != nil {
+		if err := f.master.Set(true); err != nil {
 			return nil, err
 		}
 	} else if err := f.config.SetCommand(0, pci.CommandINTxDisable); err != nil {
@@ -514,7 +499,12 @@ func (f *function) Reset() error {
 
 // startWatch wires the error and the request interrupt and looks after the function.
 func (f *function) startWatch() error {
-	w, err := access.NewWatch(checkEvery, func() error { return f.opt.Sysfs.Check(f.info.Address) })
+	w, err := access.NewWatch(checkEvery, func() error {
+		if err := f.opt.Sysfs.Check(f.info.Address); err != nil {
+			return err
+		}
+		return f.master.Look()
+	})
 	if err != nil {
 		return err
 	}
@@ -540,6 +530,10 @@ func (f *function) startWatch() error {
 	}
 	w.Start()
 	return nil
+}
+
+func (f *function) eventLogf(format string, args ...interface{}) {
+	f.logf("%s: %s", f, fmt.Sprintf(format, args...))
 }
 
 func (f *function) eventLog(what string) func() {
@@ -594,7 +588,7 @@ func (f *function) release() error {
 		f.watch.Close()
 	}
 	if f.fd >= 0 && f.config.Size > 0 {
-		f.config.SetCommand(0, pci.CommandBusMaster) // fails on a function that is gone, which is as good
+		f.master.Set(false) // fails on a function that is gone, which is as good
 		keep(f.disableInterrupts())
 	}
 	for at := range f.maps {

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 	"sync"
 	"unsafe"
 
@@ -52,13 +51,16 @@ const (
 func openGroup(info *pci.Info, o pci.Options) (*group, error) {
 	groupsMu.Lock()
 	defer groupsMu.Unlock()
-	path := devDir + "/" + info.IOMMUGroup
-	if o.Mode == pci.VFIONoIOMMU {
-		path = devDir + "/noiommu-" + info.IOMMUGroup
-	}
+	path := pci.GroupPath(info)
 	if g := groups[path]; g != nil {
 		if g.users[info.Address] {
 			return nil, &pci.Error{Problem: pci.Busy, Spec: info.Address.String(), Reason: "this program has it open already"}
+		}
+		// The kernel gives each function without an IOMMU a group of its own.
+		for other := range g.users {
+			if !o.AllowSharedGroup {
+				return nil, pci.GroupTaken(info, other)
+			}
 		}
 		g.users[info.Address] = true
 		return g, nil
@@ -82,15 +84,9 @@ func (g *group) open(info *pci.Info, o pci.Options) error {
 	if g.fd, err = unix.Open(g.path, unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
 		switch err {
 		case unix.EBUSY:
-			reason := "its IOMMU group " + info.IOMMUGroup + " is in use by another process"
-			if h := pci.Holders(g.path); h != "" {
-				reason += ": " + h
-			}
-			return fail(pci.Busy, nil, "end it, or give each program a board of its own", "%s", reason)
-		case unix.EACCES:
-			return fail(pci.Permission, err, "run it as root, or: chown "+userName()+" "+g.path, "may not open %s", g.path)
-		case unix.EPERM:
-			return fail(pci.Permission, err, "run it as root: without an IOMMU the kernel demands CAP_SYS_RAWIO", "may not open %s", g.path)
+			return pci.Held(info, o.Mode, pci.Holders(g.path))
+		case unix.EACCES, unix.EPERM:
+			return o.Sysfs.NotAllowed(info, o.Mode, err)
 		case unix.ENOENT:
 			return fail(pci.MissingModule, nil, "modprobe vfio-pci, then bind the function again", "%s is missing", g.path)
 		}
@@ -101,7 +97,7 @@ func (g *group) open(info *pci.Info, o pci.Options) error {
 		return fail(pci.Other, err, "", "cannot ask for the state of %s", g.path)
 	}
 	if st.flags&groupViable == 0 {
-		return sharedGroup(info, o.Sysfs)
+		return o.Sysfs.GroupNotFree(info)
 	}
 	if g.container, err = unix.Open(containerPath, unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
 		switch err {
@@ -148,34 +144,11 @@ func (g *group) setIOMMU(info *pci.Info, o pci.Options, fail func(pci.Problem, e
 		case !known:
 			return fail(pci.MissingModule, nil, "modprobe vfio_iommu_type1 (on POWER: modprobe vfio_iommu_spapr_tce)", "the kernel's VFIO has no driver for this IOMMU loaded")
 		case last == unix.EPERM:
-			return fail(pci.Permission, last, "the platform has no interrupt remapping; if all boards are trusted: "+
-				"echo 1 > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts", "its IOMMU cannot be used safely")
+			return pci.NoRemapping(info.Address, last)
 		}
 		return fail(pci.Other, last, "", "its IOMMU cannot be used")
 	}
 	return g.initSpace(fail)
-}
-
-// sharedGroup is why a group is not viable: which other functions of it a driver of the kernel has.
-func sharedGroup(info *pci.Info, s pci.Sysfs) error {
-	var names, cmds []string
-	for _, m := range info.GroupMembers {
-		i, err := s.Read(m)
-		if err != nil || i.Driver == "" || i.Driver == "vfio-pci" || i.Driver == "pci-stub" || i.Driver == "pcieport" {
-			continue
-		}
-		names = append(names, fmt.Sprintf("%s (driver %s)", m, i.Driver))
-		cmds = append(cmds, pci.BindCommand(i, "vfio-pci"))
-	}
-	e := &pci.Error{Problem: pci.GroupShared, Spec: info.Address.String()}
-	if len(names) == 0 {
-		e.Reason = "its IOMMU group " + info.IOMMUGroup + " is not free: a driver of the kernel has another member of it"
-		e.Mend = "ls /sys/kernel/iommu_groups/" + info.IOMMUGroup + "/devices lists them"
-		return e
-	}
-	e.Reason = "its IOMMU group " + info.IOMMUGroup + " is shared with " + strings.Join(names, ", ")
-	e.Mend = "bind that too: " + strings.Join(cmds, "; ") + "; or move the board to another slot"
-	return e
 }
 
 // initSpace learns which bus addresses there are.
@@ -378,11 +351,4 @@ func (g *group) closeFDs() {
 		unix.Close(g.container)
 	}
 	g.fd, g.container = -1, -1
-}
-
-func userName() string {
-	if u := os.Getenv("USER"); u != "" && u != "root" {
-		return u
-	}
-	return fmt.Sprint(os.Getuid())
 }

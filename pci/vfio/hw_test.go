@@ -595,11 +595,32 @@ func TestGroupShared(t *testing.T) {
 	t.Log(err)
 }
 
-// TestTwoFunctions: two functions of one process, in one IOMMU group or in two. Closing one leaves the other.
+// TestTwoFunctions: two functions of one process, in one IOMMU group, which has to be allowed, or in two. Closing one
+// leaves the other.
 func TestTwoFunctions(t *testing.T) {
-	f, e := open(t, "BOARDLINK_TEST_VFIO"), open(t, "BOARDLINK_TEST_EDU")
-	same := f.Info().IOMMUGroup == e.Info().IOMMUGroup
-	t.Logf("groups %s and %s", f.Info().IOMMUGroup, e.Info().IOMMUGroup)
+	f := open(t, "BOARDLINK_TEST_VFIO")
+	a, o := function(t, "BOARDLINK_TEST_EDU")
+	i, err := o.Sysfs.Read(a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	same := f.Info().IOMMUGroup == i.IOMMUGroup
+	t.Logf("groups %s and %s", f.Info().IOMMUGroup, i.IOMMUGroup)
+	e, err := pci.Open(a, o)
+	if same {
+		// Each of them would reach the other's memory.
+		var pe *pci.Error
+		if !errors.As(err, &pe) || pe.Problem != pci.GroupShared || !pe.UserError() || !strings.Contains(err.Error(), f.Info().Address.String()) ||
+			!strings.Contains(err.Error(), "--allow-shared-group") {
+			t.Fatalf("a second function of a group: %v", err)
+		}
+		o.AllowSharedGroup = true
+		e, err = pci.Open(a, o)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
 	if f.Mode() == pci.VFIO {
 		if _, err := f.MapDMA(pages(t, os.Getpagesize()), pci.DMARead); err != nil {
 			t.Fatal(err)
@@ -815,6 +836,47 @@ func TestGuard(t *testing.T) {
 	}
 	if err := pci.Guard(func() { window.Load32(0) }); err != nil {
 		t.Errorf("with memory access on again: %v", err)
+	}
+}
+
+// TestMasterCleared: somebody else turns bus mastering off while messages are in use. It is turned on again and
+// counted, and the next message arrives.
+func TestMasterCleared(t *testing.T) {
+	f := open(t, "BOARDLINK_TEST_VFIO")
+	regs := mem(t, f, 0, mmio.Uncached)
+	ws, err := f.EnableInterrupts(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	self := regs.Load32(8)
+	cfg, err := os.OpenFile(pci.Sysfs{}.Dir(f.Info().Address)+"/config", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cfg.Close()
+	for round := uint64(1); round <= 2; round++ {
+		var b [2]byte
+		if _, err := cfg.ReadAt(b[:], pci.RegCommand); err != nil {
+			t.Fatal(err)
+		}
+		b[0] &^= pci.CommandBusMaster
+		if _, err := cfg.WriteAt(b[:], pci.RegCommand); err != nil {
+			t.Fatal(err)
+		}
+		end := time.Now().Add(10 * time.Second)
+		for f.(pci.CounterTeller).Counters().BusMasterRestored != round {
+			if time.Now().After(end) {
+				t.Fatalf("nobody notices: %+v", f.(pci.CounterTeller).Counters())
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		regs.Store32(12, self<<16)
+		if waitRung(t, ws[0], 5*time.Second) == 0 {
+			t.Error("no message with bus mastering on again")
+		}
+		if err := f.Gone(); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

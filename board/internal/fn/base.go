@@ -34,6 +34,7 @@ type Base struct {
 var (
 	_ board.Pooled    = (*Base)(nil)
 	_ board.Vanishing = (*Base)(nil)
+	_ board.Counting  = (*Base)(nil)
 )
 
 // OnClose adds what Close does, the last one first.
@@ -96,6 +97,9 @@ func (b *Base) Gone() error {
 	}
 	return b.GoneF()
 }
+
+// Counters implements board.Counting.
+func (b *Base) Counters() map[string]uint64 { return Counters(b.Fn) }
 
 // Close takes everything apart, the last part first. The error is the first one.
 func (b *Base) Close() error {

@@ -15,6 +15,7 @@ import (
 	"github.com/boardlink/boardlink/pci"
 	_ "github.com/boardlink/boardlink/pci/uio"  // modes uio and sysfs
 	_ "github.com/boardlink/boardlink/pci/vfio" // modes vfio and noiommu
+	"github.com/boardlink/boardlink/status"
 )
 
 // Arg is an argument "WHAT,key=value,key=value" in pieces.
@@ -23,7 +24,14 @@ type Arg struct {
 	What string
 	// DMAMask is the highest bus address that the function can reach by DMA; 0 is no limit.
 	DMAMask uint64
-	opts    map[string]string
+	// Interrupts is the only kind of interrupt that the board raises; the zero value takes the best that the
+	// function has.
+	Interrupts pci.InterruptKind
+	// Match tells why a function is no board of this kind, nil where it is one; Fits what is wrong with the
+	// BARs of one. Both go by what sysfs tells. They may be nil.
+	Match func(i *pci.Info) error
+	Fits  func(i *pci.Info) []error
+	opts  map[string]string
 }
 
 // ParseArg takes an argument apart. Keys other than the given ones, and repeated ones, are errors
@@ -78,27 +86,145 @@ func (a Arg) OneOf(key, def string, values ...string) (string, error) {
 	return "", a.Bad("%s=%s: the values are %s", key, v, strings.Join(values, ", "))
 }
 
-// Open opens the PCI function a.What in the mode that the key "mode" names.
-func (a Arg) Open(o board.Options) (pci.Function, error) {
+// options are the address and the options by which the function is opened.
+func (a Arg) options(o board.Options) (pci.Address, pci.Options, error) {
 	addr, err := pci.ParseAddress(a.What)
 	if err != nil {
-		return nil, Wrap(a.Spec, "its PCI address", err)
+		return addr, pci.Options{}, Wrap(a.Spec, "its PCI address", err)
 	}
 	mode, err := a.OneOf("mode", "", string(pci.VFIO), string(pci.VFIONoIOMMU), string(pci.UIO), string(pci.SysfsOnly))
+	return addr, pci.Options{Mode: pci.Mode(mode), DMAMask: a.DMAMask, Interrupts: a.Interrupts, AllowSharedGroup: o.AllowSharedGroup, Logf: o.Logf}, err
+}
+
+// findings is what stands in the way of opening the function, as far as sysfs tells it: first of all that it
+// is no board of this kind, then that the kernel uses it.
+func (a Arg) findings(i *pci.Info, o pci.Options) []error {
+	if a.Match != nil {
+		if err := a.Match(i); err != nil {
+			return []error{err}
+		}
+	}
+	var found []error
+	for _, e := range o.Sysfs.Diagnose(i, o) {
+		found = append(found, Wrap(a.Spec, "cannot be opened", e))
+		if e.Problem == pci.InUse {
+			return found
+		}
+	}
+	if a.Fits != nil {
+		found = append(found, a.Fits(i)...)
+	}
+	return found
+}
+
+// Examine is board.Kind's Examine: the findings that Open would refuse the function for, and what shows from
+// outside only.
+func (a Arg) Examine(o board.Options) []error {
+	addr, opts, err := a.options(o)
+	if err != nil {
+		return []error{err}
+	}
+	i, err := opts.Sysfs.Read(addr)
+	if err != nil {
+		return []error{Wrap(a.Spec, "cannot be opened", err)}
+	}
+	found := a.findings(i, opts)
+	if len(found) > 0 && (errors.Is(found[0], board.ErrInput) || isInUse(found[0])) {
+		return found // what else there is to say concerns a board
+	}
+	for _, e := range opts.Sysfs.Suspect(i, opts) {
+		found = append(found, Wrap(a.Spec, "cannot be opened", e))
+	}
+	return found
+}
+
+func isInUse(err error) bool {
+	var e *pci.Error
+	return errors.As(err, &e) && e.Problem == pci.InUse
+}
+
+// Open opens the PCI function a.What in the mode that the key "mode" names.
+func (a Arg) Open(o board.Options) (pci.Function, error) {
+	addr, opts, err := a.options(o)
 	if err != nil {
 		return nil, err
 	}
-	// A board that was reset under us comes back with its BARs wiped.
-	if done, err := (pci.Sysfs{}).Heal(addr); done != "" && o.Logf != nil {
-		o.Logf("%s: the function had lost its configuration: %s", a.Spec, done)
-	} else if errors.Is(err, pci.ErrGone) {
-		return nil, Wrap(a.Spec, "cannot be opened", err)
-	}
-	f, err := pci.Open(addr, pci.Options{Mode: pci.Mode(mode), DMAMask: a.DMAMask, Logf: o.Logf})
+	i, err := opts.Sysfs.Read(addr)
 	if err != nil {
 		return nil, Wrap(a.Spec, "cannot be opened", err)
 	}
+	// Nothing is done to a function that is none of ours.
+	if found := a.findings(i, opts); len(found) > 0 && (errors.Is(found[0], board.ErrInput) || isInUse(found[0])) {
+		return nil, found[0]
+	}
+	// A board that was reset under us comes back with its BARs wiped.
+	if done, err := opts.Sysfs.Heal(addr); done != "" && o.Logf != nil {
+		o.Logf("%s: the function had lost its configuration: %s", a.Spec, done)
+	} else if errors.Is(err, pci.ErrGone) || errors.Is(err, pci.ErrAbsent) {
+		return nil, Wrap(a.Spec, "cannot be opened", err)
+	}
+	if i, err = opts.Sysfs.Read(addr); err != nil {
+		return nil, Wrap(a.Spec, "cannot be opened", err)
+	}
+	if found := a.findings(i, opts); len(found) > 0 {
+		return nil, found[0]
+	}
+	f, err := pci.Open(addr, opts)
+	if err != nil {
+		return nil, Wrap(a.Spec, "cannot be opened", err)
+	}
+	if err := f.Gone(); err != nil { // a bridge above it may be off
+		f.Close()
+		return nil, Wrap(a.Spec, "cannot be opened", err)
+	}
 	return f, nil
+}
+
+// Bars looks at BARs of a function: that they have addresses, and, by check, at the size of each. check may be nil.
+func Bars(spec string, i *pci.Info, check func(b pci.BAR) error, bars ...int) []error {
+	var found []error
+	for _, n := range bars {
+		b, err := i.Usable(n)
+		if err == nil && check != nil {
+			err = check(b)
+		}
+		if err != nil {
+			found = append(found, Wrap(spec, "cannot be used", err))
+		}
+	}
+	return found
+}
+
+// Counters is board.Counting's method for a board with that function; nil is one without.
+func Counters(f pci.Function) map[string]uint64 {
+	if t, ok := f.(pci.CounterTeller); ok {
+		return status.Counters(t.Counters())
+	}
+	return nil
+}
+
+// Warn tells the operator of a board that is open and that nothing confines.
+func Warn(spec string, f pci.Function, o board.Options) {
+	tell := o.Warnf
+	if tell == nil {
+		tell = o.Logf
+	}
+	if tell == nil || f.Mode() != pci.VFIONoIOMMU {
+		return
+	}
+	if v, err := f.ReadConfig(pci.RegCommand, 2); err == nil && v&pci.CommandBusMaster != 0 {
+		tell("%s: no IOMMU confines the board, and it masters the bus (for its interrupts): it can read and write all of this machine's memory; "+
+			"with interrupts=off it does not master the bus", spec)
+	}
+}
+
+// NoSuchBoard is the error for a function that is no board of a kind; want tells what one is.
+func NoSuchBoard(spec string, i *pci.Info, want string) error {
+	reason := fmt.Sprintf("the function is %04x:%04x, which is no such board: %s", i.Vendor, i.Device, want)
+	if i.Driver != "" && i.Driver != "vfio-pci" {
+		reason += fmt.Sprintf("; the driver %s has it", i.Driver)
+	}
+	return &board.Error{Spec: spec, Reason: reason, Class: board.ErrInput}
 }
 
 // Wrap makes an error of package pci one of package board. A function that is not there, or not any

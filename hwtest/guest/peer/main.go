@@ -6,9 +6,10 @@
 //	peer echo
 //	peer check ADDRESS [PINGS [BYTES]]
 //	peer memory FUNCTION on|off
+//	peer master FUNCTION on|off
 //	peer wipe FUNCTION
 //
-// memory sets or clears the memory-enable bit of a PCI function, wipe clears its BARs and command register as a reset of the
+// memory sets or clears the memory-enable bit of a PCI function, master its bus-master bit, wipe clears its BARs and command register as a reset of the
 // board does, both behind the back of whoever uses it.
 package main
 
@@ -61,31 +62,34 @@ func run(args []string) error {
 		return err
 	}
 	if len(args) == 3 && args[0] == "memory" {
-		return memory(args[1], args[2] == "on")
+		return command(args[1], 1<<1, args[2] == "on")
+	}
+	if len(args) == 3 && args[0] == "master" {
+		return command(args[1], 1<<2, args[2] == "on")
 	}
 	if len(args) == 2 && args[0] == "wipe" {
 		return wipe(args[1])
 	}
-	return fmt.Errorf("usage: peer echo | peer check ADDRESS [PINGS [BYTES]] | peer memory FUNCTION on|off | peer wipe FUNCTION")
+	return fmt.Errorf("usage: peer echo | peer check ADDRESS [PINGS [BYTES]] | peer memory FUNCTION on|off | peer master FUNCTION on|off | peer wipe FUNCTION")
 }
 
-// memory writes the command register in configuration space (PCI 3.0, 6.2.2).
-func memory(fn string, on bool) error {
-	const command, memoryEnable = 4, 2
+// command sets or clears a bit of the command register in configuration space (PCI 3.0, 6.2.2).
+func command(fn string, bit byte, on bool) error {
+	const register = 4
 	f, err := os.OpenFile("/sys/bus/pci/devices/"+fn+"/config", os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
 	var b [2]byte
-	if _, err := f.ReadAt(b[:], command); err != nil {
+	if _, err := f.ReadAt(b[:], register); err != nil {
 		return err
 	}
-	b[0] &^= memoryEnable
+	b[0] &^= bit
 	if on {
-		b[0] |= memoryEnable
+		b[0] |= bit
 	}
-	_, err = f.WriteAt(b[:], command)
+	_, err = f.WriteAt(b[:], register)
 	return err
 }
 

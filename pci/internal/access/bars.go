@@ -30,29 +30,6 @@ func (s *BARs) Get(i int) *pci.Mapping {
 	return s.maps[i]
 }
 
-// Usable returns BAR i where it exists and has an address.
-func Usable(info *pci.Info, i int) (pci.BAR, error) {
-	fail := func(format string, args ...interface{}) (pci.BAR, error) {
-		return pci.BAR{}, &pci.Error{Problem: pci.NoBAR, Spec: info.Address.String(), Reason: fmt.Sprintf(format, args...)}
-	}
-	if i < 0 || i >= pci.NumBARs {
-		return fail("there can be no BAR %d", i)
-	}
-	b, ok := info.BAR(i)
-	if !ok {
-		return fail("has no BAR %d", i)
-	}
-	if b.Unassigned {
-		e := &pci.Error{
-			Problem: pci.NoBAR, Spec: info.Address.String(),
-			Reason: fmt.Sprintf("its BAR %d (%s) was given no address: the machine found no room for it", i, b),
-			Mend:   "remove the function and rescan the bus, or boot with pci=realloc, or allow large BARs (\"above 4G decoding\") in the firmware",
-		}
-		return pci.BAR{}, e
-	}
-	return b, nil
-}
-
 // ResourcePath is the sysfs file of a BAR.
 func ResourcePath(s pci.Sysfs, a pci.Address, i int, wc bool) string {
 	name := fmt.Sprintf("resource%d", i)

@@ -7,6 +7,7 @@ package access
 import (
 	"encoding/binary"
 	"fmt"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -19,6 +20,8 @@ type Config struct {
 	FD   int
 	Off  int64  // in the file
 	Size uint64 // bytes
+
+	mu sync.Mutex // between reading the command register and writing it
 }
 
 func (c *Config) want(off, width int) error {
@@ -81,6 +84,8 @@ func (c *Config) failed(what string, off, n int, err error) error {
 
 // SetCommand sets and clears bits of the command register.
 func (c *Config) SetCommand(set, clear uint32) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	v, err := c.Read(pci.RegCommand, 2)
 	if err != nil {
 		return err
