@@ -147,6 +147,7 @@ type Session struct {
 	last   string // error
 	shown  board.Board
 	shownL *virtiomsg.Link
+	counts map[string]uint64 // of the boards that were closed
 	epochs [2]uint32
 	bells  *doorbell.Counters
 }
@@ -389,6 +390,14 @@ func (s *Session) assign(b board.Board, self board.RingInfo) error {
 
 func (s *Session) close() {
 	s.mu.Lock()
+	if c, ok := s.shown.(board.Counting); ok {
+		if s.counts == nil {
+			s.counts = map[string]uint64{}
+		}
+		for k, v := range c.Counters() {
+			s.counts[k] += v
+		}
+	}
 	s.shown, s.shownL = nil, nil
 	s.mu.Unlock()
 	if err := s.assigned.Close(); err != nil {
@@ -627,8 +636,16 @@ func (s *Session) down() {
 		return
 	}
 	if err := s.link.Quiesced(); err == nil {
-		s.setState("waiting for the peer: " + s.link.Reason().String())
-		s.cfg.Log.Warn("link down", "link", s.cfg.Name, "reason", s.link.Reason().String())
+		reason := s.link.Reason().String()
+		// What is read of a board that cannot be reached may look like anything that a peer does.
+		if v, ok := s.b.(board.Vanishing); ok {
+			if gone := v.Gone(); gone != nil {
+				reason = "board out of reach"
+				s.faulted = true // serve looks at it next
+			}
+		}
+		s.setState("waiting for the peer: " + reason)
+		s.cfg.Log.Warn("link down", "link", s.cfg.Name, "reason", reason)
 	}
 }
 
@@ -849,6 +866,14 @@ func (s *Session) Status() status.Link {
 		Floods: atomic.LoadUint64(&s.n.Floods), Stuck: atomic.LoadUint64(&s.n.Stuck)})
 	for k, v := range status.Counters(s.bells.Snapshot()) {
 		l.Counters["bell_"+k] = v
+	}
+	for k, v := range s.counts {
+		l.Counters[k] = v
+	}
+	if c, ok := s.shown.(board.Counting); ok {
+		for k, v := range c.Counters() {
+			l.Counters[k] += v
+		}
 	}
 	if s.shownL != nil {
 		st := s.shownL.Stats()

@@ -121,6 +121,80 @@ func TestServerLost(t *testing.T) {
 	}
 }
 
+// bridged is a board below a bridge that may be off: what is read then looks like a peer that left.
+type bridged struct {
+	board.Board
+	off *atomic.Bool
+}
+
+func (b bridged) Gone() error {
+	if b.off.Load() {
+		return &board.Error{Spec: "bridged", Reason: "the bridge above it has its memory access off", Class: board.ErrAbsent}
+	}
+	return nil
+}
+
+func (b bridged) Counters() map[string]uint64 { return map[string]uint64{"bus_master_restored": 3} }
+
+// bridgeOff is whether the bridge above boards of the kind "bridged" is off.
+var bridgeOff = new(atomic.Bool)
+
+func init() {
+	board.Register(board.Kind{Name: "bridged", Open: func(arg string, o board.Options) (board.Board, error) {
+		b := bridged{off: bridgeOff}
+		if err := b.Gone(); err != nil {
+			return nil, err
+		}
+		var err error
+		b.Board, err = board.Open(arg, o)
+		return b, err
+	}})
+}
+
+// TestOutOfReach: the words for a peer that stops cleanly, and for a board that cannot be reached, whose memory reads as
+// if it did. The board is waited for, and its counters go on.
+func TestOutOfReach(t *testing.T) {
+	for _, off := range []bool{false, true} {
+		_, spec := peer.NewBoard(t, testboard.PairOptions{})
+		var log peer.Log
+		host := session.New(session.Config{Name: "x", Spec: "bridged:" + spec, Log: &log, Handler: none{}, Beat: 5 * time.Millisecond, LostBeats: 1000})
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan error, 1)
+		go func() { done <- host.Run(ctx) }()
+		p := peer.New(t, spec, board.Agent)
+		wait := func(what string, ok func() bool) {
+			t.Helper()
+			p.Until(20*time.Second, what, ok)
+		}
+		wait("up", func() bool { return p.Up && host.Status().State == "up" })
+		bridgeOff.Store(off)
+		if err := p.Link.Stop(); err != nil {
+			t.Fatal(err)
+		}
+		wait("down", func() bool { return strings.Contains(log.String(), "WARN link down") })
+		if left := strings.Contains(log.String(), "peer left"); left == off {
+			t.Errorf("bridge off: %v; log:\n%s", off, &log)
+		}
+		opened := uint64(1)
+		if off {
+			wait("waiting", func() bool { return host.Status().State == "waiting for the board" })
+			if st := host.Status(); !strings.Contains(st.LastError, "the bridge above it") || st.Counters["bus_master_restored"] != 3 || !strings.Contains(log.String(), "board out of reach") {
+				t.Errorf("%q, counters %v; log:\n%s", st.LastError, st.Counters, &log)
+			}
+			bridgeOff.Store(false)
+			opened = 2
+			wait("open again", func() bool { return host.Status().State == "waiting for the peer" })
+		}
+		if n := host.Status().Counters["bus_master_restored"]; n != 3*opened {
+			t.Errorf("bus_master_restored %d of %d boards that were opened", n, opened)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestOpen: what is wrong with a board shows before Run; that it is absent does not matter.
 func TestOpen(t *testing.T) {
 	s := session.New(session.Config{Name: "x", Spec: "nosuch:kind", Log: new(peer.Log), Handler: none{}})
