@@ -161,7 +161,14 @@ func (s *engineSet) prepare(jobs []engineJob) {
 				continue
 			}
 			s.src.close(q)
-			if errors.Is(err, board.ErrNoEngine) {
+			if errors.Is(err, board.ErrHasNoEngine) {
+				// Nobody asked for one, unless the operator did.
+				tell := s.src.log.Debug
+				if s.src.c.Mode == DMAOn {
+					tell = s.src.log.Warn
+				}
+				tell("the processor copies", "link", s.src.link, "queue", j.name, "error", err)
+			} else if errors.Is(err, board.ErrNoEngine) {
 				s.src.log.Info("no DMA engine left: the processor copies", "link", s.src.link, "queue", j.name, "error", err)
 			} else {
 				s.src.log.Warn("no DMA engine: the processor copies", "link", s.src.link, "queue", j.name, "error", err)

@@ -20,6 +20,7 @@ type timedBoard struct {
 	board.Board
 	win      dma.Region
 	free     int
+	none     error // why there is no free one; nil: board.ErrNoEngine
 	takes    time.Duration
 	closeErr error
 	size     uint32 // of its memory; 0: what is wanted
@@ -31,6 +32,9 @@ func (b *timedBoard) Window() dma.Region { return b.win }
 func (b *timedBoard) String() string     { return "timed" }
 
 func (b *timedBoard) Engine(c board.EngineConfig) (dma.Engine, dma.Span, error) {
+	if b.free == 0 && b.none != nil {
+		return nil, dma.Span{}, fmt.Errorf("timed: %w", b.none)
+	}
 	if b.free == 0 {
 		return nil, dma.Span{}, fmt.Errorf("timed: %w", board.ErrNoEngine)
 	}
@@ -103,6 +107,11 @@ func (l *lines) Debug(msg string, args ...interface{}) { l.add(msg, args...) }
 func (l *lines) Info(msg string, args ...interface{})  { l.add(msg, args...) }
 func (l *lines) Warn(msg string, args ...interface{})  { l.add(msg, args...) }
 func (l *lines) Error(msg string, args ...interface{}) { l.add(msg, args...) }
+
+// quiet hears no more than an operator does.
+type quiet struct{ *lines }
+
+func (quiet) Debug(string, ...interface{}) {}
 
 func jobs(pairs int) []engineJob {
 	var l []engineJob
@@ -177,6 +186,30 @@ func TestEngines(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestEngineWords: a board that has no engine does not have none left. Nothing is said of it unless the operator asked for one.
+func TestEngineWords(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		mode DMAMode
+		want string // "": no line
+	}{
+		{board.ErrNoEngine, DMAAuto, "no DMA engine left"},
+		{board.ErrNoEngine, DMAOn, "no DMA engine left"},
+		{board.ErrHasNoEngine, DMAAuto, ""},
+		{board.ErrHasNoEngine, DMAOn, "the board has no DMA engine"},
+	} {
+		log := &lines{}
+		b := &timedBoard{win: dma.Region{Mem: mmio.FromBytes(make([]byte, 1<<20))}, none: c.err}
+		s := &engineSet{}
+		s.src = newEngineSource(b, DMAConfig{Mode: c.mode}, quiet{log}, "l", []board.WindowPart{{Link: 1 << 32, Size: 1 << 20}}, nil)
+		s.prepare(jobs(1))
+		text := fmt.Sprint(log.l)
+		if c.want == "" && len(log.l) != 0 || !strings.Contains(text, c.want) || errors.Is(c.err, board.ErrHasNoEngine) && strings.Contains(text, "left") {
+			t.Errorf("%v, --dma %v: %s", c.err, c.mode, text)
+		}
 	}
 }
 
