@@ -400,14 +400,16 @@ func TestVFIOHostNativeAgent(t *testing.T) {
 	a.waitState(0, "down", 10*time.Second, func(l status.Link) bool { return l.State != "up" })
 
 	t.Run("generic", func(t *testing.T) {
-		// The same device by a description: vector 0 of peer 0, which is the agent, is all that it can ring.
+		// The same device by a description. The agent wants to be rung as ivshmem's peers are, which a described board
+		// cannot: the line says so, and the board is open all the same.
 		const file = "/tmp/board.toml"
 		if err := m.PutBytes(t.Context(), file, 0o644, []byte(genericIvshmem)); err != nil {
 			t.Fatal(err)
 		}
 		h := inVM(t, m, "host", "generic:"+file+"@"+slot)
-		h.waitUp(0)
-		a.check(t, hostIP, remote.Config{Pings: 50, Bytes: 4 << 20})
+		h.waitState(0, "told of the agent's doorbell", 15*time.Second, func(l status.Link) bool {
+			return l.Window.Size == 8<<20 && strings.Contains(l.LastError, "is the other end of the same kind?")
+		})
 		h.stop()
 	})
 	t.Run("no interrupts", func(t *testing.T) {
@@ -444,6 +446,34 @@ func TestVFIOHostNativeAgent(t *testing.T) {
 		h.waitUp(0)
 		a.check(t, hostIP, remote.Config{Pings: 20, Bytes: 1 << 20})
 		h.stop()
+	})
+	t.Run("bus mastering off", func(t *testing.T) {
+		// The bus-master bit is cleared under us: it comes back, is counted, and interrupts go on.
+		h := inVM(t, m, "host", "ivshmem:"+slot)
+		h.waitUp(0)
+		vmtest.Run(t, m, "peer", "master", slot, "off")
+		h.waitState(0, "told of it", 10*time.Second, func(l status.Link) bool { return l.Counters["bus_master_restored"] == 1 })
+		irq := interrupts(t, m, slot)
+		a.check(t, hostIP, remote.Config{Pings: 20, Bytes: 1 << 20})
+		if now := interrupts(t, m, slot); now <= irq {
+			t.Errorf("%d interrupts before, %d after the traffic: bus mastering is not on again", irq, now)
+		}
+		if l := h.waitUp(0); l.Counters["bus_master_lost"] != 0 || l.Counters["opened"] != 1 {
+			t.Errorf("counters %v", l.Counters)
+		}
+		h.stop()
+	})
+	t.Run("INTx by description", func(t *testing.T) {
+		// edu has MSI too, which would come first.
+		const edu, file = "0000:00:01.0", "/tmp/edu.toml"
+		bind(t, m, edu, "vfio-pci")
+		if err := m.PutBytes(t.Context(), file, 0o644, []byte(describedEdu)); err != nil {
+			t.Fatal(err)
+		}
+		out, _ := m.Run(t.Context(), "boardlink", "doctor", "--json", "generic:"+file+"@"+edu)
+		if !strings.Contains(string(out.Stdout), `"1 vectors"`) || strings.Contains(string(out.Stderr), "host.interrupt.kind") {
+			t.Errorf("doctor: %s%s", out.Stdout, out.Stderr)
+		}
 	})
 	t.Run("board reset", func(t *testing.T) {
 		h := inVM(t, m, "host", "ivshmem:"+slot)
@@ -492,6 +522,23 @@ size = 0x80_0000
 bar = 0
 offset = 12
 value = 0x0001_0000
+`
+
+// describedEdu describes edu as a board that interrupts by its line. Nothing is behind its window.
+const describedEdu = `
+vendor = 0x1234
+device = 0x11e8
+[host.window]
+bar = 0
+offset = 0x1_0000
+[host.interrupt]
+kind = "intx"
+vectors = 1
+[host.interrupt.cause]
+bar = 0
+offset = 0x24
+clear_offset = 0x64
+mask = 1
 `
 
 // fails runs a command that has to fail with the status, and one line that tells why.
@@ -674,7 +721,47 @@ func TestHotPlug(t *testing.T) {
 	if out := h.log.String(); !regexp.MustCompile(`the board is gone`).MatchString(out) {
 		t.Error("the log does not tell that the board is gone")
 	}
+
+	// The bridge above the board is turned off and on: it is told, and no peer has left.
+	const port = "0000:00:10.0"
+	before := len(h.log.String())
+	setMemory(t, m, port, false)
+	h.waitState(0, "waiting for the board", 15*time.Second, func(l status.Link) bool {
+		return l.State == "waiting for the board" && strings.Contains(l.LastError, "the bridge "+port+" above it has its memory access off")
+	})
+	setMemory(t, m, port, true)
+	h.waitUp(0)
+	if out := h.log.String()[before:]; strings.Contains(out, "peer left") || !strings.Contains(out, "board out of reach") {
+		t.Errorf("the log of a bridge that was off:\n%s", out)
+	}
 	h.stop()
+
+	// Plugged in before its driver is bound: it is waited for, as the board was, and the state tells what is missing.
+	if err := m.PullIvshmem(t.Context(), hot); err != nil {
+		t.Fatal(err)
+	}
+	late := inVM(t, m, "host", "ivshmem:"+hotFn, nets(1)...)
+	waiting := func(what string) {
+		t.Helper()
+		late.waitState(0, what, 15*time.Second, func(l status.Link) bool {
+			return l.State == "waiting for the board" && strings.Contains(l.LastError, what)
+		})
+	}
+	waiting("is not there")
+	if strings.Contains(late.log.String(), "removed from the bus") {
+		t.Errorf("the log of a board that never was there:\n%s", late.log)
+	}
+	if err := m.PlugIvshmem(t.Context(), hot); err != nil {
+		t.Fatal(err)
+	}
+	hotFunction(t, m)
+	waiting("is bound to no driver")
+	time.Sleep(time.Second)
+	waiting("is bound to no driver")
+	bind(t, m, hotFn, "vfio-pci")
+	late.waitUp(0)
+	a.check(t, "10.66.1.1", remote.Config{Pings: 20, Bytes: 1 << 20})
+	late.stop()
 }
 
 // hotFunction waits for the function behind the root port.
@@ -707,6 +794,9 @@ func TestNoIOMMU(t *testing.T) {
 		t.Errorf("interrupts %d to %d: MSI-X is not used", irq, now)
 	}
 	h.stop()
+	if n := strings.Count(h.log.String(), "no IOMMU confines the board, and it masters the bus"); n != 1 {
+		t.Errorf("%d warnings that nothing confines the board:\n%s", n, h.log)
+	}
 }
 
 // A real board, by its address: this machine is its carrier.
