@@ -6,13 +6,12 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"os/signal"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/boardlink/boardlink/agent"
+	"github.com/boardlink/boardlink/app/daemon"
 	"github.com/boardlink/boardlink/app/internal/ifaddr"
 	"github.com/boardlink/boardlink/app/internal/statussock"
 	"github.com/boardlink/boardlink/board"
@@ -48,7 +47,7 @@ type ends struct {
 	machine *Machine // nil: not asked for yet
 }
 
-// Run runs one end until ctx ends or a signal (SIGINT, SIGTERM, SIGHUP) comes. version is what status tells of the program. Nothing
+// Run runs one end until ctx ends (daemon.Context). version is what status tells of the program. Nothing
 // is logged before all is known to be well: what is not is the error, in one line.
 func Run(ctx context.Context, c *Config, version string, log session.Logger) error {
 	e := &ends{c: c, log: log}
@@ -60,7 +59,7 @@ func Run(ctx context.Context, c *Config, version string, log session.Logger) err
 	if err == nil {
 		err = e.serve(ctx, version)
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, session.ErrStuck) { // else loops may still run: the end of the program closes all
 		for _, d := range e.devices {
 			d.Close()
 		}
@@ -195,7 +194,7 @@ func (e *ends) serve(ctx context.Context, version string) error {
 	}
 	started := time.Now().Format(time.RFC3339)
 	srv, err := ServeStatus(path, func() status.Program {
-		p := status.Program{Version: version, Side: e.c.Side.String(), PID: os.Getpid(), Started: started}
+		p := status.Program{Version: version, Side: e.c.Side.String(), PID: os.Getpid(), Started: started, LogLost: daemon.Stderr().Lost()}
 		for _, l := range e.links {
 			p.Links = append(p.Links, l.Status())
 		}
@@ -205,12 +204,6 @@ func (e *ends) serve(ctx context.Context, version string) error {
 		return UsageError{err}
 	}
 	defer srv.Close()
-	signals := []os.Signal{syscall.SIGINT, syscall.SIGTERM}
-	if !signal.Ignored(syscall.SIGHUP) { // nohup
-		signals = append(signals, syscall.SIGHUP)
-	}
-	ctx, stop := signal.NotifyContext(ctx, signals...)
-	defer stop()
 	if err := e.open(ctx); err != nil {
 		return err
 	}

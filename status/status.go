@@ -16,6 +16,8 @@ type Program struct {
 	Side    string `json:"side"` // "host" or "agent"
 	PID     int    `json:"pid"`
 	Started string `json:"started"` // RFC 3339
+	// LogLost counts lines of the program's log that nobody read in time.
+	LogLost uint64 `json:"log_lost"`
 	Links   []Link `json:"links"`
 }
 

@@ -1,10 +1,10 @@
 package main
 
 import (
-	"context"
 	"errors"
 
 	"github.com/boardlink/boardlink/app"
+	"github.com/boardlink/boardlink/app/daemon"
 	"github.com/boardlink/boardlink/board"
 )
 
@@ -28,5 +28,7 @@ func runEnd(side board.Side, args []string, s *streams) error {
 	} else if err != nil {
 		return err
 	}
-	return app.Run(context.Background(), c, version(), s.logger(c.Verbose))
+	ctx, stop := daemon.Context(daemon.Stderr())
+	defer stop()
+	return app.Run(ctx, c, version(), s.logger(c.Verbose))
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/alecthomas/kong"
 	"github.com/boardlink/boardlink/app"
+	"github.com/boardlink/boardlink/app/daemon"
 	_ "github.com/boardlink/boardlink/board/all" // every kind of board
 	"github.com/boardlink/boardlink/hwtest/benchkit"
 	"github.com/boardlink/boardlink/tunbridge"
@@ -92,10 +93,14 @@ func run(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "boardlink: %s (see boardlink --help)\n", oneLine(err))
 		return exitUsage
 	}
+	name, _, _ := strings.Cut(ctx.Command(), " ") // without the arguments' names
+	if longRunning[name] && stderr == io.Writer(os.Stderr) {
+		defer daemon.Stderr().Flush(daemon.FlushLimit)
+		stderr = daemon.Stderr()
+	}
 	err = app.ExplainFiles(ctx.Run(&streams{stdout, stderr}))
 	var st statusError
 	if err != nil && !errors.As(err, &st) {
-		name, _, _ := strings.Cut(ctx.Command(), " ") // without the arguments' names
 		fmt.Fprintf(stderr, "boardlink %s: %s\n", name, oneLine(err))
 	}
 	return exitStatus(err)
@@ -107,6 +112,9 @@ func vars() kong.Vars {
 }
 
 func oneLine(err error) string { return app.OneLine(err) }
+
+// longRunning are the commands that a standard error which nobody reads must not hold up.
+var longRunning = map[string]bool{"host": true, "agent": true, "serve": true}
 
 type streams struct{ out, err io.Writer }
 

@@ -144,13 +144,14 @@ func needRoot(t testing.TB) {
 // box is where programs run: a network namespace, a directory for everything they make, and a name of
 // the program that nobody else runs. When the test ends it is to be as it was.
 type box struct {
-	t    testing.TB
-	ns   *netns.NS
-	dir  string // the working directory, TMPDIR and XDG_RUNTIME_DIR
-	prog string
-	keep []string // names in dir that the test itself made
-	ifcs []string // interfaces that it made
-	all  []*program
+	t      testing.TB
+	ns     *netns.NS
+	dir    string // the working directory, TMPDIR and XDG_RUNTIME_DIR
+	prog   string
+	keep   []string // names in dir that the test itself made
+	ifcs   []string // interfaces that it made
+	all    []*program
+	stderr *os.File // of the programs, instead of program.err; nil: none
 }
 
 func newBox(t testing.TB) *box {
@@ -301,6 +302,9 @@ func (b *box) start(ns *netns.NS, how string, args ...string) *program {
 	}
 	p.cmd.Dir = b.dir
 	p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.err
+	if b.stderr != nil {
+		p.cmd.Stderr = b.stderr
+	}
 	if err := ns.Start(p.cmd); err != nil {
 		b.t.Fatal(err)
 	}

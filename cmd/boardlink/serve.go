@@ -1,14 +1,12 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"os"
-	"os/signal"
 	"strconv"
 	"strings"
-	"syscall"
 
+	"github.com/boardlink/boardlink/app/daemon"
 	"github.com/boardlink/boardlink/board/loopback"
 )
 
@@ -41,7 +39,7 @@ func (c *serveCmd) Run(s *streams) error {
 		return err
 	}
 	log.Info("serving", "socket", c.Path, "size", size, "vectors", c.Vectors)
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	ctx, stop := daemon.Context(daemon.Stderr())
 	defer stop()
 	done := make(chan error, 1)
 	go func() { done <- srv.Serve() }()

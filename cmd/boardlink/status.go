@@ -110,6 +110,9 @@ func (c *statusCmd) print(s *streams, p *status.Program) {
 	w := tabwriter.NewWriter(printer{s.out}, 0, 8, 2, ' ', 0)
 	defer w.Flush()
 	fmt.Fprintf(w, "%s\tpid %d, since %s, boardlink %s\n", p.Side, p.PID, p.Started, p.Version)
+	if p.LogLost != 0 {
+		fmt.Fprintf(w, "  log\t%d lines lost: standard error was not read in time\n", p.LogLost)
+	}
 	for _, l := range p.Links {
 		fmt.Fprintf(w, "link %s\t%s: %s (since %s)\n", l.Name, l.Board, l.State, l.Since)
 		if l.LastError != "" {

@@ -7,7 +7,6 @@
 package lean
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -15,6 +14,7 @@ import (
 	"runtime"
 
 	"github.com/boardlink/boardlink/app"
+	"github.com/boardlink/boardlink/app/daemon"
 	"github.com/boardlink/boardlink/board"
 	_ "github.com/boardlink/boardlink/board/all" // every kind of board
 )
@@ -25,7 +25,9 @@ var Version = "(devel)"
 
 // Main runs the program of one side with the command line of the process, and ends the process.
 func Main(side board.Side) {
-	os.Exit(run(side, os.Args[1:], os.Stdout, os.Stderr))
+	status := run(side, os.Args[1:], os.Stdout, daemon.Stderr())
+	daemon.Stderr().Flush(daemon.FlushLimit)
+	os.Exit(status)
 }
 
 func run(side board.Side, args []string, stdout, stderr io.Writer) int {
@@ -39,7 +41,9 @@ func run(side board.Side, args []string, stdout, stderr io.Writer) int {
 		err = app.WriteHelp(stdout, side, program)
 	} else if err == nil {
 		version := Version + " lean " + runtime.Version() + " " + runtime.GOARCH
-		err = app.Run(context.Background(), c, version, &Log{w: stderr, debug: c.Verbose})
+		ctx, stop := daemon.Context(daemon.Stderr())
+		err = app.Run(ctx, c, version, &Log{w: stderr, debug: c.Verbose})
+		stop()
 	}
 	if err = app.ExplainFiles(err); err != nil {
 		fmt.Fprintf(stderr, "%s: %s\n", program, app.OneLine(err))
