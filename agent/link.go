@@ -84,9 +84,10 @@ type device struct {
 	next    time.Time
 	since   time.Time // up
 	backoff time.Duration
-	failed  chan error // of its loops
-	toldUp  bool       // what the host was told of the interface
-	logged  string     // the last error that was logged
+	failed  chan error      // of its loops
+	toldUp  bool            // what the host was told of the interface
+	logged  string          // the last error that was logged
+	told    map[string]bool // what is unmet and was logged
 }
 
 // NewLink returns the end of a link; Run runs it.
@@ -403,6 +404,7 @@ func (d *device) bringUp() error {
 	d.logWarning()
 	d.tellLink()
 	d.l.cfg.Log.Info("device up", "link", d.l.cfg.Name, "device", d.n.cfg.Name, "interface", d.n.ifc.Name())
+	d.tellUnmet()
 	return nil
 }
 

@@ -757,6 +757,7 @@ func (n *Net) Status() status.Device {
 		ctrl := virtio.NetQueueCtrl(n.offers)
 		s.Queues = append(s.Queues, n.ctrl.describe(ctrl, "ctrl", true))
 	}
+	s.Notes = append(s.Notes, n.unmet()...)
 	return s
 }
 

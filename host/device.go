@@ -33,10 +33,13 @@ type device struct {
 	logged  string          // the refusal of features that was logged; until it runs
 	linkUp  bool            // the driver's end, as it told last
 	shownUp bool            // and as the model knows it
+	ran     bool            // the driver has taken the device since the link came up
 	stateMu sync.Mutex      // guards what describe reads
 	push    bool            // the driver put a queue's descriptor area into the pool
 	status  uint32
 	lastErr string
+
+	undriven bool // the driver leaves the device alone, which was logged
 
 	mu      sync.Mutex
 	pending []Event // of the model
@@ -245,6 +248,7 @@ func (d *device) driverStatus(s uint32) {
 		d.reset()
 		return
 	}
+	d.driven(s)
 	// Bits stay set until a reset; NEEDS_RESET is the device's, and others mean nothing.
 	s &= virtio.StatusAcknowledge | virtio.StatusDriver | virtio.StatusFeaturesOK | virtio.StatusDriverOK | virtio.StatusFailed
 	s |= d.status
@@ -321,6 +325,9 @@ func (d *device) describe() status.Device {
 	s.Status = virtio.StatusString(d.status)
 	if s.LastError == "" {
 		s.LastError = d.lastErr
+	}
+	if d.undriven {
+		s.Notes = append(s.Notes, undrivenNote)
 	}
 	return s
 }

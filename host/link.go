@@ -43,6 +43,8 @@ type Link struct {
 	devs  []*device // by number
 	table dma.TableRef
 	wild  error // an engine could not be stopped; the session's goroutine only
+
+	upSince time.Time // zero: the link is down; the session's goroutine only
 }
 
 type linkCounters struct {
@@ -179,6 +181,7 @@ func (l *handler) Up() {
 	}
 	l.table.Store(t)
 	l.wild = nil
+	(*Link)(l).linkUp()
 	src := newEngineSource(l.s.Board(), l.cfg.DMA, l.cfg.Log, l.cfg.Name, parts, l.runaway)
 	for _, d := range l.devs {
 		d.be.SetMemory(&l.table)
@@ -190,6 +193,7 @@ func (l *handler) Up() {
 
 // Down stops all devices: when it returns, no loop touches the window.
 func (l *handler) Down() {
+	(*Link)(l).linkDown()
 	for _, d := range l.devs {
 		d.reset()
 	}
@@ -260,6 +264,7 @@ func (l *handler) Tick() {
 	for _, d := range l.devs {
 		d.events()
 	}
+	(*Link)(l).tellUndriven()
 }
 
 func (l *handler) bus(h virtiomsg.Header, m *virtiomsg.Slot) (answer bool, err error) {

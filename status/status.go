@@ -73,6 +73,8 @@ type Device struct {
 	Queues     []Queue           `json:"queues"`
 	Counters   map[string]uint64 `json:"counters"`
 	LastError  string            `json:"last_error,omitempty"`
+	// Notes say what the device goes without, and why, a line each.
+	Notes []string `json:"notes,omitempty"`
 }
 
 // Queue is one virtqueue.

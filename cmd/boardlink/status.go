@@ -138,6 +138,9 @@ func (c *statusCmd) print(s *streams, p *status.Program) {
 			if d.LastError != "" {
 				fmt.Fprintf(w, "    error\t%s\n", d.LastError)
 			}
+			for _, note := range d.Notes {
+				fmt.Fprintf(w, "    note\t%s\n", note)
+			}
 			fmt.Fprintf(w, "    status\t%s\n", d.Status)
 			if d.MaxPairs > 1 {
 				fmt.Fprintf(w, "    queue pairs\t%d in use, %d at most\n", d.Pairs, d.MaxPairs)
