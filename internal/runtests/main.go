@@ -271,7 +271,7 @@ func stages(fuzztime time.Duration) []stage {
 			r.out.doing("./...")
 			r.command(nil, "go", "vet", "./...")
 		}},
-		{name: "lint", what: "staticcheck; and its check of 64-bit alignment for 386", limit: 12 * time.Minute, run: lintStage},
+		{name: "lint", what: "go mod tidy; staticcheck; and its check of 64-bit alignment for 386", limit: 12 * time.Minute, run: lintStage},
 		{name: "house", what: "the rules of the house: floors, imports, language level, comments, files", wants: []string{"git"}, limit: 10 * time.Minute, run: func(r *run) {
 			r.goTest(nil, "-skip=^TestGo118Build", "./internal/house")
 		}},
@@ -319,6 +319,8 @@ func isFile(path string) bool {
 }
 
 func lintStage(r *run) {
+	tidy(r, ".")
+	tidy(r, "tools")
 	// A build in a scratch place instead of `go tool`, so that GOARCH=386 below
 	// chooses what is checked, not what runs.
 	bin := filepath.Join(".cache", "bin", "staticcheck")

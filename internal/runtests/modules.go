@@ -56,3 +56,27 @@ func fetchModules(r *run, sets []moduleSet) {
 		}
 	}
 }
+
+// tidy fails where go mod tidy would change the go.mod or go.sum in a directory. It asks for modules that nothing else
+// needs, and tries again where they cannot be fetched.
+func tidy(r *run, dir string) {
+	r.out.doing("go mod tidy in " + dir)
+	for try := 0; ; try++ {
+		out, err := r.output(nil, "go", "-C", dir, "mod", "tidy", "-diff")
+		if err == nil || r.ctx.Err() != nil {
+			return
+		}
+		if strings.HasPrefix(out, "diff ") {
+			r.failf("%s is not tidy, run go mod tidy there:\n%s", filepath.Join(dir, "go.mod"), strings.TrimSpace(out))
+			return
+		}
+		if try == len(modulePauses) {
+			r.failf("go mod tidy in %s: %v", dir, err)
+			return
+		}
+		select {
+		case <-time.After(modulePauses[try]):
+		case <-r.ctx.Done():
+		}
+	}
+}

@@ -199,3 +199,26 @@ func TestFetchModules(t *testing.T) {
 		mu.Unlock()
 	}
 }
+
+// TestTidy: a go.mod that says more than the code needs is found.
+func TestTidy(t *testing.T) {
+	dir := t.TempDir()
+	for name, text := range map[string]string{"go.mod": "module example.org/x\n\ngo 1.18\n", "x.go": "package x\n"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for want := 0; want < 2; want++ {
+		r := &run{ctx: t.Context(), log: io.Discard, out: newPrinter(os.Stderr)}
+		tidy(r, dir)
+		if len(r.failures) != want {
+			t.Errorf("%d failures, want %d: %q", len(r.failures), want, r.failures)
+		}
+		if err := os.WriteFile(filepath.Join(dir, "go.mod"), []byte("module example.org/x\n\ngo 1.18\n\nrequire example.org/m v1.0.0\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		// No network for the second one: what nothing imports is not asked for.
+		t.Setenv("GOFLAGS", "-mod=mod")
+		t.Setenv("GOPROXY", "off")
+	}
+}
