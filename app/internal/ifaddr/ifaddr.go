@@ -86,7 +86,7 @@ type MTUError struct {
 
 // Error names the addresses, the MTU, and the MTU that is needed.
 func (e *MTUError) Error() string {
-	return fmt.Sprintf("interface %q: addresses %v: IPv6 needs an MTU of 1280 or more, it is %d: they come once the MTU allows it", e.Name, e.Addrs, e.MTU)
+	return fmt.Sprintf("interface %q: addresses %v: IPv6 needs an MTU of 1280 or more, it is %d: raise it here or at the host (--mtu)", e.Name, e.Addrs, e.MTU)
 }
 
 // UserError returns true.

@@ -18,7 +18,7 @@ import (
 func SetUp(it *tunbridge.Iface, addrs []netip.Prefix, mtu int, log session.Logger) error {
 	err := Apply(it, addrs)
 	if _, ok := err.(*MTUError); ok && (mtu == 0 || mtu >= minMTU6) {
-		log.Warn("the interface lacks addresses", "interface", it.Name(), "error", err)
+		log.Warn("the interface lacks addresses for now", "interface", it.Name(), "error", err)
 		err = nil
 	}
 	if err != nil {
@@ -135,7 +135,7 @@ func (k *Keeper) apply() {
 	it := k.cfg.Device.Interface()
 	err := Apply(it, k.cfg.Addrs)
 	if err != nil && !errors.Is(err, tunbridge.ErrGone) {
-		k.cfg.Log.Warn("the interface lacks addresses", "interface", it.Name(), "error", err)
+		k.cfg.Log.Warn("the interface lacks addresses for now", "interface", it.Name(), "error", err)
 	}
 }
 
