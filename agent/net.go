@@ -341,18 +341,25 @@ func (n *Net) setUp(t transport, m layout, set uint32, notify func(error)) error
 	for i := 0; i < lay.count; i++ {
 		n.startPair(&lay.pairs[i], notify)
 	}
-	if err := n.ifc.SetCarrier(true); err != nil {
+	carrier := linkUp(acked, nc)
+	if err := n.ifc.SetCarrier(carrier); err != nil {
 		n.down()
 		return err
 	}
 	n.mu.Lock()
-	n.carrier = true
+	n.carrier = carrier
 	n.mu.Unlock()
 	if lay.count > 1 {
 		n.loops.Add(1)
 		go n.run(&request{n: n, lay: &lay}, notify)
 	}
 	return nil
+}
+
+// linkUp tells what the configuration says of the link: without the status it is up (virtio 1.2,
+// 5.1.5).
+func linkUp(acked virtio.Features, c virtio.NetConfig) bool {
+	return !acked.Has(virtio.NetStatus) || c.LinkUp
 }
 
 // startPair starts the loop of a pair.
@@ -402,7 +409,7 @@ func (n *Net) reconfigure(t transport) error {
 		return nil
 	}
 	c := virtio.DecodeNetConfig(b)
-	up := !acked.Has(virtio.NetStatus) || c.LinkUp
+	up := linkUp(acked, c)
 	if err := n.ifc.SetCarrier(up); err != nil {
 		return err
 	}
