@@ -230,7 +230,7 @@ func (c *doctorCmd) open(b board.Board, add func(check string, ok bool, l *laten
 	case blk.Epoch == 0:
 		add("agent", true, nil, "not running")
 	default:
-		add("agent", true, nil, "epoch %#x, heartbeat %d, %d regions", blk.Epoch, blk.Heartbeat, len(blk.Declaration.Regions))
+		add("agent", true, nil, "epoch 0x%08x, heartbeat %d, %d regions", blk.Epoch, blk.Heartbeat, len(blk.Declaration.Regions))
 	}
 }
 

@@ -118,7 +118,7 @@ func (c *statusCmd) print(s *streams, p *status.Program) {
 		if l.LastError != "" {
 			fmt.Fprintf(w, "  error\t%s\n", l.LastError)
 		}
-		fmt.Fprintf(w, "  epoch\t%#010x, peer %#010x\n", l.Epoch, l.PeerEpoch)
+		fmt.Fprintf(w, "  epoch\t0x%08x, peer 0x%08x\n", l.Epoch, l.PeerEpoch)
 		fmt.Fprintf(w, "  window\t%s, %s memory, placement %s\n", sizeString(l.Window.Size), l.Window.Kind, l.Placement)
 		for _, r := range l.Regions {
 			fmt.Fprintf(w, "  region %s\t%#x, %#x bytes, device may %s\n", r.Name, r.Addr, r.Size, r.Access)
