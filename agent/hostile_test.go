@@ -15,6 +15,7 @@ import (
 	"github.com/boardlink/boardlink/hwtest/netns"
 	"github.com/boardlink/boardlink/hwtest/peer"
 	"github.com/boardlink/boardlink/mmio"
+	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
@@ -23,6 +24,10 @@ import (
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// unpaced is for tests that break things as fast as they can.
+var unpaced = session.Pace{Messages: session.Rate{Every: 1, Burst: 1 << 20}, Breaks: session.Rate{Every: 1, Burst: 1 << 20},
+	Starts: session.Rate{Every: 1, Burst: 1 << 20}, Changes: session.Rate{Every: 1, Burst: 1 << 20}}
 
 func needRoot(t testing.TB) {
 	t.Helper()
@@ -57,6 +62,8 @@ type rig struct {
 	resets         int
 	running        int // how often DRIVER_OK was set
 	placement      string
+	pace           session.Pace
+	slots          uint32 // of the FIFOs; 0: as many as there is room for
 	// answered, if set, changes an honest answer before it is sent; false sends none.
 	answered func(h virtiomsg.Header, m *virtiomsg.Slot) bool
 }
@@ -64,7 +71,7 @@ type rig struct {
 func newRig(t *testing.T, change func(*rig)) *rig {
 	t.Helper()
 	needRoot(t)
-	r := &rig{t: t, log: new(peer.Log), done: make(chan error, 1), queueMax: 64, placement: "window",
+	r := &rig{t: t, log: new(peer.Log), done: make(chan error, 1), queueMax: 64, placement: "window", pace: unpaced,
 		offered: virtio.FeaturesOf(virtio.Version1, virtio.NetMTU, virtio.NetMAC, virtio.NetStatus, virtio.EventIdx, virtio.NetMrgRxbuf),
 		config:  virtio.NetConfig{MAC: [6]byte{2, 0, 0, 0, 0, 9}, LinkUp: true, MaxQueuePairs: 1, MTU: 1400}}
 	if change != nil {
@@ -93,7 +100,7 @@ func newRig(t *testing.T, change func(*rig)) *rig {
 		t.Fatal(err)
 	}
 	r.link = agent.NewLink(agent.Config{Name: "a", Board: spec, Placement: r.placement, Devices: []*agent.Net{n}, Log: r.log,
-		Beat: 10 * time.Millisecond, LostBeats: 200})
+		Beat: 10 * time.Millisecond, LostBeats: 200, Pace: r.pace, Slots: r.slots})
 	ctx, cancel := context.WithCancel(context.Background())
 	r.stop = cancel
 	go func() { r.done <- r.link.Run(ctx) }()
@@ -537,8 +544,10 @@ func TestFlood(t *testing.T) {
 	var ev virtiomsg.Slot
 	(&virtiomsg.ConfigEvent{}).Encode(&ev, dev)
 	r.answered = func(h virtiomsg.Header, m *virtiomsg.Slot) bool { return !flooding }
+	var req virtiomsg.Slot
 	for end := time.Now().Add(5 * time.Second); r.count("floods") == 0; {
-		if r.Link.Send(&ev) != nil {
+		virtiomsg.EncodeGetDeviceStatus(&req, dev, r.Token())
+		if r.Link.Send(&req) != nil {
 			r.Step()
 		}
 		if time.Now().After(end) {

@@ -48,10 +48,14 @@ type Config struct {
 	// Devices are what this side drives, where the host offers it.
 	Devices []*Net
 	Log     session.Logger
-	// Beat, LostBeats, NoInterrupts: see session.Config.
+	// Beat, LostBeats, NoInterrupts, Pace: see session.Config.
 	Beat         time.Duration
 	LostBeats    int
 	NoInterrupts bool
+	Pace         session.Pace
+	// Slots is how many messages each of the two FIFOs holds, 1 to virtiomsg.MaxSlots; 0 means as many
+	// as there is room for.
+	Slots uint32
 }
 
 // Link is the agent's end of a link: it brings up what the host offers.
@@ -72,6 +76,8 @@ type linkCounters struct {
 	Failures  uint64 // attempts that failed
 	HostReset uint64 // devices that the host put to NEEDS_RESET
 	Broken    uint64 // queues in which the host broke the rules
+	Changes   uint64 // changed configurations that were applied
+	Damped    uint64 // changes of a configuration that were left to the next one to apply
 }
 
 // device is one device's place on the link.
@@ -88,20 +94,26 @@ type device struct {
 	toldUp  bool            // what the host was told of the interface
 	logged  string          // the last error that was logged
 	told    map[string]bool // what is unmet and was logged
+	changed bool            // the host has told of a configuration that was not read yet
+	changes session.Bucket
 }
 
 // NewLink returns the end of a link; Run runs it.
 func NewLink(c Config) *Link {
-	c.Log = session.Limit(c.Log)
+	c.Log, c.Pace = session.Limit(c.Log), c.Pace.Defaults()
+	if c.Slots == 0 || c.Slots > virtiomsg.MaxSlots {
+		c.Slots = virtiomsg.MaxSlots
+	}
 	l := &Link{cfg: c}
 	ds := append([]*Net(nil), c.Devices...)
 	sort.Slice(ds, func(i, j int) bool { return ds[i].cfg.Number < ds[j].cfg.Number })
 	for i, n := range ds {
-		l.devs = append(l.devs, &device{l: l, n: n, index: i, failed: make(chan error, 2*len(n.pairs)+1)})
+		l.devs = append(l.devs, &device{l: l, n: n, index: i, failed: make(chan error, 2*len(n.pairs)+1),
+			changes: session.NewBucket(c.Pace.Changes)})
 	}
 	c.Options.Side = board.Agent
 	l.s = session.New(session.Config{Name: c.Name, Spec: c.Board, Options: c.Options, Log: c.Log,
-		Beat: c.Beat, LostBeats: c.LostBeats, NoInterrupts: c.NoInterrupts, Handler: (*handler)(l)})
+		Beat: c.Beat, LostBeats: c.LostBeats, NoInterrupts: c.NoInterrupts, Pace: c.Pace, Handler: (*handler)(l)})
 	for _, d := range l.devs {
 		d.n.onChange(l.s.Wake)
 	}
@@ -132,7 +144,8 @@ func (l *Link) Status() status.Link {
 	s := l.s.Status()
 	for k, v := range status.Counters(linkCounters{
 		BringUps: atomic.LoadUint64(&l.n.BringUps), Failures: atomic.LoadUint64(&l.n.Failures),
-		HostReset: atomic.LoadUint64(&l.n.HostReset), Broken: atomic.LoadUint64(&l.n.Broken)}) {
+		HostReset: atomic.LoadUint64(&l.n.HostReset), Broken: atomic.LoadUint64(&l.n.Broken),
+		Changes: atomic.LoadUint64(&l.n.Changes), Damped: atomic.LoadUint64(&l.n.Damped)}) {
 		s.Counters[k] = v
 	}
 	s.Placement = "window"
@@ -228,7 +241,7 @@ func (l *handler) Declare(b board.Board) (virtiomsg.Declaration, error) {
 	return virtiomsg.Declaration{
 		Features:        virtiomsg.FeatureLinkState,
 		FIFOAgentToHost: offAgentToHost, FIFOHostToAgent: offHostToAgent,
-		SlotsAgentToHost: virtiomsg.MaxSlots, SlotsHostToAgent: virtiomsg.MaxSlots,
+		SlotsAgentToHost: l.cfg.Slots, SlotsHostToAgent: l.cfg.Slots,
 		Regions: []virtiomsg.Region{{Addr: l.region.Addr, Size: m.Size(), Offset: offHeap, Access: l.region.Access}},
 	}, nil
 }
@@ -310,6 +323,11 @@ func (l *handler) Tick() {
 			}
 		default:
 		}
+		if d.up && d.changed {
+			if l.reconfigure(d); !l.s.Up() {
+				return
+			}
+		}
 		d.tellLink()
 		if d.n.isRemade() {
 			d.next, d.backoff = time.Time{}, 0
@@ -369,7 +387,7 @@ func (d *device) later() {
 
 func (d *device) down() {
 	d.l.s.Stopping(d.n.down)
-	d.up = false
+	d.up, d.changed = false, false
 	for {
 		select {
 		case <-d.failed:
@@ -400,7 +418,7 @@ func (d *device) bringUp() error {
 	if err := d.n.up(t, m, d.broken); err != nil {
 		return err
 	}
-	d.up, d.since, d.logged, d.toldUp = true, time.Now(), "", true // as the host takes it after a reset
+	d.up, d.since, d.logged, d.changed, d.toldUp = true, time.Now(), "", false, true // as the host takes it after a reset
 	d.logWarning()
 	d.tellLink()
 	d.l.cfg.Log.Info("device up", "link", d.l.cfg.Name, "device", d.n.cfg.Name, "interface", d.n.ifc.Name())
@@ -483,15 +501,33 @@ func (l *handler) Message(h virtiomsg.Header, m *virtiomsg.Slot) {
 			d.later()
 			continue
 		}
-		t := &transportMsg{s: l.s, dev: h.Dev, name: d.n.cfg.Name}
-		err := d.n.reconfigure(t)
-		d.logWarning()
-		if err != nil && !errors.Is(err, virtiomsg.ErrDown) {
-			if errors.Is(err, session.ErrTimeout) {
-				l.s.Reset() // as in Tick
-			}
-			l.cfg.Log.Warn("the device's new configuration cannot be used", "link", l.cfg.Name, "device", d.n.cfg.Name, "error", err)
+		if d.changed {
+			atomic.AddUint64(&l.n.Damped, 1)
 		}
+		d.changed = true
+		l.reconfigure(d)
+	}
+}
+
+// reconfigure applies a configuration that has changed, unless that has been done too often lately:
+// then Tick does it, once for all that has changed until then. Who listens to the interface hears of
+// each change.
+func (l *handler) reconfigure(d *device) {
+	now := time.Now()
+	if d.changes.Wait(now) > 0 {
+		return
+	}
+	d.changes.Take(now, 1)
+	d.changed = false
+	atomic.AddUint64(&l.n.Changes, 1)
+	t := &transportMsg{s: l.s, dev: d.n.cfg.Number, name: d.n.cfg.Name}
+	err := d.n.reconfigure(t)
+	d.logWarning()
+	if err != nil && !errors.Is(err, virtiomsg.ErrDown) {
+		if errors.Is(err, session.ErrTimeout) {
+			l.s.Reset() // as in Tick
+		}
+		l.cfg.Log.Warn("the device's new configuration cannot be used", "link", l.cfg.Name, "device", d.n.cfg.Name, "error", err)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/pci"
@@ -28,7 +29,9 @@ type device struct {
 	// The session's goroutine only.
 	driver  virtio.Features // what the driver has written so far
 	gen     uint32          // configuration generation
-	told    bool            // a ConfigEvent has to be sent
+	told    bool            // a ConfigEvent has to be sent: one for all that has changed
+	starts  session.Bucket  // starts of the model
+	changes session.Bucket  // changes of the driver's end that the model is told of
 	gaveUp  bool            // the driver did, which was logged; until it runs
 	logged  string          // the refusal of features that was logged; until it runs
 	linkUp  bool            // the driver's end, as it told last
@@ -41,43 +44,53 @@ type device struct {
 
 	undriven bool // the driver leaves the device alone, which was logged
 
-	mu      sync.Mutex
-	pending []Event // of the model
+	mu      sync.Mutex // guards what the model has told
+	changed bool       // its configuration
+	broken  error      // why it needs a reset
 }
 
 func newDevice(l *Link, n uint16, be Backend) *device {
-	return &device{l: l, number: n, be: be, linkUp: true, shownUp: true}
+	return &device{l: l, number: n, be: be, linkUp: true, shownUp: true,
+		starts: session.NewBucket(l.cfg.Pace.Starts), changes: session.NewBucket(l.cfg.Pace.Changes)}
 }
 
-// event is the model's Notify.
+// event is the model's Notify. However much it tells, nothing of it gets lost: that the configuration
+// changed, and the first cause of a reset, or one that concerns the whole link.
 func (d *device) event(e Event) {
 	d.mu.Lock()
-	if len(d.pending) < 16 { // more would say nothing new
-		d.pending = append(d.pending, e)
+	if e.Broken == nil {
+		d.changed = true
+	} else if d.broken == nil || fatal(e.Broken) {
+		d.broken = e.Broken
 	}
 	d.mu.Unlock()
 	d.l.s.Wake()
 }
 
+// fatal tells that the window cannot be used any more.
+func fatal(err error) bool {
+	return errors.Is(err, pci.ErrGone) || errors.Is(err, tunbridge.ErrFault) || errors.Is(err, dma.ErrRunaway)
+}
+
 // events acts on what the model has told.
 func (d *device) events() {
 	d.mu.Lock()
-	es := d.pending
-	d.pending = nil
+	changed, broken := d.changed, d.broken
+	d.changed, d.broken = false, nil
 	d.mu.Unlock()
-	for _, e := range es {
-		if errors.Is(e.Broken, pci.ErrGone) || errors.Is(e.Broken, tunbridge.ErrFault) || errors.Is(e.Broken, dma.ErrRunaway) {
-			d.l.s.Fault(e.Broken)
-			return
-		}
-		if e.Broken != nil {
-			d.needsReset(e.Broken)
-		} else {
-			d.gen++
-			d.told = true
-		}
+	if fatal(broken) {
+		d.l.s.Fault(broken)
+		return
 	}
-	if be, ok := d.be.(linked); ok && d.linkUp != d.shownUp {
+	if changed {
+		d.gen++
+		d.told = true
+	}
+	if broken != nil {
+		d.needsReset(broken)
+	}
+	if be, ok := d.be.(linked); ok && d.linkUp != d.shownUp && d.changes.Wait(time.Now()) == 0 {
+		d.changes.Take(time.Now(), 1) // each is a change of the carrier; the last one comes with a later beat
 		be.SetPeerLink(d.linkUp)
 		d.shownUp = d.linkUp
 	}
@@ -123,7 +136,7 @@ func (d *device) needsReset(err error) {
 func (d *device) reset() {
 	d.stop()
 	d.mu.Lock()
-	d.pending = nil // of what was before
+	d.changed, d.broken = false, nil // of what was before
 	d.mu.Unlock()
 	d.driver = virtio.Features{}
 	d.linkUp, d.shownUp = true, true
@@ -241,6 +254,12 @@ func (d *device) message(h virtiomsg.Header, m *virtiomsg.Slot) (answer bool, er
 	return true, nil
 }
 
+// starting tells whether a write of s to the device status starts the model.
+func (d *device) starting(s uint32) bool {
+	return s&virtio.StatusDriverOK != 0 && d.status&(virtio.StatusDriverOK|virtio.StatusNeedsReset) == 0 &&
+		(s|d.status)&(virtio.StatusFeaturesOK|virtio.StatusFailed) == virtio.StatusFeaturesOK
+}
+
 // driverStatus is the driver's write to the device status (virtio 1.2, 2.1 and 3.1.1). What is
 // not possible does not show in d.status afterwards.
 func (d *device) driverStatus(s uint32) {
@@ -279,6 +298,7 @@ func (d *device) driverStatus(s uint32) {
 		if s&virtio.StatusFeaturesOK == 0 {
 			err = fmt.Errorf("DRIVER_OK without FEATURES_OK: %w", errOrder)
 		} else {
+			d.starts.Take(time.Now(), 1)
 			err = d.be.Start()
 		}
 		if err != nil {

@@ -27,11 +27,12 @@ type Config struct {
 	// DMA says what the board's DMA engine is for.
 	DMA DMAConfig
 	Log session.Logger
-	// Beat, LostBeats, NoInterrupts, Retry: see session.Config.
+	// Beat, LostBeats, NoInterrupts, Retry, Pace: see session.Config.
 	Beat         time.Duration
 	LostBeats    int
 	NoInterrupts bool
 	Retry        bool
+	Pace         session.Pace
 }
 
 // Link is the host's end of one link: it offers devices to the agent.
@@ -56,7 +57,7 @@ type linkCounters struct {
 
 // NewLink returns the end of a link; Run runs it.
 func NewLink(c Config) *Link {
-	c.Log = session.Limit(c.Log)
+	c.Log, c.Pace = session.Limit(c.Log), c.Pace.Defaults()
 	l := &Link{cfg: c}
 	for n := 0; n < 1<<16; n++ {
 		if be, ok := c.Devices[uint16(n)]; ok {
@@ -65,7 +66,7 @@ func NewLink(c Config) *Link {
 	}
 	c.Options.Side = board.Host
 	l.s = session.New(session.Config{Name: c.Name, Spec: c.Board, Options: c.Options, Log: c.Log,
-		Beat: c.Beat, LostBeats: c.LostBeats, NoInterrupts: c.NoInterrupts, Retry: c.Retry, Handler: (*handler)(l)})
+		Beat: c.Beat, LostBeats: c.LostBeats, NoInterrupts: c.NoInterrupts, Retry: c.Retry, Pace: c.Pace, Handler: (*handler)(l)})
 	for _, d := range l.devs {
 		d.be.Notify(d.event)
 	}
@@ -234,6 +235,23 @@ func (l *handler) Message(h virtiomsg.Header, m *virtiomsg.Slot) {
 		l.cfg.Log.Warn("the agent does not take answers", "link", l.cfg.Name, "message", h.String(), "error", err)
 		l.s.Reset()
 	}
+}
+
+// Wait implements session.Pacer: starts of a device take the kernel's lock of all network
+// configuration, so a driver that asks for them without end waits.
+func (l *handler) Wait(h virtiomsg.Header, m *virtiomsg.Slot) time.Duration {
+	if h.Bus() || h.ID != virtiomsg.SetDeviceStatus {
+		return 0
+	}
+	d := l.device(h.Dev)
+	if d == nil {
+		return 0
+	}
+	s, err := virtiomsg.DecodeSetDeviceStatus(m)
+	if err != nil || !d.starting(s) {
+		return 0
+	}
+	return d.starts.Wait(time.Now())
 }
 
 // Malformed takes the device that a senseless message is for out of service; without one, the link.

@@ -46,8 +46,8 @@ var (
 // stops must not keep this side from its clock, its signals and its other work.
 const batch = 2 * virtiomsg.MaxSlots
 
-// maxDeferred limits the requests and events that wait while this side waits for an answer. An honest
-// peer sends a few.
+// maxDeferred limits the requests and events that are put aside while this side waits for an answer. A
+// peer that keeps to docs/wire.md has at most MaxSlots requests under way, and events are merged.
 const maxDeferred = 4 * virtiomsg.MaxSlots
 
 // stopTime limits how long a clean stop waits for the peer to let go.
@@ -79,12 +79,20 @@ type Handler interface {
 	// Down: when it returns, nothing of this side touches shared memory. It may come without
 	// an Up before.
 	Down()
-	// Message hands over a request or an event of the peer.
+	// Message hands over a request or an event of the peer. A request comes when its answer has room,
+	// so that Send of one message succeeds as long as the link is up. Requests of the bus may come
+	// while Call waits.
 	Message(h virtiomsg.Header, m *virtiomsg.Slot)
 	// Malformed tells of a message that makes no sense.
 	Malformed(m *virtiomsg.Slot, err error)
 	// Tick comes once a beat, and soon after Wake, while the link is up.
 	Tick()
+}
+
+// Pacer is a Handler that puts requests off: what Wait returns for one is how long, 0 for not at all.
+// It stays where it is meanwhile, and everything behind it.
+type Pacer interface {
+	Wait(h virtiomsg.Header, m *virtiomsg.Slot) time.Duration
 }
 
 // Config describes a Session.
@@ -103,6 +111,8 @@ type Config struct {
 	// first try on: for a program with several boards, where one must not stop the others.
 	Retry   bool
 	Handler Handler
+	// Pace bounds what the peer may cause.
+	Pace Pace
 }
 
 // Counters of a session, updated with sync/atomic.
@@ -115,6 +125,10 @@ type Counters struct {
 	CallTimeout uint64 // requests without an answer
 	Floods      uint64 // links taken down because the peer sent more than is kept
 	Stuck       uint64 // times that loops, or the whole link, did not stop in time
+	NoRoom      uint64 // requests that waited for room for their answers
+	Throttled   uint64 // messages that waited because the peer sends too many, or asks for too much
+	Merged      uint64 // events dropped because a later one says all that they said
+	Backoffs    uint64 // handshakes put off because the peer breaks the link again and again
 }
 
 // Session is one end of a link.
@@ -136,10 +150,20 @@ type Session struct {
 	tick     *time.Ticker
 	requests virtiomsg.Requests
 	deferred []virtiomsg.Slot
-	upNow    bool // Up has to be told
-	downNow  bool // Down has to be told
-	busy     bool // inside a Handler: Up and Down wait
-	faulted  bool // a bus error: look whether the board is there
+	head     virtiomsg.Slot // the next message, not taken yet
+	peeked   bool           // head is one
+	stalled  bool           // it was counted that head has to wait
+	messages Bucket
+	breaks   Bucket
+	backoff  time.Duration
+	heldTill time.Time // the handshake is put off until then; zero: it is not
+	tries    int       // pages of the peer that were read since the link was up
+	ended    bool      // a process of the other side came or went since the link was up
+	due      time.Time // when again is called by the clock; zero: it is not
+	upNow    bool      // Up has to be told
+	downNow  bool      // Down has to be told
+	busy     bool      // inside a Handler: Up and Down wait
+	faulted  bool      // a bus error: look whether the board is there
 
 	mu     sync.Mutex // guards what Status reads
 	state  string
@@ -158,7 +182,9 @@ func New(c Config) *Session {
 		c.Beat = Beat
 	}
 	c.Log = Limit(c.Log)
-	s := &Session{cfg: c, ctx: context.Background(), wake: make(chan struct{}, 1), bells: new(doorbell.Counters)}
+	c.Pace = c.Pace.Defaults()
+	s := &Session{cfg: c, ctx: context.Background(), messages: NewBucket(c.Pace.Messages), breaks: NewBucket(c.Pace.Breaks),
+		wake: make(chan struct{}, 1), bells: new(doorbell.Counters)}
 	s.setState("starting")
 	return s
 }
@@ -355,6 +381,7 @@ func (s *Session) open(ctx context.Context) error {
 	}
 	atomic.AddUint64(&s.n.Opened, 1)
 	s.b, s.link, s.ctl = b, link, nil
+	s.heldTill, s.due = time.Time{}, time.Time{}
 	s.mu.Lock()
 	s.shown, s.shownL = b, link
 	s.mu.Unlock()
@@ -457,6 +484,7 @@ func (s *Session) serve(ctx context.Context) (again bool) {
 			s.safely(func() { s.poll(false) })
 		case <-s.b.Events():
 			look = true
+			s.ended = true
 			s.safely(func() {
 				s.link.Look()
 				s.poll(false)
@@ -509,6 +537,7 @@ func (s *Session) listen(stop *doorbell.Eventfd, bell chan<- struct{}, done chan
 	defer close(done)
 	w := s.assigned.Waiter(0)
 	sl := doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: w, Stop: stop, Counters: s.bells})
+	rings := NewBucket(bellRate)
 	for {
 		why, err := sl.Sleep(0)
 		if err != nil || why&doorbell.Stopped != 0 {
@@ -521,11 +550,26 @@ func (s *Session) listen(stop *doorbell.Eventfd, bell chan<- struct{}, done chan
 			default:
 			}
 		}
+		if why&doorbell.Rung != 0 {
+			now := time.Now()
+			if rings.Wait(now) > 0 {
+				time.Sleep(bellPause)
+			}
+			rings.Take(now, 1)
+		}
 	}
 }
 
 // poll moves the handshake on.
 func (s *Session) poll(tick bool) {
+	now := time.Now()
+	if !s.due.After(now) {
+		s.due = time.Time{}
+	}
+	if !s.heldTill.IsZero() && !s.heldTill.After(now) {
+		s.heldTill, s.tries = time.Time{}, 0
+		s.link.Hold(false)
+	}
 	for n := 0; ; n++ {
 		if n == batch {
 			s.again()
@@ -536,6 +580,7 @@ func (s *Session) poll(tick bool) {
 		if err != nil {
 			s.fail(err)
 			s.cfg.Log.Warn("the other side's link page is refused", "link", s.cfg.Name, "error", err)
+			s.tried()
 		}
 		switch ev {
 		case virtiomsg.EventNone:
@@ -549,8 +594,10 @@ func (s *Session) poll(tick bool) {
 				s.cfg.Log.Warn("the other side cannot be rung, it has to poll", "link", s.cfg.Name, "error", err)
 			}
 			s.setState("shaking hands")
+			s.tried()
 		case virtiomsg.EventUp:
 			s.upNow = true
+			s.tries, s.ended = 0, false
 		case virtiomsg.EventQuiesce:
 			s.upNow, s.downNow = false, true
 			if s.busy {
@@ -570,7 +617,7 @@ func (s *Session) handle(tick bool) {
 		s.requests.Reset()
 		s.fail(nil)
 		s.setState("up")
-		s.cfg.Log.Info("link up", "link", s.cfg.Name, "epoch", s.link.Epoch(), "peer_epoch", s.link.PeerEpoch())
+		s.cfg.Log.Info("link up", "link", s.cfg.Name, "epoch", fmt.Sprintf("0x%08x", s.link.Epoch()), "peer_epoch", fmt.Sprintf("0x%08x", s.link.PeerEpoch()))
 		s.cfg.Handler.Up()
 		tick = true
 	}
@@ -580,11 +627,7 @@ func (s *Session) handle(tick bool) {
 			break
 		}
 		var m virtiomsg.Slot
-		if len(s.deferred) > 0 {
-			m = s.deferred[0]
-			s.deferred = s.deferred[1:]
-		} else if ok, err := s.link.Recv(&m); err != nil || !ok {
-			s.bad(err)
+		if !s.next(&m) {
 			break
 		}
 		h, err := m.Header()
@@ -610,10 +653,143 @@ func (s *Session) handle(tick bool) {
 	s.poll(false)
 }
 
+// next takes the next message that may be handled now: one that was put aside, or from the FIFO. A
+// request waits there until its answer has room.
+func (s *Session) next(m *virtiomsg.Slot) bool {
+	if !s.peeked {
+		if len(s.deferred) > 0 {
+			s.head = s.deferred[0]
+		} else if ok, err := s.link.Peek(&s.head); err != nil || !ok {
+			s.bad(err)
+			return false
+		}
+		s.peeked, s.stalled = true, false
+	}
+	now := time.Now()
+	wait := s.messages.Wait(now)
+	if h, err := s.head.Header(); err == nil && wait == 0 && !h.Response() && !h.Event() {
+		room, err := s.link.Room()
+		if err != nil || !room {
+			s.bad(err)
+			s.stall(&s.n.NoRoom)
+			return false // the peer rings when it has taken messages
+		}
+		if p, ok := s.cfg.Handler.(Pacer); ok {
+			wait = p.Wait(h, &s.head)
+		}
+	}
+	if wait > 0 {
+		s.stall(&s.n.Throttled)
+		s.after(wait)
+		return false
+	}
+	s.messages.Take(now, 1)
+	s.peeked = false
+	if len(s.deferred) > 0 {
+		s.deferred = s.deferred[1:]
+	} else {
+		s.link.Take()
+	}
+	*m = s.head
+	return true
+}
+
+// stall counts a message that has to wait, once.
+func (s *Session) stall(counter *uint64) {
+	if !s.stalled {
+		s.stalled = true
+		atomic.AddUint64(counter, 1)
+	}
+}
+
+// aside keeps a request or an event for later, and tells whether there was room for it.
+func (s *Session) aside(m *virtiomsg.Slot) bool {
+	for i := range s.deferred {
+		if virtiomsg.Supersedes(m, &s.deferred[i]) {
+			s.deferred[i] = *m
+			atomic.AddUint64(&s.n.Merged, 1)
+			return true
+		}
+	}
+	if len(s.deferred) == maxDeferred {
+		return false
+	}
+	s.deferred = append(s.deferred, *m)
+	return true
+}
+
+// serveBus answers the requests of the bus among those that were put aside, as far as there is room: the
+// other side may do nothing else before it has the answer. They touch no device.
+func (s *Session) serveBus() {
+	for i := 0; i < len(s.deferred); {
+		h, err := s.deferred[i].Header()
+		if err != nil || !h.Bus() || h.Event() {
+			i++
+			continue
+		}
+		if room, err := s.link.Room(); err != nil || !room {
+			s.bad(err)
+			return
+		}
+		m := s.deferred[i]
+		s.deferred = append(s.deferred[:i], s.deferred[i+1:]...)
+		s.cfg.Handler.Message(h, &m)
+	}
+}
+
+// tried notes that the peer's page was read once more: one that changes it without end, and never
+// comes up, is left alone for a while.
+func (s *Session) tried() {
+	if s.tries++; s.tries > freeTries {
+		s.charge(costTry)
+	}
+}
+
+// charge takes from what the peer may spoil, and puts the handshake off where nothing is left.
+func (s *Session) charge(cost int) {
+	now := time.Now()
+	if !s.heldTill.IsZero() {
+		return
+	}
+	if s.breaks.Wait(now) == 0 {
+		s.breaks.Take(now, cost)
+		s.backoff = 0
+		return
+	}
+	if s.backoff *= 2; s.backoff < minBackoff {
+		s.backoff = minBackoff
+	}
+	if s.backoff > MaxBackoff {
+		s.backoff = MaxBackoff
+	}
+	atomic.AddUint64(&s.n.Backoffs, 1)
+	s.cfg.Log.Warn("the other side breaks the link again and again: the next handshake waits", "link", s.cfg.Name, "wait", s.backoff.String())
+	s.breaks.Skip(now, s.backoff)
+	s.heldTill = now.Add(s.backoff)
+	s.link.Hold(true)
+	s.setState("waiting for the peer: it breaks the link again and again")
+	s.after(s.backoff)
+}
+
+// after calls again in a while.
+func (s *Session) after(d time.Duration) {
+	if d < time.Millisecond {
+		d = time.Millisecond // several at once
+	}
+	at := time.Now().Add(d)
+	if s.due.IsZero() || at.Before(s.due) {
+		s.due = at
+		bell := s.bell // of this board
+		time.AfterFunc(d, func() { ring(bell) })
+	}
+}
+
 // again lets this side's other work come first, then go on.
-func (s *Session) again() {
+func (s *Session) again() { ring(s.bell) }
+
+func ring(bell chan<- struct{}) {
 	select {
-	case s.bell <- struct{}{}:
+	case bell <- struct{}{}:
 	default:
 	}
 }
@@ -630,22 +806,30 @@ func (s *Session) bad(err error) {
 func (s *Session) down() {
 	was := s.downNow
 	s.downNow = false
-	s.deferred = nil
+	s.deferred, s.peeked = nil, false
 	s.Stopping(s.cfg.Handler.Down)
 	if !was {
 		return
 	}
 	if err := s.link.Quiesced(); err == nil {
+		cost := costBreak
+		if s.ended || s.link.Reason() == virtiomsg.ReasonDead {
+			cost = costRestart
+		}
+		s.ended = false
 		reason := s.link.Reason().String()
 		// What is read of a board that cannot be reached may look like anything that a peer does.
 		if v, ok := s.b.(board.Vanishing); ok {
 			if gone := v.Gone(); gone != nil {
-				reason = "board out of reach"
+				reason, cost = "board out of reach", 0
 				s.faulted = true // serve looks at it next
 			}
 		}
 		s.setState("waiting for the peer: " + reason)
 		s.cfg.Log.Warn("link down", "link", s.cfg.Name, "reason", reason)
+		if cost > 0 {
+			s.charge(cost)
+		}
 	}
 }
 
@@ -733,18 +917,25 @@ func (s *Session) Call(bus bool, id uint8, dev uint16, timeout time.Duration, m 
 	}
 	defer s.requests.Cancel(token)
 	encode(token)
-	if err := s.Send(m); err != nil {
-		return err
-	}
+	s.peeked = false // it is put aside, too
+	sent := false
 	limit := time.NewTimer(timeout)
 	defer limit.Stop()
+	var in virtiomsg.Slot
 	for {
+		// Everything is taken meanwhile, requests without room for their answers, too: they may stand
+		// before the answer.
 		for n := 0; ; n++ {
 			if n == batch {
 				s.again()
 				break
 			}
-			ok, err := s.link.Recv(m)
+			now := time.Now()
+			if wait := s.messages.Wait(now); wait > 0 {
+				s.after(wait)
+				break
+			}
+			ok, err := s.link.Recv(&in)
 			if err != nil {
 				s.bad(err)
 				return err
@@ -752,23 +943,33 @@ func (s *Session) Call(bus bool, id uint8, dev uint16, timeout time.Duration, m 
 			if !ok {
 				break
 			}
-			h, err := m.Header()
+			s.messages.Take(now, 1)
+			h, err := in.Header()
 			switch {
 			case err != nil:
 				atomic.AddUint64(&s.n.Malformed, 1)
-				s.cfg.Handler.Malformed(m, err)
+				s.cfg.Handler.Malformed(&in, err)
 			case !h.Response():
-				if len(s.deferred) == maxDeferred {
+				if !s.aside(&in) {
 					atomic.AddUint64(&s.n.Floods, 1)
-					s.cfg.Log.Warn("the other side sends without end and does not answer", "link", s.cfg.Name)
+					s.cfg.Log.Warn("the other side sends requests without end and does not answer", "link", s.cfg.Name)
 					s.Reset()
 					return virtiomsg.ErrDown
 				}
-				s.deferred = append(s.deferred, *m)
 			case !s.requests.Match(h):
 				atomic.AddUint64(&s.n.Unexpected, 1)
 			case h.Token == token:
+				*m = in
 				return nil
+			}
+		}
+		s.serveBus()
+		if !sent {
+			if err := s.link.Send(m); err == nil {
+				sent = true
+			} else if err != virtiomsg.ErrFIFOFull {
+				s.bad(err)
+				return err
 			}
 		}
 		s.ring()
@@ -783,6 +984,7 @@ func (s *Session) Call(bus bool, id uint8, dev uint16, timeout time.Duration, m 
 		case <-s.tick.C:
 			s.poll(true)
 		case <-s.b.Events():
+			s.ended = true
 			s.link.Look()
 			s.poll(false)
 		}
@@ -792,10 +994,13 @@ func (s *Session) Call(bus bool, id uint8, dev uint16, timeout time.Duration, m 
 	}
 }
 
-// Send sends a message.
+// Send sends a message. Errors: virtiomsg.ErrFIFOFull: try again later; others: the link is down, or
+// about to go.
 func (s *Session) Send(m *virtiomsg.Slot) error {
 	err := s.link.Send(m)
-	s.bad(err)
+	if err != virtiomsg.ErrFIFOFull {
+		s.bad(err)
+	}
 	s.ring()
 	return err
 }
@@ -806,6 +1011,9 @@ func (s *Session) Reset() {
 		s.downNow, s.upNow = true, false
 	}
 }
+
+// Up tells whether messages may be sent.
+func (s *Session) Up() bool { return !s.downNow && s.link != nil && s.link.Up() }
 
 // Waiter returns the end of the doorbell for a queue of this side's Queues. For others it is doorbell.None.
 func (s *Session) Waiter(q QueueID) doorbell.Waiter {
@@ -863,7 +1071,8 @@ func (s *Session) Status() status.Link {
 		Epoch: s.epochs[0], PeerEpoch: s.epochs[1], LastError: s.last, Regions: []status.Region{}}
 	l.Counters = status.Counters(Counters{Opened: atomic.LoadUint64(&s.n.Opened), OpenErrors: atomic.LoadUint64(&s.n.OpenErrors), RingErrors: atomic.LoadUint64(&s.n.RingErrors),
 		Malformed: atomic.LoadUint64(&s.n.Malformed), Unexpected: atomic.LoadUint64(&s.n.Unexpected), CallTimeout: atomic.LoadUint64(&s.n.CallTimeout),
-		Floods: atomic.LoadUint64(&s.n.Floods), Stuck: atomic.LoadUint64(&s.n.Stuck)})
+		Floods: atomic.LoadUint64(&s.n.Floods), Stuck: atomic.LoadUint64(&s.n.Stuck), NoRoom: atomic.LoadUint64(&s.n.NoRoom), Throttled: atomic.LoadUint64(&s.n.Throttled),
+		Merged: atomic.LoadUint64(&s.n.Merged), Backoffs: atomic.LoadUint64(&s.n.Backoffs)})
 	for k, v := range status.Counters(s.bells.Snapshot()) {
 		l.Counters["bell_"+k] = v
 	}

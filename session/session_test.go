@@ -300,3 +300,80 @@ func TestRetry(t *testing.T) {
 		}
 	}
 }
+
+// caller is the owner of a session that asks the other side again and again, and answers it.
+type caller struct {
+	none
+	s        *session.Session
+	agent    bool
+	answered uint64
+	failed   atomic.Pointer[error]
+}
+
+func (c *caller) Declare(b board.Board) (virtiomsg.Declaration, error) {
+	var d virtiomsg.Declaration
+	if c.agent {
+		d.FIFOAgentToHost, d.FIFOHostToAgent = virtiomsg.PageSize, 2*virtiomsg.PageSize
+		d.SlotsAgentToHost, d.SlotsHostToAgent = 1, 1
+	}
+	return d, nil
+}
+
+func (c *caller) Message(h virtiomsg.Header, m *virtiomsg.Slot) {
+	data, err := virtiomsg.DecodePing(m)
+	if err == nil {
+		virtiomsg.EncodePong(m, h.Token, data)
+		err = c.s.Send(m)
+	}
+	if err != nil {
+		c.failed.Store(&err)
+	}
+}
+
+func (c *caller) Tick() {
+	for i := uint32(1); i <= 20; i++ {
+		var m virtiomsg.Slot
+		err := c.s.Call(true, virtiomsg.BusPing, 0, 5*time.Second, &m, func(token uint16) { virtiomsg.EncodePing(&m, token, i) })
+		if errors.Is(err, virtiomsg.ErrDown) {
+			return // the other side has ended
+		}
+		if err != nil {
+			c.failed.Store(&err)
+			return
+		}
+		atomic.AddUint64(&c.answered, 1)
+	}
+}
+
+// TestBothAsk: two sides that both wait for an answer, through FIFOs of one slot, get it.
+func TestBothAsk(t *testing.T) {
+	t.Parallel()
+	_, spec := peer.NewBoard(t, testboard.PairOptions{})
+	var log peer.Log
+	ends := [2]*caller{{}, {agent: true}}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 2)
+	for i, c := range ends {
+		c.s = session.New(session.Config{Name: "x", Spec: spec, Options: board.Options{Side: board.Side(i)}, Log: &log, Handler: c,
+			Beat: 5 * time.Millisecond, LostBeats: 1000})
+		go func() { done <- c.s.Run(ctx) }()
+	}
+	for begin := time.Now(); atomic.LoadUint64(&ends[0].answered) < 200 || atomic.LoadUint64(&ends[1].answered) < 200; time.Sleep(time.Millisecond) {
+		for i, c := range ends {
+			if err := c.failed.Load(); err != nil || time.Since(begin) > 20*time.Second {
+				t.Fatalf("side %d: %d answers, error %v, %+v; log:\n%s", i, atomic.LoadUint64(&c.answered), err, c.s.Status(), &log)
+			}
+		}
+	}
+	for i, c := range ends {
+		if st := c.s.Status().Counters; st["link_ups"] != 1 || st["call_timeout"] != 0 {
+			t.Errorf("side %d: %v", i, st)
+		}
+	}
+	cancel()
+	for range ends {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}

@@ -416,3 +416,39 @@ func FuzzSlot(f *testing.F) {
 		}
 	})
 }
+
+// TestSupersedes: of several events that were not looked at yet, the last tells all; that a device was removed is not
+// lost where it comes again.
+func TestSupersedes(t *testing.T) {
+	ev := func(f func(s *Slot)) (s Slot) { f(&s); return s }
+	config := func(dev uint16, status uint32) Slot {
+		return ev(func(s *Slot) { (&ConfigEvent{Status: status}).Encode(s, dev) })
+	}
+	device := func(dev, state uint16) Slot {
+		return ev(func(s *Slot) { (&DeviceEvent{Dev: dev, State: state}).Encode(s) })
+	}
+	ping := ev(func(s *Slot) { EncodePing(s, 1, 1) })
+	used := func(q uint32) Slot { return ev(func(s *Slot) { EncodeEventUsed(s, 1, q) }) }
+	for i, c := range []struct {
+		later, earlier Slot
+		want           bool
+	}{
+		{config(1, 15), config(1, 79), true},
+		{config(1, 15), config(2, 15), false},
+		{device(1, DeviceRemoved), device(1, DeviceReady), true},
+		{device(1, DeviceRemoved), device(1, DeviceRemoved), true},
+		{device(1, DeviceReady), device(1, DeviceReady), true},
+		{device(1, DeviceReady), device(1, DeviceRemoved), false},
+		{device(1, DeviceReady), device(2, DeviceReady), false},
+		{used(1), used(1), true},
+		{used(1), used(2), false},
+		{config(0, 15), device(0, DeviceReady), false},
+		{ev(func(s *Slot) { EncodeLink(s, 1, false) }), ev(func(s *Slot) { EncodeLink(s, 1, true) }), true},
+		{ping, ping, false},
+		{Slot{}, Slot{}, false},
+	} {
+		if got := Supersedes(&c.later, &c.earlier); got != c.want {
+			t.Errorf("case %d: %v", i, got)
+		}
+	}
+}
