@@ -39,6 +39,9 @@ type Config struct {
 	Status  string        // path of the status socket; "": the default; "none": no socket
 	Verbose bool
 
+	// LogLost, if set, tells how many lines of the log could not be written, for the status.
+	LogLost func() uint64
+
 	// The host's.
 	QueueMax uint16
 	Pool     bool

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/agent"
-	"github.com/boardlink/boardlink/app/daemon"
 	"github.com/boardlink/boardlink/app/internal/ifaddr"
 	"github.com/boardlink/boardlink/app/internal/statussock"
 	"github.com/boardlink/boardlink/board"
@@ -47,7 +46,7 @@ type ends struct {
 	machine *Machine // nil: not asked for yet
 }
 
-// Run runs one end until ctx ends (daemon.Context). version is what status tells of the program. Nothing
+// Run runs one end until ctx ends (package daemon has one that signals end). version is what status tells of the program. Nothing
 // is logged before all is known to be well: what is not is the error, in one line.
 func Run(ctx context.Context, c *Config, version string, log session.Logger) error {
 	e := &ends{c: c, log: log}
@@ -194,7 +193,10 @@ func (e *ends) serve(ctx context.Context, version string) error {
 	}
 	started := time.Now().Format(time.RFC3339)
 	srv, err := ServeStatus(path, func() status.Program {
-		p := status.Program{Version: version, Side: e.c.Side.String(), PID: os.Getpid(), Started: started, LogLost: daemon.Stderr().Lost()}
+		p := status.Program{Version: version, Side: e.c.Side.String(), PID: os.Getpid(), Started: started}
+		if e.c.LogLost != nil {
+			p.LogLost = e.c.LogLost()
+		}
 		for _, l := range e.links {
 			p.Links = append(p.Links, l.Status())
 		}

@@ -28,6 +28,7 @@ func runEnd(side board.Side, args []string, s *streams) error {
 	} else if err != nil {
 		return err
 	}
+	c.LogLost = daemon.Stderr().Lost
 	ctx, stop := daemon.Context(daemon.Stderr())
 	defer stop()
 	return app.Run(ctx, c, version(), s.logger(c.Verbose))

@@ -41,6 +41,7 @@ func run(side board.Side, args []string, stdout, stderr io.Writer) int {
 		err = app.WriteHelp(stdout, side, program)
 	} else if err == nil {
 		version := Version + " lean " + runtime.Version() + " " + runtime.GOARCH
+		c.LogLost = daemon.Stderr().Lost
 		ctx, stop := daemon.Context(daemon.Stderr())
 		err = app.Run(ctx, c, version, &Log{w: stderr, debug: c.Verbose})
 		stop()
