@@ -38,7 +38,8 @@ func ExitStatus(err error) int {
 	switch {
 	case err == nil:
 		return ExitOK
-	case errors.As(err, &us), errors.As(err, &tu), errors.Is(err, board.ErrInput), errors.Is(err, board.ErrSideTaken):
+	case errors.As(err, &us), errors.As(err, &tu), errors.Is(err, board.ErrInput), errors.Is(err, board.ErrSideTaken),
+		errors.Is(err, board.ErrAbsent): // those who can wait for it do
 		return ExitUsage
 	}
 	return ExitFail

@@ -125,11 +125,11 @@ func Open(spec string, o Options) (Board, error) {
 	if !ok {
 		var known []string
 		for _, k := range Kinds() {
-			known = append(known, k.Name+":"+k.Help)
+			known = append(known, k.Name)
 		}
 		return nil, &Error{
 			Spec:   fmt.Sprintf("%q", spec),
-			Reason: fmt.Sprintf("no kind of board is called %q; known: %s", name, strings.Join(known, ", ")),
+			Reason: fmt.Sprintf("no kind of board is called %q; it is KIND:ARG, and the kinds are %s (docs/boards.md)", name, strings.Join(known, ", ")),
 			Class:  ErrInput,
 		}
 	}

@@ -19,6 +19,9 @@ type serveCmd struct {
 }
 
 func (c *serveCmd) Run(s *streams) error {
+	if c.Path == "" {
+		return usagef("the path of the socket is empty: give one, e.g. /run/a.sock")
+	}
 	size, err := parseSize(c.Size)
 	if err != nil {
 		return err
