@@ -106,8 +106,9 @@ const anyServer = -2
 
 // Open opens an end of the board at the server's socket, or over the inherited connection "fd=N". It
 // returns within 5 seconds. Errors match board.ErrAbsent where nobody serves the path (yet), or the
-// server takes no more clients now, board.ErrSideTaken where a live process holds o.Side,
-// board.ErrInput where the path or what is behind it is wrong.
+// server takes no more clients now, board.ErrSideTaken where a live process holds o.Side (both, where
+// whoever holds it does not tell its process, as our ends do), board.ErrInput where the path or what
+// is behind it is wrong.
 //
 // The server hands out the memory, so it is trusted with this program's link. It must run as
 // this program's user or as root; "PATH,server=UID" names one more user, "PATH,server=any" takes
@@ -388,11 +389,11 @@ func (b *Board) takeMemory(fd int, o board.Options) (vectors int, err error) {
 		b.logf("%s: /proc is missing: the lock of the side is the process'", b.spec)
 	}
 	if pid, err := b.lock.take(o.Side); err == unix.EAGAIN {
-		who := "another live process"
 		if pid != 0 {
-			who = fmt.Sprintf("process %d", pid)
+			return 0, b.fail(board.ErrSideTaken, fmt.Sprintf("the side %s is held by process %d; stop it first", o.Side, pid), nil)
 		}
-		return 0, b.fail(board.ErrSideTaken, fmt.Sprintf("the side %s is held by %s; stop it first", o.Side, who), nil)
+		// Our own ends tell their process. What does not may be any client, and must not end this program.
+		return 0, b.fail(board.ErrAbsent, fmt.Sprintf("the side %s is locked by this process or by a client that does not tell its own (boardlink serve -v names its clients)", o.Side), board.ErrSideTaken)
 	} else if err != nil {
 		return 0, fmt.Errorf("lock of the side %s: %w", o.Side, err)
 	}

@@ -305,6 +305,55 @@ func TestSeveralBoards(t *testing.T) {
 	})
 }
 
+// TestLockHeld: a client of the rendezvous that is no end of a link locks the host's side and sits there.
+// A host that starts waits, says why, and comes up when the client lets go.
+func TestLockHeld(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	serve(t, b, "s")
+	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: b.path("s")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	mem := -1
+	for mem < 0 { // the third message has it
+		oob := make([]byte, 64)
+		_, n, _, _, err := c.ReadMsgUnix(make([]byte, 8), oob)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if cm, err := unix.ParseSocketControlMessage(oob[:n]); err == nil && len(cm) > 0 {
+			fds, err := unix.ParseUnixRights(&cm[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			mem = fds[0]
+		}
+	}
+	defer unix.Close(mem)
+	fd, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", mem), unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK, Start: 0, Len: 1}); err != nil {
+		t.Fatal(err)
+	}
+	h := b.start(nil, "", "host", "--board", "loopback:"+b.path("s"), "--status", b.path("h"), "-i", "bl0")
+	until(t, 10*time.Second, "the host waits", func() bool {
+		l := b.links("h")
+		return len(l) == 1 && l[0].State == "waiting for the board" && strings.Contains(l[0].LastError, "the side host is locked by this process or by a client")
+	})
+	unix.Close(fd)
+	until(t, 10*time.Second, "the host has its board", func() bool {
+		l := b.links("h")
+		return len(l) == 1 && l[0].State == "waiting for the peer"
+	})
+	if code := h.end(unix.SIGTERM, 5*time.Second); code != 0 {
+		t.Errorf("ended with status %d:\n%s", code, h.err.String())
+	}
+}
+
 // TestFewFiles: a limit of open files that is too low is one line that says so, whatever it is.
 func TestFewFiles(t *testing.T) {
 	needRoot(t)
