@@ -96,6 +96,7 @@ type device struct {
 	told    map[string]bool // what is unmet and was logged
 	changed bool            // the host has told of a configuration that was not read yet
 	changes session.Bucket
+	short   string // what is left out for want of room, as it was logged
 }
 
 // NewLink returns the end of a link; Run runs it.
@@ -411,7 +412,7 @@ func (d *device) bringUp() error {
 	}
 	// The device is reset before anything is allocated: it knows none of this memory.
 	near := d.share(d.l.region)
-	m := layout{near: near, far: near}
+	m := layout{near: near, far: near, devices: len(d.l.devs)}
 	if d.l.pool != nil {
 		m.far = d.share(d.l.pool)
 	}
@@ -423,6 +424,11 @@ func (d *device) bringUp() error {
 	d.tellLink()
 	d.l.cfg.Log.Info("device up", "link", d.l.cfg.Name, "device", d.n.cfg.Name, "interface", d.n.ifc.Name())
 	d.tellUnmet()
+	if s := d.n.shortOf(); s != d.short {
+		if d.short = s; s != "" {
+			d.l.cfg.Log.Warn("the memory is small", "link", d.l.cfg.Name, "device", d.n.cfg.Name, "note", s)
+		}
+	}
 	return nil
 }
 

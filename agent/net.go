@@ -42,7 +42,8 @@ type NetConfig struct {
 	// Queues is how many queue pairs to use at most; the host may offer fewer. 0 means as many as this machine has processors, and
 	// fewer where memory or doorbells are short.
 	Queues int
-	// QueueSize is in descriptors, a power of two; 0 means 256. The host may ask for fewer.
+	// QueueSize is in descriptors, a power of two; 0 means 256. The host may ask for fewer, and where memory is short there
+	// are fewer.
 	QueueSize uint16
 	// RXBuffer is the size in bytes of one receive buffer where they can be merged; 0 chooses by the
 	// memory there is: at most 16 KiB.
@@ -76,6 +77,8 @@ type Net struct {
 	ifc   *tunbridge.Iface
 	limit int // pairs to use, at most len(pairs)
 
+	sizeChosen bool // cfg.QueueSize is the operator's
+
 	mu        sync.Mutex // guards what Status reads
 	offered   virtio.Features
 	acked     virtio.Features
@@ -89,6 +92,7 @@ type Net struct {
 	stop      *tunbridge.Stop
 	loops     sync.WaitGroup
 	lastErr   error
+	note      string // what is left out for want of room
 	ups       uint64
 	broken    uint64
 
@@ -129,7 +133,8 @@ func NewNet(cfg NetConfig) (*Net, error) {
 	default:
 		return nil, fmt.Errorf("%s: a ring %q: it has to be auto, split or packed", cfg.Name, cfg.Ring)
 	}
-	if cfg.QueueSize == 0 {
+	chosen := cfg.QueueSize != 0
+	if !chosen {
 		cfg.QueueSize = defaultQueueSize
 	}
 	if cfg.QueueSize&(cfg.QueueSize-1) != 0 || cfg.QueueSize > vring.MaxSize || cfg.QueueSize < 2 {
@@ -149,7 +154,7 @@ func NewNet(cfg NetConfig) (*Net, error) {
 		ifc.Close()
 		return nil, err
 	}
-	n := &Net{cfg: cfg, ifc: ifc, limit: ifc.Queues(), ctrl: newNetQueue()}
+	n := &Net{cfg: cfg, ifc: ifc, limit: ifc.Queues(), ctrl: newNetQueue(), sizeChosen: chosen}
 	for i := 0; i < ifc.Queues(); i++ {
 		n.pairs = append(n.pairs, netPair{ifc: ifc.Queue(i), rx: newNetQueue(), tx: newNetQueue()})
 	}
@@ -224,6 +229,8 @@ type memory struct {
 type layout struct {
 	near *memory // of the board: what the host writes (device areas, receive buffers)
 	far  *memory // what the host reads (descriptor and driver areas, transmit buffers)
+
+	devices int // that share the memory
 }
 
 // take allocates n bytes and returns them as a span.
@@ -278,6 +285,27 @@ func (n *Net) setUp(t transport, m layout, set uint32, notify func(error)) error
 	if err != nil {
 		return err
 	}
+	// Before features are accepted (virtio 1.2, 3.1.1, step 4): which ones have room depends on it.
+	cb, err := t.Config(0, virtio.NetConfigLen)
+	if err != nil {
+		return err
+	}
+	nc := virtio.DecodeNetConfig(cb)
+	lay := laying{t: t, m: m, offers: 1, count: 1, hostMTU: int(nc.MTU)}
+	if acked.Has(virtio.NetMQ) {
+		lay.offers = int(nc.MaxQueuePairs)
+		if lay.offers < 1 || lay.offers > virtio.NetPairsMax {
+			return fmt.Errorf("%s: the host offers %d queue pairs: 1 to %d are possible (virtio 1.2, 5.1.4)", n.cfg.Name, lay.offers, virtio.NetPairsMax)
+		}
+		if lay.count = n.limit; lay.count > lay.offers {
+			lay.count = lay.offers
+		}
+	}
+	acked, note, err := n.fit(acked, m, n.mtu(acked, nc), lay.offers)
+	if err != nil {
+		return err
+	}
+	lay.acked = acked
 	if err := t.SetFeatures(acked); err != nil {
 		return err
 	}
@@ -289,23 +317,8 @@ func (n *Net) setUp(t transport, m layout, set uint32, notify func(error)) error
 	if s&virtio.StatusFeaturesOK == 0 {
 		return fmt.Errorf("%s: the host refuses the features %s: see its log", n.cfg.Name, acked)
 	}
-	cb, err := t.Config(0, virtio.NetConfigLen)
-	if err != nil {
-		return err
-	}
-	nc := virtio.DecodeNetConfig(cb)
 	if err := n.configure(acked, nc); err != nil {
 		return err
-	}
-	lay := laying{t: t, m: m, acked: acked, offers: 1, count: 1, hostMTU: int(nc.MTU)}
-	if acked.Has(virtio.NetMQ) {
-		lay.offers = int(nc.MaxQueuePairs)
-		if lay.offers < 1 || lay.offers > virtio.NetPairsMax {
-			return fmt.Errorf("%s: the host offers %d queue pairs: 1 to %d are possible (virtio 1.2, 5.1.4)", n.cfg.Name, lay.offers, virtio.NetPairsMax)
-		}
-		if lay.count = n.limit; lay.count > lay.offers {
-			lay.count = lay.offers
-		}
 	}
 	if err := n.ifc.SetOffload(tunbridge.DriverOffload(acked.Mask())); err != nil {
 		return err
@@ -335,6 +348,7 @@ func (n *Net) setUp(t transport, m layout, set uint32, notify func(error)) error
 	n.acked, n.devStatus, n.stop = acked, set, stop
 	n.pairs, n.ctrl, n.setUps, n.offers, n.inUse = lay.pairs, lay.ctrl, lay.count, lay.offers, 1
 	n.ups++
+	n.note = note
 	n.lastErr = nil // from here on the loops may find something
 	n.mu.Unlock()
 	// Those that are not in use yet have nothing to send, but buffers to offer.
@@ -377,14 +391,7 @@ func (n *Net) configure(acked virtio.Features, c virtio.NetConfig) error {
 			return err
 		}
 	}
-	mtu := n.cfg.Interface.MTU
-	if mtu == 0 {
-		mtu = n.mtuCap
-	}
-	if acked.Has(virtio.NetMTU) && (mtu == 0 || mtu > int(c.MTU)) {
-		mtu = int(c.MTU)
-	}
-	if have := n.ifc.MTU(); mtu != 0 && mtu != have {
+	if mtu, have := n.mtu(acked, c), n.ifc.MTU(); mtu != have {
 		err := n.ifc.SetMTU(mtu)
 		if errors.Is(err, tunbridge.ErrElsewhere) {
 			n.warnOnce(fmt.Sprintf("its MTU stays %d, %d is wanted: %v", have, mtu, err))
@@ -393,6 +400,21 @@ func (n *Net) configure(acked virtio.Features, c virtio.NetConfig) error {
 		return n.tolerate(err, "its MTU stays %d, %d is wanted: run \"ip link set dev %s mtu %d\" as root", have, mtu, n.ifc.Name(), mtu)
 	}
 	return nil
+}
+
+// mtu returns the MTU that the interface is to have: the operator's, lowered to the host's, or the host's.
+func (n *Net) mtu(acked virtio.Features, c virtio.NetConfig) int {
+	mtu := n.cfg.Interface.MTU
+	if mtu == 0 {
+		mtu = n.mtuCap
+	}
+	if acked.Has(virtio.NetMTU) && (mtu == 0 || mtu > int(c.MTU)) {
+		mtu = int(c.MTU)
+	}
+	if mtu == 0 {
+		return n.ifc.MTU()
+	}
+	return mtu
 }
 
 // reconfigure takes over a configuration that changed while the device runs: the link's state, the
@@ -459,18 +481,13 @@ func (n *Net) layOut(l *laying) error {
 	if l.acked.Has(virtio.NetMTU) {
 		follow = tunbridge.MaxFrame(l.hostMTU, false)
 	}
-	if n.cfg.Queues == 0 {
-		least := uint64(minPairMemory)
-		if l.m.near == l.m.far {
-			least *= 2
-		}
-		for l.count > 1 && (l.m.near.alloc.FreeBytes() < uint64(l.count)*least || l.m.far.alloc.FreeBytes() < uint64(l.count)*least) {
-			l.count--
-		}
+	w, err := n.plan(l, mtu)
+	if err != nil {
+		return err
 	}
 	sizes := make([]uint16, 0, 2*l.count+1)
 	for i := 0; i < 2*l.count; i++ {
-		size, err := n.queueSize(l, i, n.cfg.QueueSize)
+		size, err := n.queueSize(l, i, w.size)
 		if err != nil {
 			return err
 		}
@@ -613,7 +630,7 @@ func (n *Net) reserve(l *laying, sizes []uint16) ([]place, error) {
 		share := near.alloc.Largest() / left
 		bytes := share
 		if near == far {
-			bytes /= 2 // the other half is for transmission
+			bytes = rxShare(share, uint64(l.maxRX), tunbridge.TXMemMin(l.maxTX))
 		}
 		name := n.queueName(virtio.NetQueueRX(i), l.count)
 		size, count := rxBuffers(bytes, sizes[virtio.NetQueueRX(i)], n.cfg.RXBuffer, uint32(l.maxRX), merge)
@@ -669,10 +686,29 @@ func newDriverQueue(c vring.Config, packed bool) (vring.Driver, error) {
 	return vring.NewSplitDriver(c)
 }
 
+// rxShare returns which part of a pair's memory is for reception: half of it, or what frames of these lengths need.
+func rxShare(share, maxRX, txMin uint64) uint64 {
+	rx := share / 2
+	if share-rx < txMin && share > txMin {
+		rx = share - txMin
+	}
+	if need := lines(maxRX); rx < need && need <= share {
+		rx = need
+	}
+	return rx
+}
+
 // rxBuffers chooses size and number of receive buffers in so many bytes: large ones, so that a
-// super-packet takes few, as long as there is one for each descriptor.
+// super-packet takes few, as long as there is one for each descriptor; and together room for the largest frame.
 func rxBuffers(bytes uint64, queue uint16, wish, max uint32, merge bool) (size uint32, count int) {
-	size = (max + 63) &^ 63
+	whole := (max + 63) &^ 63
+	number := func() uint64 {
+		if n := bytes / uint64(size); n < uint64(queue) {
+			return n
+		}
+		return uint64(queue)
+	}
+	size = whole
 	if merge {
 		size = maxRXBuffer
 		if wish != 0 {
@@ -681,13 +717,17 @@ func rxBuffers(bytes uint64, queue uint16, wish, max uint32, merge bool) (size u
 		for size > minRXBuffer && uint64(size)*uint64(queue) > bytes {
 			size /= 2
 		}
-		size &^= 63
+		// Few descriptors: larger ones.
+		for wish == 0 && size < whole && uint64(size)*uint64(queue) < 2*uint64(max) && 2*uint64(size)*uint64(queue) <= bytes {
+			if size *= 2; size > whole {
+				size = whole
+			}
+		}
+		if size &^= 63; number()*uint64(size) < uint64(max) {
+			size = whole
+		}
 	}
-	count = int(queue)
-	if uint64(count)*uint64(size) > bytes {
-		count = int(bytes / uint64(size))
-	}
-	return size, count
+	return size, int(number())
 }
 
 func (n *Net) run(p tunbridge.Pump, notify func(error)) {
@@ -705,6 +745,13 @@ func (n *Net) run(p tunbridge.Pump, notify func(error)) {
 		n.mu.Unlock()
 		notify(err)
 	}
+}
+
+// shortOf returns what is left out for want of room, and why; "" if nothing is.
+func (n *Net) shortOf() string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.note
 }
 
 // failed notes for Status why the device does not come up.
@@ -756,6 +803,9 @@ func (n *Net) Status() status.Device {
 	}
 	if n.lastErr != nil {
 		s.LastError = n.lastErr.Error()
+	}
+	if n.note != "" && n.stop != nil {
+		s.Notes = []string{n.note}
 	}
 	for i := 0; i < 2*n.limit; i++ {
 		s.Queues = append(s.Queues, n.pairs[i/2].queue(i).describe(i, virtio.NetQueueName(i, len(n.pairs)), i < 2*n.setUps))

@@ -41,6 +41,7 @@ type device struct {
 	push    bool            // the driver put a queue's descriptor area into the pool
 	status  uint32
 	lastErr string
+	note    string // what the driver goes without
 
 	undriven bool // the driver leaves the device alone, which was logged
 
@@ -288,7 +289,8 @@ func (d *device) driverStatus(s uint32) {
 		d.stop()
 		if !d.gaveUp {
 			d.gaveUp = true
-			d.l.cfg.Log.Warn("the agent cannot use the device: its log says why (--link is to be the same on both sides)", "link", d.l.cfg.Name, "device", d.number)
+			d.l.cfg.Log.Warn("the agent cannot use the device: its log says why (--link is to be the same on both sides)", "link", d.l.cfg.Name, "device", d.number,
+				"memory", d.memory())
 		}
 		d.setStatus(s)
 		return
@@ -306,11 +308,16 @@ func (d *device) driverStatus(s uint32) {
 			d.needsReset(err)
 			return
 		}
+		note := d.without()
 		d.stateMu.Lock()
-		d.lastErr = ""
+		fresh := note != d.note
+		d.lastErr, d.note = "", note
 		d.stateMu.Unlock()
 		d.gaveUp, d.logged = false, ""
 		d.l.cfg.Log.Info("device running", "link", d.l.cfg.Name, "device", d.number, "features", d.driver.String())
+		if note != "" && fresh {
+			d.l.cfg.Log.Warn("the board accepts less than is offered", "link", d.l.cfg.Name, "device", d.number, "note", note)
+		}
 	}
 	d.setStatus(s)
 }
@@ -331,6 +338,55 @@ func (d *device) setQueue(q *virtiomsg.VQueue) error {
 		Kick: d.l.s.Waiter(id), Call: call})
 }
 
+// memory says how much memory the devices of the link share.
+func (d *device) memory() string {
+	board, pool, n := d.l.memory()
+	s := fmt.Sprintf("%d bytes of the board", board)
+	if pool > 0 {
+		s += fmt.Sprintf(" and %d of this side", pool)
+	}
+	if n == 1 {
+		return s + " for 1 device"
+	}
+	return fmt.Sprintf("%s for %d devices", s, n)
+}
+
+// without says which segmentation bits the driver did not accept, and why, as far as it shows: "" where it accepted them
+// all. A driver without room for frames of 64 KiB leaves them out (docs/wire.md, section 7).
+func (d *device) without() string {
+	if d.be.DeviceID() != virtio.IDNet {
+		return ""
+	}
+	lost := d.be.Features().Without(d.driver).And(virtio.FeaturesFromMask(tunbridge.NetFToDriverLong | tunbridge.NetFToDeviceLong))
+	if lost == (virtio.Features{}) {
+		return ""
+	}
+	board, pool, n := d.l.memory()
+	d.stateMu.Lock()
+	push := d.push
+	d.stateMu.Unlock()
+	pairs := 0
+	for _, q := range d.be.Status().Queues {
+		if q.Ready && q.Index%2 == 0 && q.Name != "ctrl" {
+			pairs++
+		}
+	}
+	if pairs > 1 {
+		n *= pairs
+	}
+	room := board / uint64(n)
+	if push && pool/uint64(n) < room {
+		room = pool / uint64(n)
+	}
+	if !push {
+		room /= 2 // for both directions
+	}
+	if room < tunbridge.LongRoom+tunbridge.LongRoom/8 { // and rings
+		return fmt.Sprintf("without %s: frames of 64 KiB have no room in %s, they take %d for each queue pair and direction", lost, d.memory(), tunbridge.LongRoom)
+	}
+	return fmt.Sprintf("without %s: the agent does not accept them", lost)
+}
+
 // pushes tells that the driver uses the pool.
 func (d *device) pushes() bool {
 	d.stateMu.Lock()
@@ -343,6 +399,9 @@ func (d *device) describe() status.Device {
 	d.stateMu.Lock()
 	defer d.stateMu.Unlock()
 	s.Status = virtio.StatusString(d.status)
+	if d.note != "" && d.status&virtio.StatusDriverOK != 0 {
+		s.Notes = append(s.Notes, d.note)
+	}
 	if s.LastError == "" {
 		s.LastError = d.lastErr
 	}

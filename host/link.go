@@ -115,6 +115,20 @@ func (l *Link) Status() status.Link {
 	return s
 }
 
+// memory returns how many bytes the agent has for rings and buffers, on the board and on this side, and how many devices share them.
+func (l *Link) memory() (board, pool uint64, devices int) {
+	if t := l.table.Load(); t != nil {
+		for _, r := range t.Regions() {
+			if r.Addr == poolLink {
+				pool += r.Mem.Size()
+			} else {
+				board += r.Mem.Size()
+			}
+		}
+	}
+	return board, pool, len(l.devs)
+}
+
 // handler is what the session sees of a Link.
 type handler Link
 

@@ -148,6 +148,10 @@ func MaxFrameToDevice(mtu int, features uint64) int {
 	return MaxFrame(mtu, features&NetFToDeviceLong != 0)
 }
 
+// LongRoom is how much memory a driver has at least for each direction in which it accepts segmentation, in bytes: two of the
+// longest frames.
+const LongRoom = 2 * ((HeaderLen + MaxFrameLen + 1 + 63) &^ 63)
+
 // DeviceOffload returns what the device side's interface may leave to the driver once
 // features are negotiated: the GUEST bits.
 func DeviceOffload(features uint64) Offload {

@@ -16,6 +16,7 @@ import (
 	"github.com/boardlink/boardlink/hwtest/doorbench"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/pci/scan"
+	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtiomsg"
 )
 
@@ -231,6 +232,15 @@ func (c *doctorCmd) open(b board.Board, add func(check string, ok bool, l *laten
 		add("agent", true, nil, "not running")
 	default:
 		add("agent", true, nil, "epoch 0x%08x, heartbeat %d, %d regions", blk.Epoch, blk.Heartbeat, len(blk.Declaration.Regions))
+		room := uint64(0)
+		for _, r := range blk.Declaration.Regions {
+			room += r.Size
+		}
+		text := sizeString(room) + " for rings and buffers"
+		if room < 2*tunbridge.LongRoom {
+			text += fmt.Sprintf(": little room for frames of 64 KiB, which take %s for each device and direction; where there is none, the agent does without TSO and USO", sizeString(tunbridge.LongRoom))
+		}
+		add("memory of the agent", true, nil, "%s", text)
 	}
 }
 

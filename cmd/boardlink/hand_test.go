@@ -247,6 +247,56 @@ func TestFlags(t *testing.T) {
 	}
 }
 
+// TestSmallMemory: links with little memory, and with small queues, come up with the defaults, and pass pings and TCP both ways. What
+// they go without is in the status of both ends.
+func TestSmallMemory(t *testing.T) {
+	needRoot(t)
+	for _, c := range []struct {
+		name, size string
+		agent      []string
+		without    bool // segmentation, one way at least
+	}{
+		{"64K", "64K", nil, true},
+		{"64K packed", "64K", []string{"--ring", "packed", "--placement", "window"}, true},
+		{"256K", "256K", nil, true},
+		{"512K", "512K", []string{"--queues", "1"}, false},
+		{"queue of 2", "4M", []string{"--queue-size", "2", "--queues", "1"}, false},
+		{"queue of 4", "4M", []string{"--queue-size", "4", "--queues", "1"}, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			h := newHand(t)
+			h.arg["serve"][3] = c.size
+			h.arg["agent"] = append(h.arg["agent"], c.agent...)
+			for _, s := range sides {
+				h.begin(s)
+			}
+			h.waitUp()
+			h.ping()
+			pair := traffic.Pair{Host: traffic.Endpoint{NS: h.ns, Addr: netip.MustParseAddr("10.9.0.1")}, Board: traffic.Endpoint{NS: h.far, Addr: netip.MustParseAddr("10.9.0.2")}}
+			r, err := traffic.Run(withTimeout(t, 20*time.Second), []traffic.Pair{pair}, traffic.RunConfig{Duration: 50 * time.Millisecond, Ping: traffic.PingConfig{Count: 10, Interval: time.Millisecond}})
+			if err != nil || !r.OK() || r.TCPGbps.BoardToHost == 0 || r.TCPGbps.HostToBoard == 0 {
+				t.Errorf("%+v, %v", r, err)
+			}
+			for _, s := range []string{"host", "agent"} {
+				d := h.status(s).Devices[0]
+				if (len(d.Notes) == 1) != c.without || c.without && !strings.Contains(d.Notes[0], "frames of 64 KiB have no room") {
+					t.Errorf("the %s says %q", s, d.Notes)
+				}
+				if d.LastError != "" || d.Counters["broken"] != 0 {
+					t.Errorf("the %s: %q, broken %d times", s, d.LastError, d.Counters["broken"])
+				}
+				if logged := strings.Contains(h.p[s].err.String(), "have no room"); logged != c.without {
+					t.Errorf("the %s's log tells of it: %v", s, logged)
+				}
+			}
+			if _, out, _ := h.run("", "status", h.path("host.sock")); strings.Contains(out, "have no room") != c.without {
+				t.Errorf("status:\n%s", out)
+			}
+		})
+	}
+}
+
 // TestDefaultStatus: without --status, `boardlink status` finds what runs.
 func TestDefaultStatus(t *testing.T) {
 	h := newHand(t)

@@ -280,8 +280,8 @@ func TestBadInput(t *testing.T) {
 		{name: "loopback ring", args: "loopback --ring round", want: "--ring"},
 		{name: "loopback window", args: "loopback --window 3M", want: "--window"},
 		{name: "loopback window small", args: "loopback --window 32K", want: "--window"},
-		{name: "loopback window for the MTU", args: "loopback --window 64K --mtu 65000", want: "larger part of the window"},
-		{name: "loopback window for the devices", args: "loopback --window 256K --mtu 65000 --devices 8", want: "larger part of the window"},
+		{name: "loopback window for the MTU", args: "loopback --window 64K --mtu 65000", want: "a window at least 8 times as large, or an MTU of at most 1"},
+		{name: "loopback window for the devices", args: "loopback --window 256K --mtu 65000 --devices 8", want: "no more than 1 of the 8 devices"},
 		{name: "loopback placement", args: "loopback --placement moon", want: "--placement"},
 		{name: "loopback argument", args: "loopback extra", want: "extra"},
 	} {
