@@ -21,7 +21,7 @@ func shared(t *testing.T) (e *Eventfd, peer int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if peer, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err != nil {
+	if peer, err = unix.Dup(fd); err != nil { // not F_DUPFD: qemu-user loses the byte order of an eventfd by it
 		t.Fatal(err)
 	}
 	if e, err = FromFD(fd); err != nil {
@@ -104,7 +104,7 @@ func kernels(t *testing.T, f func(t *testing.T, asyncIO bool)) {
 	}{{"this kernel", false, false}, {"no RWF_NOWAIT", true, false}, {"no RWF_NOWAIT, no io_submit", true, true}} {
 		t.Run(k.name, func(t *testing.T) {
 			without(t, k.read, k.asyncIO)
-			f(t, !k.asyncIO)
+			f(t, aio.signal(-1) != errNoAIO) // emulators have none
 		})
 	}
 }
