@@ -153,10 +153,7 @@ func (e *Eventfd) help(h *helper, f func()) {
 			return
 		}
 	}
-	if _, ok := e.enter(); !ok {
-		atomic.StoreUint32(&h.state, helperIdle)
-		return
-	}
+	atomic.AddUint32(&e.state, 1) // one more user, also of an eventfd that is closed: the caller is, or frees, one
 	go func() {
 		defer e.leave()
 		for {
