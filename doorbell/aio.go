@@ -16,19 +16,19 @@ var aio signaller
 // errNoAIO: this kernel, or what confines the program, has no asynchronous I/O.
 var errNoAIO = errors.New("doorbell: no asynchronous I/O")
 
-// iocb is struct iocb of linux/aio_abi.h. aio_key and aio_rw_flags, whose order depends on the byte order, are 0 both.
+// iocb is struct iocb of linux/aio_abi.h. The fields without a name are 0.
 type iocb struct {
-	data      uint64
-	key       uint64
-	opcode    uint16
-	reqprio   int16
-	fildes    uint32
-	buf       uint64
-	nbytes    uint64
-	offset    int64
-	reserved2 uint64
-	flags     uint32
-	resfd     uint32
+	_      uint64 // aio_data
+	_      uint64 // aio_key and aio_rw_flags, in an order that depends on the byte order
+	opcode uint16
+	_      int16 // aio_reqprio
+	fildes uint32
+	buf    uint64
+	nbytes uint64
+	_      int64  // aio_offset
+	_      uint64 // aio_reserved2
+	flags  uint32
+	resfd  uint32
 }
 
 const (
@@ -37,11 +37,8 @@ const (
 	aioEvents     = 32
 )
 
-// ioEvent is struct io_event.
-type ioEvent struct {
-	data, obj uint64
-	res, res2 int64
-}
+// ioEvent is struct io_event: data, obj, res, res2. Nothing reads it.
+type ioEvent [4]uint64
 
 type signaller struct {
 	mu     sync.Mutex

@@ -169,7 +169,7 @@ func (p *parser) assign(s string) {
 		case f.IsValid():
 			why = fmt.Sprintf("it is a table: write [%s], and its keys below", path)
 		case strings.ContainsAny(key, ".\"'"):
-			why = fmt.Sprintf("a key is a plain word: write the table in brackets above, as [host.window], then the key")
+			why = "a key is a plain word: write the table in brackets above, as [host.window], then the key"
 		default:
 			why += "; there are " + strings.Join(keys(p.into.Type()), ", ")
 		}
@@ -335,7 +335,7 @@ func number(word string) (n uint64, negative bool, err error) {
 			negative, digits = digits[0] == '-', digits[1:]
 		}
 		if len(digits) > 1 && digits[0] == '0' {
-			return 0, false, fmt.Errorf("%s: a decimal number has no leading zero; hexadecimal is 0x..., octal 0o...", word)
+			return 0, false, fmt.Errorf("%s: a decimal number has no leading zero; write 0x or 0o in front of hexadecimal or octal digits", word)
 		}
 	}
 	if digits == "" || strings.HasPrefix(digits, "_") || strings.HasSuffix(digits, "_") || strings.Contains(digits, "__") {
