@@ -76,7 +76,7 @@ vectors = 2
 		{"no list", "[host.engine]\nto_host = 1\n", []Problem{{2, "host.engine.to_host", "1: a list of numbers is wanted, as [2, 3]"}}},
 		{"a negative number", "vendor = -1\n", []Problem{{1, "vendor", "-1: 0 to 0xffff is possible"}}},
 		{"a large number", "vendor = 0x10000\n", []Problem{{1, "vendor", "0x10000: 0 to 0xffff is possible"}}},
-		{"a leading zero", "vendor = 0123\n", []Problem{{1, "vendor", "0123: a decimal number has no leading zero; hexadecimal is 0x..., octal 0o..."}}},
+		{"a leading zero", "vendor = 0123\n", []Problem{{1, "vendor", "0123: a decimal number has no leading zero; write 0x or 0o in front of hexadecimal or octal digits"}}},
 		{"a table as a value", "host = { window = 1 }\n", []Problem{{1, "host", "it is a table: write [host], and its keys below"}}},
 		{"no text", "name = \"a\x00b\"\n", []Problem{{1, "", "byte 0x00 at column 10: a description is text in UTF-8, without control characters"}}},
 		{"a backslash", `name = "a\d"`, []Problem{{1, "name", `"a\d": a backslash that means nothing; use '...' for text with backslashes`}}},
