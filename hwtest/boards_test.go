@@ -20,11 +20,11 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board/loopback"
-	"github.com/boardlink/boardlink/hwtest/netns"
 	"github.com/boardlink/boardlink/hwtest/remote"
 	"github.com/boardlink/boardlink/hwtest/vm"
 	"github.com/boardlink/boardlink/hwtest/vm/vmtest"
 	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/trial/netns"
 	"golang.org/x/sys/unix"
 )
 

@@ -6,9 +6,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/boardlink/boardlink/bench/dmabench"
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/dma"
-	"github.com/boardlink/boardlink/hwtest/dmabench"
 	"github.com/boardlink/boardlink/hwtest/vm"
 	"github.com/boardlink/boardlink/hwtest/vm/vmtest"
 )

@@ -11,8 +11,8 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/board/loopback"
 	"github.com/boardlink/boardlink/board/testboard"
-	"github.com/boardlink/boardlink/hwtest/netns"
 	"github.com/boardlink/boardlink/hwtest/peer"
+	"github.com/boardlink/boardlink/trial/netns"
 )
 
 // newLoopback is newLink over the shared memory and eventfds of a rendezvous server.

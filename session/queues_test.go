@@ -9,8 +9,8 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/board/testboard"
 	"github.com/boardlink/boardlink/hwtest/peer"
-	"github.com/boardlink/boardlink/hwtest/traffic"
 	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/trial/traffic"
 )
 
 // waitPairs waits until both sides use so many queue pairs.

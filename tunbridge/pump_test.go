@@ -11,9 +11,9 @@ import (
 
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
-	"github.com/boardlink/boardlink/hwtest/netns"
-	"github.com/boardlink/boardlink/hwtest/traffic"
 	"github.com/boardlink/boardlink/mmio"
+	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/traffic"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/vring"
 	"github.com/vishvananda/netlink"

@@ -65,7 +65,7 @@ func benchCycle(b *testing.B, p vringtest.Params, batch, bufs int) {
 }
 
 // BenchmarkCycle is add, kick check, pop, complete, call check and reap, on one processor. The buffers are those of one
-// lap before: compare kinds of ring with package hwtest/ringbench.
+// lap before: compare kinds of ring with package bench/ringbench.
 func BenchmarkCycle(b *testing.B) {
 	for _, r := range vringtest.Rings {
 		for _, m := range vringtest.Memories[1:5] {

@@ -10,7 +10,7 @@ import (
 	"os/signal"
 	"syscall"
 
-	"github.com/boardlink/boardlink/hwtest/benchkit"
+	"github.com/boardlink/boardlink/bench/benchkit"
 )
 
 type benchCmd struct {

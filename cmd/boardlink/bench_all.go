@@ -13,7 +13,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/boardlink/boardlink/hwtest/benchkit"
+	"github.com/boardlink/boardlink/bench/benchkit"
 )
 
 type benchAllCmd struct {

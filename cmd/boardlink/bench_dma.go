@@ -7,8 +7,8 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/boardlink/boardlink/bench/dmabench"
 	"github.com/boardlink/boardlink/board"
-	"github.com/boardlink/boardlink/hwtest/dmabench"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/virtiomsg"
 )

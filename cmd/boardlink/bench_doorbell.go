@@ -6,9 +6,9 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/boardlink/boardlink/bench/benchkit"
+	"github.com/boardlink/boardlink/bench/doorbench"
 	"github.com/boardlink/boardlink/board"
-	"github.com/boardlink/boardlink/hwtest/benchkit"
-	"github.com/boardlink/boardlink/hwtest/doorbench"
 	"github.com/boardlink/boardlink/pci"
 )
 

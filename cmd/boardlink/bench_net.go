@@ -12,11 +12,11 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/boardlink/boardlink/bench/netbench"
 	"github.com/boardlink/boardlink/board/loopback"
-	"github.com/boardlink/boardlink/hwtest/netbench"
-	"github.com/boardlink/boardlink/hwtest/netns"
-	"github.com/boardlink/boardlink/hwtest/traffic"
-	"github.com/boardlink/boardlink/hwtest/trial"
+	"github.com/boardlink/boardlink/trial"
+	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/traffic"
 	"github.com/boardlink/boardlink/tunbridge"
 )
 

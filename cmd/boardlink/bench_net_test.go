@@ -10,8 +10,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/boardlink/boardlink/hwtest/netbench"
-	"github.com/boardlink/boardlink/hwtest/netns"
+	"github.com/boardlink/boardlink/bench/netbench"
+	"github.com/boardlink/boardlink/trial/netns"
 )
 
 // TestBenchNet: the figures that scripts read, the table, what is refused.

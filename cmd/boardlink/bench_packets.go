@@ -9,8 +9,8 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/boardlink/boardlink/hwtest/benchkit"
-	"github.com/boardlink/boardlink/hwtest/packetbench"
+	"github.com/boardlink/boardlink/bench/benchkit"
+	"github.com/boardlink/boardlink/bench/packetbench"
 )
 
 type benchPacketsCmd struct {

@@ -11,7 +11,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/boardlink/boardlink/hwtest/benchkit"
+	"github.com/boardlink/boardlink/bench/benchkit"
 )
 
 // TestBenchPackets: the figures that scripts read, the table, and the plot.

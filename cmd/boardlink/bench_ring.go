@@ -5,8 +5,8 @@ import (
 	"io"
 	"text/tabwriter"
 
-	"github.com/boardlink/boardlink/hwtest/benchkit"
-	"github.com/boardlink/boardlink/hwtest/ringbench"
+	"github.com/boardlink/boardlink/bench/benchkit"
+	"github.com/boardlink/boardlink/bench/ringbench"
 )
 
 type benchRingCmd struct {

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/boardlink/boardlink/hwtest/benchkit"
+	"github.com/boardlink/boardlink/bench/benchkit"
 )
 
 // needTwoCPUs skips where there is one processor for both sides.

@@ -13,9 +13,9 @@ import (
 
 	"github.com/boardlink/boardlink/board/loopback"
 	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
-	"github.com/boardlink/boardlink/hwtest/netns"
-	"github.com/boardlink/boardlink/hwtest/traffic"
 	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/traffic"
 	"golang.org/x/sys/unix"
 )
 

@@ -10,10 +10,10 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/boardlink/boardlink/bench/benchkit"
+	"github.com/boardlink/boardlink/bench/doorbench"
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/board/generic"
-	"github.com/boardlink/boardlink/hwtest/benchkit"
-	"github.com/boardlink/boardlink/hwtest/doorbench"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/pci/scan"
 	"github.com/boardlink/boardlink/tunbridge"

@@ -14,9 +14,9 @@ import (
 
 	"github.com/boardlink/boardlink/app"
 	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
-	"github.com/boardlink/boardlink/hwtest/netns"
-	"github.com/boardlink/boardlink/hwtest/traffic"
 	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/traffic"
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"

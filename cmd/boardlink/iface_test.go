@@ -5,7 +5,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/boardlink/boardlink/hwtest/netns"
+	"github.com/boardlink/boardlink/trial/netns"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )

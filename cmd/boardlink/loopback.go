@@ -13,10 +13,10 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board/loopback"
-	"github.com/boardlink/boardlink/hwtest/netns"
-	"github.com/boardlink/boardlink/hwtest/traffic"
-	"github.com/boardlink/boardlink/hwtest/trial"
 	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/trial"
+	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/traffic"
 	"github.com/boardlink/boardlink/tunbridge"
 )
 

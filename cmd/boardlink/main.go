@@ -16,8 +16,8 @@ import (
 	"github.com/alecthomas/kong"
 	"github.com/boardlink/boardlink/app"
 	"github.com/boardlink/boardlink/app/daemon"
+	"github.com/boardlink/boardlink/bench/benchkit"
 	_ "github.com/boardlink/boardlink/board/all" // every kind of board
-	"github.com/boardlink/boardlink/hwtest/benchkit"
 	"github.com/boardlink/boardlink/tunbridge"
 )
 

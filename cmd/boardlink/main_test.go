@@ -17,7 +17,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/boardlink/boardlink/hwtest/netns"
+	"github.com/boardlink/boardlink/trial/netns"
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"go.uber.org/goleak"

@@ -14,18 +14,18 @@ import (
 	"testing"
 	"time"
 
+	"github.com/boardlink/boardlink/bench/dmabench"
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/board/generic"
 	"github.com/boardlink/boardlink/board/mpc83xx"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/host"
-	"github.com/boardlink/boardlink/hwtest/dmabench"
 	"github.com/boardlink/boardlink/hwtest/models"
 	dmamodel "github.com/boardlink/boardlink/hwtest/models/dma"
-	"github.com/boardlink/boardlink/hwtest/traffic"
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/trial/traffic"
 )
 
 // faults decides what goes wrong with the transfers of a modelled engine. It can be changed while they run.

@@ -25,8 +25,8 @@ import (
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/hwtest/models"
 	dmamodel "github.com/boardlink/boardlink/hwtest/models/dma"
-	"github.com/boardlink/boardlink/hwtest/netns"
-	"github.com/boardlink/boardlink/hwtest/traffic"
+	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/traffic"
 	"github.com/boardlink/boardlink/tunbridge"
 )
 

@@ -21,10 +21,10 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/host"
-	"github.com/boardlink/boardlink/hwtest/netns"
-	"github.com/boardlink/boardlink/hwtest/traffic"
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/traffic"
 )
 
 // opener opens an end of a modelled board.

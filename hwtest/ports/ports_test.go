@@ -13,10 +13,10 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board"
-	"github.com/boardlink/boardlink/hwtest/netns"
 	"github.com/boardlink/boardlink/hwtest/ports"
-	"github.com/boardlink/boardlink/hwtest/traffic"
-	"github.com/boardlink/boardlink/hwtest/trial"
+	"github.com/boardlink/boardlink/trial"
+	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/traffic"
 	"go.uber.org/goleak"
 )
 

@@ -17,8 +17,8 @@ import (
 	"net/netip"
 	"time"
 
-	"github.com/boardlink/boardlink/hwtest/netns"
-	"github.com/boardlink/boardlink/hwtest/traffic"
+	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/traffic"
 )
 
 // Port is where Echo listens.

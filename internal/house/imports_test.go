@@ -52,8 +52,12 @@ var lean = map[string]bool{
 func forCmd(rel string) bool { return rel == "pci/scan" }
 
 // beside tells whether a package stands beside the floors: it tests, measures or builds. No
-// room below cmd imports it; cmd shares the measuring with hwtest.
-func beside(rel string) bool { return top(rel) == "hwtest" || top(rel) == "internal" }
+// room below cmd imports it.
+func beside(rel string) bool { return ships(rel) || top(rel) == "hwtest" || top(rel) == "internal" }
+
+// ships tells whether a package measures or proves links and is part of the program: cmd imports it, and it
+// imports nothing of hwtest, which tests against hardware.
+func ships(rel string) bool { return top(rel) == "bench" || top(rel) == "trial" }
 
 // mayImport says whether package from may import package to, both inside the
 // module, and why not.
@@ -64,10 +68,13 @@ func mayImport(from, to string) string {
 		}
 		return "nobody imports cmd"
 	}
+	if ships(from) && top(to) == "hwtest" {
+		return top(from) + " ships with the program, hwtest does not"
+	}
 	if beside(from) {
 		return ""
 	}
-	if top(from) == "cmd" && top(to) == "hwtest" {
+	if top(from) == "cmd" && ships(to) {
 		return ""
 	}
 	if beside(to) {
@@ -195,7 +202,14 @@ func TestImportCheckerBites(t *testing.T) {
 		{"hwtest", modulePath + "/host", false},
 		{"host", modulePath + "/hwtest", true},
 		{"cmd/boardlink", modulePath + "/host", false},
-		{"cmd/boardlink", modulePath + "/hwtest/x", false},
+		{"cmd/boardlink", modulePath + "/hwtest/x", true},
+		{"cmd/boardlink", modulePath + "/bench/x", false},
+		{"cmd/boardlink", modulePath + "/trial", false},
+		{"bench/x", modulePath + "/trial", false},
+		{"bench/x", modulePath + "/hwtest/x", true},
+		{"trial", modulePath + "/hwtest/x", true},
+		{"hwtest/x", modulePath + "/trial", false},
+		{"host", modulePath + "/trial/x", true},
 		{"cmd/boardlink", modulePath + "/internal/runtests", true},
 		{"pci/scan", modulePath + "/pci", false},
 		{"pci/scan", modulePath + "/pci/vfio", true},

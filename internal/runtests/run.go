@@ -147,8 +147,12 @@ func (r *run) packages() []pkg {
 		p := pkg{path: f[0], dir: f[1], tests: f[2] != "0" || f[3] != "0"}
 		p.rel = strings.TrimPrefix(strings.TrimPrefix(p.path, modulePath), "/")
 		top, _, _ := strings.Cut(p.rel, "/")
-		p.below = top != "cmd" && top != "hwtest" && top != "internal" && top != ""
-		p.nets = strings.Contains(f[4], "/hwtest/netns") || strings.Contains(f[4], "/hwtest/vm") || strings.Contains(f[4], "/netlink")
+		switch top {
+		case "cmd", "bench", "trial", "hwtest", "internal", "":
+		default:
+			p.below = true
+		}
+		p.nets = strings.Contains(f[4], "/trial/netns") || strings.Contains(f[4], "/hwtest/vm") || strings.Contains(f[4], "/netlink")
 		r.pkgs = append(r.pkgs, p)
 	}
 	return r.pkgs
