@@ -9,7 +9,6 @@ import (
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/pci"
-	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
@@ -828,6 +827,6 @@ func (q *netQueue) describe(index int, name string, ready bool) status.Queue {
 	qs.Pump = make(map[string]uint64)
 	q.stats.Each(func(name string, v uint64) { qs.Pump[name] = v })
 	qs.Doorbell = status.Counters(q.bells.Snapshot())
-	session.QueueBus(&qs, q.bus, q.stats.Frames())
+	q.bus.Describe(&qs, q.stats.Frames())
 	return qs
 }

@@ -14,6 +14,8 @@ import (
 	"github.com/boardlink/boardlink/app/internal/ifaddr"
 	"github.com/boardlink/boardlink/app/internal/statussock"
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/device"
+	"github.com/boardlink/boardlink/device/netdev"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/session"
@@ -31,8 +33,8 @@ type end interface {
 	Status() status.Link
 }
 
-// device is a network device that is open, with what was asked for.
-type device interface {
+// opened is a network device that is open, with what was asked for.
+type opened interface {
 	ifaddr.Device
 	Close() error
 }
@@ -42,7 +44,7 @@ type ends struct {
 	c       *Config
 	log     session.Logger
 	links   []end
-	devices []device // one for each of c.Nets
+	devices []opened // one for each of c.Nets
 	machine *Machine // nil: not asked for yet
 }
 
@@ -67,13 +69,13 @@ func Run(ctx context.Context, c *Config, version string, log session.Logger) err
 }
 
 // add takes a device that is open, and gives its interface its addresses.
-func (e *ends) add(n *Net, d device) error {
+func (e *ends) add(n *Net, d opened) error {
 	e.devices = append(e.devices, d)
 	return e.address(n, d)
 }
 
 // address sets an interface up.
-func (e *ends) address(n *Net, d device) error {
+func (e *ends) address(n *Net, d opened) error {
 	if err := ifaddr.SetUp(d.Interface(), n.Addrs, n.MTU, e.log); err != nil {
 		return UsageError{err}
 	}
@@ -127,11 +129,11 @@ func (e *ends) options() board.Options {
 
 func (e *ends) buildHost() error {
 	c := e.c
-	devices := make([]map[uint16]host.Backend, len(c.Boards))
+	devices := make([]map[uint16]device.Device, len(c.Boards))
 	for k := range c.Nets {
 		n := c.Nets[k]
 		if devices[n.Board] == nil {
-			devices[n.Board] = map[uint16]host.Backend{}
+			devices[n.Board] = map[uint16]device.Device{}
 		}
 		i := len(devices[n.Board]) // number on its link
 		if err := e.stableMACs(&n, i); err != nil {
@@ -142,7 +144,7 @@ func (e *ends) buildHost() error {
 			ic.MTU = defaultMTU
 		}
 		ic.Queues = n.Queues
-		d, err := host.NewNet(host.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: ic, BoardMAC: n.BoardMAC,
+		d, err := netdev.New(netdev.Config{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: ic, BoardMAC: n.BoardMAC,
 			Deny: c.Deny, Loop: c.Loop.From(i), QueueMax: c.QueueMax})
 		if err != nil {
 			return err
@@ -278,7 +280,7 @@ func (e *ends) all(f func(i int, l end) error, each bool) error {
 }
 
 // ready tells of an interface that is set up.
-func (e *ends) ready(n *Net, d device) {
+func (e *ends) ready(n *Net, d opened) {
 	i := d.Interface()
 	for _, w := range i.Warnings() {
 		e.log.Warn(w, "interface", i.Name())

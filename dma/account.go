@@ -1,6 +1,10 @@
 package dma
 
-import "sync/atomic"
+import (
+	"sync/atomic"
+
+	"github.com/boardlink/boardlink/status"
+)
 
 // AddControlReads counts n reads of the control plane. A nil Account counts nothing.
 func (a *Account) AddControlReads(n uint64) {
@@ -84,4 +88,20 @@ func (t *Table) accounted(a *Account) *Table {
 		}
 	}
 	return o
+}
+
+// Describe adds to s what a queue's accesses across the bus come to; frames is what its loop has moved. Without a board
+// that counts, nothing is there.
+func (a *QueueAccount) Describe(s *status.Queue, frames uint64) {
+	b := status.Bus{Descriptor: a.Descriptor.traffic(), Driver: a.Driver.traffic(), Device: a.Device.traffic(), Payload: a.Payload.traffic()}
+	if b == (status.Bus{}) {
+		return
+	}
+	per := b.PerFrame(frames)
+	s.Bus, s.BusPerPacket = &b, &per
+}
+
+func (a *Account) traffic() status.Traffic {
+	v := a.Load()
+	return status.Traffic{Reads: v.Reads, ReadBytes: v.ReadBytes, Writes: v.Writes, WriteBytes: v.WriteBytes, FlushReads: v.FlushReads}
 }

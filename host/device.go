@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/session"
@@ -19,12 +20,14 @@ import (
 // errOrder: the driver does things in an order that virtio 1.2, 3.1.1 does not allow.
 var errOrder = errors.New("not allowed in this device status")
 
-// device serves virtio-msg for one device model: it keeps what the transport of a device
-// keeps (status, accepted features) and drives the model through Backend.
-type device struct {
+// served serves virtio-msg for one device model: it keeps what the transport of a device
+// keeps (status, accepted features) and drives the model through device.Device.
+type served struct {
 	l      *Link
 	number uint16
-	be     Backend
+	be     device.Device
+
+	engines engineSet // for be
 
 	// The session's goroutine only.
 	driver  virtio.Features // what the driver has written so far
@@ -50,14 +53,14 @@ type device struct {
 	broken  error      // why it needs a reset
 }
 
-func newDevice(l *Link, n uint16, be Backend) *device {
-	return &device{l: l, number: n, be: be, linkUp: true, shownUp: true,
+func newDevice(l *Link, n uint16, be device.Device) *served {
+	return &served{l: l, number: n, be: be, linkUp: true, shownUp: true,
 		starts: session.NewBucket(l.cfg.Pace.Starts), changes: session.NewBucket(l.cfg.Pace.Changes)}
 }
 
 // event is the model's Notify. However much it tells, nothing of it gets lost: that the configuration
 // changed, and the first cause of a reset, or one that concerns the whole link.
-func (d *device) event(e Event) {
+func (d *served) event(e device.Event) {
 	d.mu.Lock()
 	if e.Broken == nil {
 		d.changed = true
@@ -74,7 +77,7 @@ func fatal(err error) bool {
 }
 
 // events acts on what the model has told.
-func (d *device) events() {
+func (d *served) events() {
 	d.mu.Lock()
 	changed, broken := d.changed, d.broken
 	d.changed, d.broken = false, nil
@@ -90,7 +93,7 @@ func (d *device) events() {
 	if broken != nil {
 		d.needsReset(broken)
 	}
-	if be, ok := d.be.(linked); ok && d.linkUp != d.shownUp && d.changes.Wait(time.Now()) == 0 {
+	if be, ok := d.be.(device.Linked); ok && d.linkUp != d.shownUp && d.changes.Wait(time.Now()) == 0 {
 		d.changes.Take(time.Now(), 1) // each is a change of the carrier; the last one comes with a later beat
 		be.SetPeerLink(d.linkUp)
 		d.shownUp = d.linkUp
@@ -104,17 +107,17 @@ func (d *device) events() {
 	}
 }
 
-func (d *device) setStatus(s uint32) {
+func (d *served) setStatus(s uint32) {
 	d.stateMu.Lock()
 	d.status = s
 	d.stateMu.Unlock()
 }
 
 // stop stops the loops. Should they not, status and log of the link tell.
-func (d *device) stop() { d.l.s.Stopping(func() { d.be.Stop() }) }
+func (d *served) stop() { d.l.s.Stopping(func() { d.be.Stop() }) }
 
 // needsReset takes the device out of service until the driver resets it (virtio 1.2, 2.1.2).
-func (d *device) needsReset(err error) {
+func (d *served) needsReset(err error) {
 	d.stop()
 	d.stateMu.Lock()
 	d.lastErr = err.Error()
@@ -134,7 +137,7 @@ func (d *device) needsReset(err error) {
 }
 
 // reset is what status 0 and the end of the link do.
-func (d *device) reset() {
+func (d *served) reset() {
 	d.stop()
 	d.mu.Lock()
 	d.changed, d.broken = false, nil // of what was before
@@ -145,10 +148,10 @@ func (d *device) reset() {
 	d.setStatus(0)
 }
 
-func (d *device) queue(i int) session.QueueID { return session.QueueID{Dev: d.number, Queue: i} }
+func (d *served) queue(i int) session.QueueID { return session.QueueID{Dev: d.number, Queue: i} }
 
 // message serves a request and writes its answer into m.
-func (d *device) message(h virtiomsg.Header, m *virtiomsg.Slot) (answer bool, err error) {
+func (d *served) message(h virtiomsg.Header, m *virtiomsg.Slot) (answer bool, err error) {
 	switch h.ID {
 	case virtiomsg.GetDeviceInfo:
 		if err := virtiomsg.DecodeEmptyRequest(m, h.ID); err != nil {
@@ -194,8 +197,11 @@ func (d *device) message(h virtiomsg.Header, m *virtiomsg.Slot) (answer bool, er
 		if err := c.DecodeRequest(m); err != nil {
 			return false, err
 		}
-		// Nothing in it is the driver's to write.
+		// A write that is refused shows by an answer without data (docs/wire.md, 5).
 		r := virtiomsg.ConfigData{Generation: d.gen, Offset: c.Offset}
+		if c.Len > 0 && uint64(c.Offset)+uint64(c.Len) <= uint64(len(d.be.Config())) && d.be.WriteConfig(c.Offset, c.Data[:c.Len]) == nil {
+			r.Len, r.Data = c.Len, c.Data
+		}
 		r.EncodeResponse(m, h.ID, h.Dev, h.Token)
 	case virtiomsg.GetDeviceStatus:
 		if err := virtiomsg.DecodeEmptyRequest(m, h.ID); err != nil {
@@ -256,14 +262,14 @@ func (d *device) message(h virtiomsg.Header, m *virtiomsg.Slot) (answer bool, er
 }
 
 // starting tells whether a write of s to the device status starts the model.
-func (d *device) starting(s uint32) bool {
+func (d *served) starting(s uint32) bool {
 	return s&virtio.StatusDriverOK != 0 && d.status&(virtio.StatusDriverOK|virtio.StatusNeedsReset) == 0 &&
 		(s|d.status)&(virtio.StatusFeaturesOK|virtio.StatusFailed) == virtio.StatusFeaturesOK
 }
 
 // driverStatus is the driver's write to the device status (virtio 1.2, 2.1 and 3.1.1). What is
 // not possible does not show in d.status afterwards.
-func (d *device) driverStatus(s uint32) {
+func (d *served) driverStatus(s uint32) {
 	if s == 0 {
 		d.reset()
 		return
@@ -322,7 +328,7 @@ func (d *device) driverStatus(s uint32) {
 	d.setStatus(s)
 }
 
-func (d *device) setQueue(q *virtiomsg.VQueue) error {
+func (d *served) setQueue(q *virtiomsg.VQueue) error {
 	if d.status&virtio.StatusFeaturesOK == 0 || d.status&virtio.StatusDriverOK != 0 {
 		return fmt.Errorf("queue %d set up: %w", q.Index, errOrder)
 	}
@@ -334,12 +340,12 @@ func (d *device) setQueue(q *virtiomsg.VQueue) error {
 	d.stateMu.Lock()
 	d.push = dma.Addr(q.Desc) >= poolLink
 	d.stateMu.Unlock()
-	return d.be.SetQueue(int(q.Index), QueueConfig{Size: uint16(q.Size), Desc: dma.Addr(q.Desc), Driver: dma.Addr(q.Driver), Device: dma.Addr(q.Device),
+	return d.be.SetQueue(int(q.Index), device.QueueConfig{Size: uint16(q.Size), Desc: dma.Addr(q.Desc), Driver: dma.Addr(q.Driver), Device: dma.Addr(q.Device),
 		Kick: d.l.s.Waiter(id), Call: call})
 }
 
 // memory says how much memory the devices of the link share.
-func (d *device) memory() string {
+func (d *served) memory() string {
 	board, pool, n := d.l.memory()
 	s := fmt.Sprintf("%d bytes of the board", board)
 	if pool > 0 {
@@ -353,7 +359,7 @@ func (d *device) memory() string {
 
 // without says which segmentation bits the driver did not accept, and why, as far as it shows: "" where it accepted them
 // all. A driver without room for frames of 64 KiB leaves them out (docs/wire.md, section 7).
-func (d *device) without() string {
+func (d *served) without() string {
 	if d.be.DeviceID() != virtio.IDNet {
 		return ""
 	}
@@ -388,13 +394,13 @@ func (d *device) without() string {
 }
 
 // pushes tells that the driver uses the pool.
-func (d *device) pushes() bool {
+func (d *served) pushes() bool {
 	d.stateMu.Lock()
 	defer d.stateMu.Unlock()
 	return d.push && d.status&virtio.StatusDriverOK != 0
 }
 
-func (d *device) describe() status.Device {
+func (d *served) describe() status.Device {
 	s := d.be.Status()
 	d.stateMu.Lock()
 	defer d.stateMu.Unlock()

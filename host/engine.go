@@ -6,12 +6,11 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
-	"github.com/boardlink/boardlink/tunbridge"
-	"github.com/boardlink/boardlink/virtio"
 )
 
 // DMAMode says what a board's DMA engine is used for.
@@ -101,20 +100,7 @@ func newEngineSource(b board.Board, c DMAConfig, log session.Logger, link string
 	return s
 }
 
-// engineUser is a device model that can use engines. nil: there are none. Called while stopped.
-type engineUser interface {
-	useEngines(*engineSource)
-}
-
-// engineJob is a queue that may use an engine.
-type engineJob struct {
-	queue    int
-	name     string
-	toBoard  bool // a receive queue
-	maxFrame int
-}
-
-// engineSet are the engines of one device. prepare, attach and release are called from the goroutine that starts and stops it.
+// engineSet are the engines of one device. It implements device.Engines.
 type engineSet struct {
 	src   *engineSource
 	queue map[int]*queueEngine // made once for a queue, so that its counters live as long as the model
@@ -122,7 +108,7 @@ type engineSet struct {
 
 type queueEngine struct {
 	stats *dma.MoverStats
-	open  bool // since the last prepare
+	open  bool // since the last Prepare
 	eng   dma.Engine
 	mover *dma.Mover
 	stage dma.Span
@@ -130,9 +116,9 @@ type queueEngine struct {
 	min   uint32
 }
 
-// prepare opens engines for the queues of a device that starts: for transmit queues first, as long as there are some. What
+// Prepare implements device.Engines: it opens engines for the queues of a device that starts: for transmit queues first, as long as there are some. What
 // cannot be had is left to the processor.
-func (s *engineSet) prepare(jobs []engineJob) {
+func (s *engineSet) Prepare(jobs []device.EngineJob) {
 	if s.src == nil {
 		return
 	}
@@ -145,13 +131,13 @@ func (s *engineSet) prepare(jobs []engineJob) {
 		}
 		for _, j := range jobs {
 			j := j
-			if j.toBoard != toBoard {
+			if j.ToBoard != toBoard {
 				continue
 			}
-			q := s.queue[j.queue]
+			q := s.queue[j.Queue]
 			if q == nil {
 				q = &queueEngine{stats: new(dma.MoverStats)}
-				s.queue[j.queue] = q
+				s.queue[j.Queue] = q
 			}
 			var err error
 			if fault := pci.Guard(func() { err = s.src.open(q, j) }); fault != nil {
@@ -167,30 +153,30 @@ func (s *engineSet) prepare(jobs []engineJob) {
 				if s.src.c.Mode == DMAOn {
 					tell = s.src.log.Warn
 				}
-				tell("the processor copies", "link", s.src.link, "queue", j.name, "error", err)
+				tell("the processor copies", "link", s.src.link, "queue", j.Name, "error", err)
 			} else if errors.Is(err, board.ErrNoEngine) {
-				s.src.log.Info("no DMA engine left: the processor copies", "link", s.src.link, "queue", j.name, "error", err)
+				s.src.log.Info("no DMA engine left: the processor copies", "link", s.src.link, "queue", j.Name, "error", err)
 			} else {
-				s.src.log.Warn("no DMA engine: the processor copies", "link", s.src.link, "queue", j.name, "error", err)
+				s.src.log.Warn("no DMA engine: the processor copies", "link", s.src.link, "queue", j.Name, "error", err)
 			}
 		}
 	}
 }
 
 // open gives q an engine, unless the processor is faster.
-func (s *engineSource) open(q *queueEngine, j engineJob) error {
+func (s *engineSource) open(q *queueEngine, j device.EngineJob) error {
 	size := uint64(stageSize)
-	if n := 64 * uint64(tunbridge.StagingMin(j.maxFrame)); n < size {
+	if n := 64 * uint64(j.Stage); n < size {
 		size = n // what all frames in flight can take
 	}
-	measure := !j.toBoard && s.c.Min == 0 && s.sample.Len != 0
+	measure := !j.ToBoard && s.c.Min == 0 && s.sample.Len != 0
 	if measure && s.min == dma.Never && s.c.Mode == DMAAuto {
 		return nil
 	}
 	if s.next >= poolLink-stageStep {
 		s.next = stageLink
 	}
-	e, stage, err := s.b.Engine(board.EngineConfig{ToBoard: j.toBoard, Window: s.window, Size: size, Link: s.next})
+	e, stage, err := s.b.Engine(board.EngineConfig{ToBoard: j.ToBoard, Window: s.window, Size: size, Link: s.next})
 	if err != nil {
 		return err
 	}
@@ -201,7 +187,7 @@ func (s *engineSource) open(q *queueEngine, j engineJob) error {
 	}
 	mc := dma.MoverConfig{Engine: e, Min: s.c.Min, Timeout: s.c.Timeout, Stats: q.stats,
 		Logf: func(format string, args ...interface{}) {
-			s.log.Warn(fmt.Sprintf(format, args...), "link", s.link, "queue", j.name)
+			s.log.Warn(fmt.Sprintf(format, args...), "link", s.link, "queue", j.Name)
 		}}
 	q.mover = dma.NewMover(mc)
 	if measure && s.min == 0 {
@@ -213,7 +199,7 @@ func (s *engineSource) open(q *queueEngine, j engineJob) error {
 	}
 	if measure {
 		if s.min == dma.Never && s.c.Mode == DMAAuto {
-			s.log.Info("the processor copies: the DMA engine is not faster", "link", s.link, "queue", j.name, "engine", e.Caps().Name)
+			s.log.Info("the processor copies: the DMA engine is not faster", "link", s.link, "queue", j.Name, "engine", e.Caps().Name)
 			s.close(q)
 			return nil
 		}
@@ -223,19 +209,21 @@ func (s *engineSource) open(q *queueEngine, j engineJob) error {
 		q.mover = dma.NewMover(mc)
 	}
 	q.used, q.min = true, q.mover.Min()
-	s.log.Info("DMA engine", "link", s.link, "queue", j.name, "engine", e.Caps().Name, "from_bytes", q.min)
+	s.log.Info("DMA engine", "link", s.link, "queue", j.Name, "engine", e.Caps().Name, "from_bytes", q.min)
 	return nil
 }
 
-// attach lets a queue's pump use the engine that prepare opened for it.
-func (s *engineSet) attach(pc *tunbridge.PumpConfig, queue int) {
-	if q := s.queue[queue]; q != nil && q.open {
-		pc.Mover, pc.Staging = q.mover, q.stage
+// Engine implements device.Engines.
+func (s *engineSet) Engine(queue int) (*dma.Mover, dma.Span, bool) {
+	q := s.queue[queue]
+	if q == nil || !q.open {
+		return nil, dma.Span{}, false
 	}
+	return q.mover, q.stage, true
 }
 
-// release closes all engines: then they touch nothing any more, or may not use the bus any more, and the link is lost. The pumps have ended.
-func (s *engineSet) release() {
+// Release implements device.Engines: then the engines they touch nothing any more, or may not use the bus any more, and the link is lost. The pumps have ended.
+func (s *engineSet) Release() {
 	for _, q := range s.queue {
 		s.src.close(q)
 	}
@@ -265,8 +253,8 @@ func (s *engineSource) close(q *queueEngine) {
 	}
 }
 
-// describe adds the counters of the queues that had an engine once, and their sums to the device's.
-func (s *engineSet) describe(d *status.Device) {
+// Describe implements device.Engines: it adds the counters of the queues that had an engine once, and their sums to the device's.
+func (s *engineSet) Describe(d *status.Device) {
 	for i := range d.Queues {
 		q := s.queue[d.Queues[i].Index]
 		if q == nil || !q.used {
@@ -279,25 +267,4 @@ func (s *engineSet) describe(d *status.Device) {
 		})
 		d.Queues[i].DMA = m
 	}
-}
-
-// useEngines implements engineUser.
-func (n *Net) useEngines(src *engineSource) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.engines.src = src
-}
-
-// engineJobs lists what an engine can do for this device. mu is held.
-func (n *Net) engineJobs() []engineJob {
-	toDriver, toDevice := n.maxFrames()
-	var jobs []engineJob
-	for i := range n.pairs {
-		if n.pairs[i].ready() {
-			rx, tx := virtio.NetQueueRX(i), virtio.NetQueueTX(i)
-			jobs = append(jobs, engineJob{queue: rx, name: n.queueName(rx), toBoard: true, maxFrame: toDriver},
-				engineJob{queue: tx, name: n.queueName(tx), maxFrame: toDevice})
-		}
-	}
-	return jobs
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/status"
@@ -113,10 +114,10 @@ type quiet struct{ *lines }
 
 func (quiet) Debug(string, ...interface{}) {}
 
-func jobs(pairs int) []engineJob {
-	var l []engineJob
+func jobs(pairs int) []device.EngineJob {
+	var l []device.EngineJob
 	for i := 0; i < 2*pairs; i++ {
-		l = append(l, engineJob{queue: i, name: fmt.Sprintf("q%d", i), toBoard: i%2 == 0, maxFrame: tunbridge.MaxFrame(1500, false)})
+		l = append(l, device.EngineJob{Queue: i, Name: fmt.Sprintf("q%d", i), ToBoard: i%2 == 0, Stage: tunbridge.StagingMin(tunbridge.MaxFrame(1500, false))})
 	}
 	return l
 }
@@ -150,29 +151,27 @@ func TestEngines(t *testing.T) {
 			var s engineSet
 			s.src = newEngineSource(b, c.cfg, log, "l", []board.WindowPart{{Link: 1 << 32, Offset: 4096, Size: 1<<20 - 4096}}, func(err error) { t.Error(err) })
 			for start := 0; start < 2; start++ {
-				s.prepare(jobs(c.pairs))
+				s.Prepare(jobs(c.pairs))
 				var got []int
 				var min uint32
 				for i := 0; i < 2*c.pairs; i++ {
-					var pc tunbridge.PumpConfig
-					s.attach(&pc, i)
-					if pc.Mover != nil {
-						got, min = append(got, i), pc.Mover.Min()
-						if pc.Staging.Len < tunbridge.StagingMin(jobs(1)[0].maxFrame) {
-							t.Errorf("%d bytes of staging memory", pc.Staging.Len)
+					if m, stage, ok := s.Engine(i); ok {
+						got, min = append(got, i), m.Min()
+						if stage.Len < jobs(1)[0].Stage {
+							t.Errorf("%d bytes of staging memory", stage.Len)
 						}
 					}
 				}
 				if fmt.Sprint(got) != fmt.Sprint(c.want) || c.min != 0 && min != c.min {
 					t.Errorf("queues %v have engines, from %d bytes on; want %v, %d: %q", got, min, c.want, c.min, log.l)
 				}
-				s.release()
+				s.Release()
 				if b.free != c.free || b.closed != len(b.opened) {
 					t.Errorf("%d engines opened, %d closed", len(b.opened), b.closed)
 				}
 			}
 			d := status.Device{Counters: map[string]uint64{}, Queues: []status.Queue{{Index: 0}, {Index: 1}}}
-			s.describe(&d)
+			s.Describe(&d)
 			for i := range d.Queues {
 				if want := strings.Contains(fmt.Sprint(c.want), fmt.Sprint(i)); (d.Queues[i].DMA != nil) != want {
 					t.Errorf("queue %d: counters %v", i, d.Queues[i].DMA)
@@ -205,7 +204,7 @@ func TestEngineWords(t *testing.T) {
 		b := &timedBoard{win: dma.Region{Mem: mmio.FromBytes(make([]byte, 1<<20))}, none: c.err}
 		s := &engineSet{}
 		s.src = newEngineSource(b, DMAConfig{Mode: c.mode}, quiet{log}, "l", []board.WindowPart{{Link: 1 << 32, Size: 1 << 20}}, nil)
-		s.prepare(jobs(1))
+		s.Prepare(jobs(1))
 		text := fmt.Sprint(log.l)
 		if c.want == "" && len(log.l) != 0 || !strings.Contains(text, c.want) || errors.Is(c.err, board.ErrHasNoEngine) && strings.Contains(text, "left") {
 			t.Errorf("%v, --dma %v: %s", c.err, c.mode, text)
@@ -222,13 +221,12 @@ func TestEnginesRefused(t *testing.T) {
 		told = nil
 		s := &engineSet{}
 		s.src = newEngineSource(b, DMAConfig{Mode: DMAOn, Min: 1}, &lines{}, "l", window, func(err error) { told = err })
-		s.prepare(jobs(1))
+		s.Prepare(jobs(1))
 		return s
 	}
 	got := func(s *engineSet) bool {
-		var pc tunbridge.PumpConfig
-		s.attach(&pc, 1)
-		return pc.Mover != nil
+		_, _, ok := s.Engine(1)
+		return ok
 	}
 	b := &timedBoard{win: dma.Region{Mem: ram}, free: 2, size: 4096}
 	if s := set(b, all); got(s) || b.closed != 2 {
@@ -240,12 +238,12 @@ func TestEnginesRefused(t *testing.T) {
 	}
 	b.closeErr = errors.New("stiff")
 	s := set(b, all)
-	if s.release(); told != nil {
+	if s.Release(); told != nil {
 		t.Errorf("an engine that does not close: %v", told)
 	}
 	b = &timedBoard{win: dma.Region{Mem: ram}, free: 2, closeErr: fmt.Errorf("timed: %w", dma.ErrRunaway)}
 	s = set(b, all)
-	if s.release(); !errors.Is(told, dma.ErrRunaway) {
+	if s.Release(); !errors.Is(told, dma.ErrRunaway) {
 		t.Errorf("a runaway: told %v", told)
 	}
 	for _, text := range []string{"", "ON", "yes"} {

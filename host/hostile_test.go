@@ -14,6 +14,8 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/board/loopback"
 	"github.com/boardlink/boardlink/board/testboard"
+	"github.com/boardlink/boardlink/device"
+	"github.com/boardlink/boardlink/device/netdev"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/hwtest/peer"
@@ -38,7 +40,7 @@ type rig struct {
 	t    *testing.T
 	ns   *netns.NS
 	link *host.Link
-	net  *host.Net
+	net  *netdev.Net
 	log  *peer.Log
 	sock int // a packet socket on the tap
 	nl   *netlink.Handle
@@ -128,7 +130,7 @@ func newRigWith(t *testing.T, spec string, ifc tunbridge.Config, pace session.Pa
 	}
 	t.Cleanup(func() { r.ns.Close() })
 	err = r.ns.Do(func() error {
-		if r.net, err = host.NewNet(host.NetConfig{Name: "net0", Number: dev, Interface: ifc,
+		if r.net, err = netdev.New(netdev.Config{Name: "net0", Number: dev, Interface: ifc,
 			BoardMAC: tunbridge.MAC{2, 0, 0, 0, 0, 1}}); err != nil {
 			return err
 		}
@@ -151,7 +153,7 @@ func newRigWith(t *testing.T, spec string, ifc tunbridge.Config, pace session.Pa
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Close(r.sock); r.nl.Close() })
-	r.link = host.NewLink(host.Config{Name: "a", Board: spec, Devices: map[uint16]host.Backend{dev: r.net}, Log: r.log,
+	r.link = host.NewLink(host.Config{Name: "a", Board: spec, Devices: map[uint16]device.Device{dev: r.net}, Log: r.log,
 		Beat: 10 * time.Millisecond, LostBeats: 200, Pace: r.pace})
 	ctx, cancel := context.WithCancel(context.Background())
 	r.stop = cancel

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
@@ -21,7 +22,7 @@ type Config struct {
 	// Options are how the board is opened; Side is filled in.
 	Options board.Options
 	// Devices are what is offered, by device number. They belong to the Link from NewLink on.
-	Devices map[uint16]Backend
+	Devices map[uint16]device.Device
 	// NoPool keeps the board out of the host's memory: no placement but window.
 	NoPool bool
 	// DMA says what the board's DMA engine is for.
@@ -41,7 +42,7 @@ type Link struct {
 
 	cfg   Config
 	s     *session.Session
-	devs  []*device // by number
+	devs  []*served // by number
 	table dma.TableRef
 	wild  error // an engine could not be stopped; the session's goroutine only
 
@@ -68,6 +69,7 @@ func NewLink(c Config) *Link {
 	l.s = session.New(session.Config{Name: c.Name, Spec: c.Board, Options: c.Options, Log: c.Log,
 		Beat: c.Beat, LostBeats: c.LostBeats, NoInterrupts: c.NoInterrupts, Retry: c.Retry, Pace: c.Pace, Handler: (*handler)(l)})
 	for _, d := range l.devs {
+		d.be.SetEngines(&d.engines)
 		d.be.Notify(d.event)
 	}
 	return l
@@ -200,9 +202,7 @@ func (l *handler) Up() {
 	src := newEngineSource(l.s.Board(), l.cfg.DMA, l.cfg.Log, l.cfg.Name, parts, l.runaway)
 	for _, d := range l.devs {
 		d.be.SetMemory(&l.table)
-		if u, ok := d.be.(engineUser); ok {
-			u.useEngines(src)
-		}
+		d.engines.src = src
 	}
 }
 
@@ -214,7 +214,7 @@ func (l *handler) Down() {
 	}
 }
 
-func (l *handler) device(n uint16) *device {
+func (l *handler) device(n uint16) *served {
 	for _, d := range l.devs {
 		if d.number == n {
 			return d

@@ -45,7 +45,7 @@ func (l *Link) linkUp() {
 func (l *Link) linkDown() { l.upSince = time.Time{} }
 
 // driven notes that the driver has written a device status.
-func (d *device) driven(s uint32) {
+func (d *served) driven(s uint32) {
 	if s&virtio.StatusDriver != 0 {
 		d.ran = true
 		d.stateMu.Lock()

@@ -11,6 +11,8 @@ import (
 	"github.com/boardlink/boardlink/agent"
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/board/testboard"
+	"github.com/boardlink/boardlink/device"
+	"github.com/boardlink/boardlink/device/netdev"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/hwtest/peer"
@@ -93,12 +95,12 @@ func (l *link) start(s board.Side) {
 		var ifc *tunbridge.Iface
 		if s == board.Host {
 			c.MTU, c.Queues = 1500, l.queues[s]
-			n, err := host.NewNet(host.NetConfig{Name: "net0", Interface: c})
+			n, err := netdev.New(netdev.Config{Name: "net0", Interface: c})
 			if err != nil {
 				return err
 			}
 			ifc = n.Interface()
-			l.ends[s] = host.NewLink(host.Config{Name: "h", Board: l.spec, Options: board.Options{Account: new(dma.Account)}, Devices: map[uint16]host.Backend{0: n}, Log: &l.log, Beat: beat, LostBeats: lost})
+			l.ends[s] = host.NewLink(host.Config{Name: "h", Board: l.spec, Options: board.Options{Account: new(dma.Account)}, Devices: map[uint16]device.Device{0: n}, Log: &l.log, Beat: beat, LostBeats: lost})
 		} else {
 			n, err := agent.NewNet(agent.NetConfig{Name: "net0", Interface: c, Queues: l.queues[s], Ring: l.ring, QueueSize: 64})
 			if err != nil {

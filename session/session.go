@@ -1113,22 +1113,6 @@ func reasonName(r virtiomsg.Reason) string {
 	return string(b)
 }
 
-// QueueBus adds to s what a queue's accesses across the bus come to; frames is what its loop has moved. Without a board that counts,
-// nothing is there.
-func QueueBus(s *status.Queue, a *dma.QueueAccount, frames uint64) {
-	b := status.Bus{Descriptor: traffic(&a.Descriptor), Driver: traffic(&a.Driver), Device: traffic(&a.Device), Payload: traffic(&a.Payload)}
-	if b == (status.Bus{}) {
-		return
-	}
-	per := b.PerFrame(frames)
-	s.Bus, s.BusPerPacket = &b, &per
-}
-
-func traffic(a *dma.Account) status.Traffic {
-	v := a.Load()
-	return status.Traffic{Reads: v.Reads, ReadBytes: v.ReadBytes, Writes: v.Writes, WriteBytes: v.WriteBytes, FlushReads: v.FlushReads}
-}
-
 // SumBus adds what the queues of l.Devices count to l.Bus, which has the accesses for anything else. It is called once.
 func SumBus(l *status.Link) {
 	if l.Bus == nil {

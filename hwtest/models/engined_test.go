@@ -22,6 +22,8 @@ import (
 	"github.com/boardlink/boardlink/agent"
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/board/loopback"
+	"github.com/boardlink/boardlink/device"
+	"github.com/boardlink/boardlink/device/netdev"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/hwtest/models"
 	dmamodel "github.com/boardlink/boardlink/hwtest/models/dma"
@@ -134,12 +136,12 @@ func killAgents(t *testing.T, kind string, kills int) {
 		}
 		t.Cleanup(func() { ns[i].Close() })
 	}
-	var n *host.Net
+	var n *netdev.Net
 	if err := ns[0].Do(func() error {
-		c := host.NetConfig{Name: "net0", BoardMAC: tunbridge.MAC{2, 0, 0, 0, 0, 2}} // the same for each agent, or neighbours have to be found anew
+		c := netdev.Config{Name: "net0", BoardMAC: tunbridge.MAC{2, 0, 0, 0, 0, 2}} // the same for each agent, or neighbours have to be found anew
 		c.Interface.Name, c.Interface.Offload, c.Interface.MTU = killLink, true, 1500
 		var err error
-		if n, err = host.NewNet(c); err != nil {
+		if n, err = netdev.New(c); err != nil {
 			return err
 		}
 		return setUp(killLink, hostAddr)
@@ -147,7 +149,7 @@ func killAgents(t *testing.T, kind string, kills int) {
 		t.Fatal(err)
 	}
 	log := slog.New(slog.NewTextHandler(logTo{t}, &slog.HandlerOptions{Level: slog.LevelWarn}))
-	l := host.NewLink(host.Config{Name: "board0", Board: "model:" + name, Devices: map[uint16]host.Backend{0: n}, Log: log,
+	l := host.NewLink(host.Config{Name: "board0", Board: "model:" + name, Devices: map[uint16]device.Device{0: n}, Log: log,
 		DMA: host.DMAConfig{Mode: host.DMAOn, Min: 64}})
 	ctx, cancel := context.WithCancel(t.Context())
 	var done sync.WaitGroup

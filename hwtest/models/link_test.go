@@ -19,6 +19,8 @@ import (
 
 	"github.com/boardlink/boardlink/agent"
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/device"
+	"github.com/boardlink/boardlink/device/netdev"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/mmio"
@@ -102,17 +104,17 @@ func start(t testing.TB, open [2]opener, tweaks ...tweak) *rig {
 	}
 	openersMu.Unlock()
 
-	backends := map[uint16]host.Backend{}
+	backends := map[uint16]device.Device{}
 	var nets []*agent.Net
 	for d := 0; d < r.devices; d++ {
-		var hc host.NetConfig
+		var hc netdev.Config
 		hc.Name, hc.Number = fmt.Sprintf("net%d", d), uint16(d)
 		hc.Interface.Name, hc.Interface.Offload, hc.Interface.MTU = fmt.Sprintf(linkName, d), true, 1500
 		var ac agent.NetConfig
 		ac.Name, ac.Number = hc.Name, hc.Number
 		ac.Interface.Name, ac.Interface.Offload = hc.Interface.Name, true
 		if err := r.ns[board.Host].Do(func() error {
-			n, err := host.NewNet(hc)
+			n, err := netdev.New(hc)
 			if err == nil {
 				backends[uint16(d)] = n
 			}

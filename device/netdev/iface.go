@@ -1,20 +1,14 @@
-package host
+package netdev
 
 import (
 	"errors"
 	"fmt"
+	"github.com/boardlink/boardlink/device"
 
 	"github.com/boardlink/boardlink/tunbridge"
 )
 
-// linked is a Backend with a link state at its driver's end.
-type linked interface {
-	// SetPeerLink tells whether the driver's end is up. It is called on the control plane's goroutine, and
-	// each reset makes it up again.
-	SetPeerLink(up bool)
-}
-
-var _ linked = (*Net)(nil)
+var _ device.Linked = (*Net)(nil)
 
 // interfaceChanged takes over what the interface's watcher tells: the driver hears of it as of a changed
 // configuration.
@@ -29,7 +23,7 @@ func (n *Net) interfaceChanged(s tunbridge.State) {
 	notify := n.notify
 	n.mu.Unlock()
 	if changed && notify != nil {
-		notify(Event{})
+		notify(device.Event{})
 	}
 }
 

@@ -1,22 +1,22 @@
-package host
+package netdev
 
 import (
 	"errors"
 	"fmt"
 	"sync"
 
+	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/pci"
-	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
 	"github.com/boardlink/boardlink/vring"
 )
 
-// NetConfig says what a network device is to be like.
-type NetConfig struct {
+// Config says what a network device is to be like.
+type Config struct {
 	Name   string // "net0": for errors and status
 	Number uint16 // device number on the link
 	// Interface is the device's own end. Its Queues, if above 1, are how many queue pairs are offered
@@ -39,10 +39,10 @@ type NetConfig struct {
 type Net struct {
 	ctl controlCounters // first: 64-bit alignment
 
-	cfg    NetConfig
+	cfg    Config
 	ifc    *tunbridge.Iface
 	table  *dma.TableRef
-	notify func(Event)
+	notify func(device.Event)
 
 	mu      sync.Mutex // guards what Status reads
 	acked   virtio.Features
@@ -58,7 +58,7 @@ type Net struct {
 	lastErr  error
 	starts   uint64
 	broken   uint64
-	engines  engineSet
+	engines  device.Engines
 }
 
 // netPair is a receive and a transmit queue (the names are the driver's: what it receives, the device fills in), and the queue of
@@ -74,7 +74,7 @@ type netPair struct {
 func (p *netPair) ready() bool { return p.rx.set && p.tx.set }
 
 type netQueue struct {
-	cfg   QueueConfig
+	cfg   device.QueueConfig
 	areas vring.Config
 	set   bool
 	q     vring.Device
@@ -89,11 +89,11 @@ func newNetQueue() netQueue {
 	return netQueue{stats: new(tunbridge.Stats), bells: new(doorbell.Counters), bus: new(dma.QueueAccount)}
 }
 
-var _ Backend = (*Net)(nil)
+var _ device.Device = (*Net)(nil)
 
-// NewNet opens the interface, carrier off, and returns the model. Errors of the user's making satisfy
+// New opens the interface, carrier off, and returns the model. Errors of the user's making satisfy
 // tunbridge.UserError.
-func NewNet(cfg NetConfig) (*Net, error) {
+func New(cfg Config) (*Net, error) {
 	if cfg.QueueMax == 0 {
 		cfg.QueueMax = 1024
 	}
@@ -101,7 +101,7 @@ func NewNet(cfg NetConfig) (*Net, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &Net{cfg: cfg, ifc: ifc, ctrl: newNetQueue()}
+	n := &Net{cfg: cfg, ifc: ifc, ctrl: newNetQueue(), engines: device.NoEngines{}}
 	for i := 0; i < ifc.Queues(); i++ {
 		n.pairs = append(n.pairs, netPair{ifc: ifc.Queue(i), rx: newNetQueue(), tx: newNetQueue()})
 	}
@@ -117,7 +117,7 @@ func NewNet(cfg NetConfig) (*Net, error) {
 // Interface returns the device's own end.
 func (n *Net) Interface() *tunbridge.Iface { return n.ifc }
 
-// DeviceID implements Backend.
+// DeviceID implements device.Device.
 func (n *Net) DeviceID() uint32 { return virtio.IDNet }
 
 // possible returns what this build and this kernel can do.
@@ -137,7 +137,7 @@ func (n *Net) possible() virtio.Features {
 	return f.Or(virtio.FeaturesFromMask(tunbridge.OffloadFeatures(n.ifc.OffloadSupported())))
 }
 
-// Features implements Backend: what is possible and not denied. Bits that depend on
+// Features implements device.Device: what is possible and not denied. Bits that depend on
 // a denied one are left out too (virtio 1.2, 5.1.3.1).
 func (n *Net) Features() virtio.Features {
 	f := n.possible().Without(n.cfg.Deny)
@@ -162,7 +162,7 @@ func (n *Net) maxPairs() int {
 	return 1
 }
 
-// SetFeatures implements Backend.
+// SetFeatures implements device.Device.
 func (n *Net) SetFeatures(f virtio.Features) error {
 	if bad := f.Without(n.Features()); bad != (virtio.Features{}) {
 		return fmt.Errorf("%s: the driver accepts what was not offered: %s", n.cfg.Name, bad)
@@ -189,14 +189,14 @@ func (n *Net) SetFeatures(f virtio.Features) error {
 	return nil
 }
 
-// Config implements Backend.
+// Config implements device.Device.
 func (n *Net) Config() []byte {
 	l := n.linkState()
 	b := virtio.NetConfig{MAC: [6]byte(n.cfg.BoardMAC), LinkUp: l.up, MaxQueuePairs: uint16(n.maxPairs()), MTU: uint16(l.mtu)}.Encode()
 	return b[:]
 }
 
-// Queues implements Backend: those of all pairs, and the control queue where there are several.
+// Queues implements device.Device: those of all pairs, and the control queue where there are several.
 func (n *Net) Queues() int {
 	if m := n.maxPairs(); m > 1 {
 		return virtio.NetQueueCtrl(m) + 1
@@ -204,7 +204,7 @@ func (n *Net) Queues() int {
 	return 2
 }
 
-// QueueMax implements Backend.
+// QueueMax implements device.Device.
 func (n *Net) QueueMax(i int) uint16 {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -236,11 +236,11 @@ func (n *Net) queue(i int) *netQueue {
 	return &n.pairs[i/2].tx
 }
 
-// SetMemory implements Backend.
+// SetMemory implements device.Device.
 func (n *Net) SetMemory(t *dma.TableRef) { n.table = t }
 
-// Notify implements Backend.
-func (n *Net) Notify(f func(Event)) {
+// Notify implements device.Device.
+func (n *Net) Notify(f func(device.Event)) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.notify = f
@@ -251,8 +251,8 @@ func (n *Net) queueName(i int) string {
 	return n.cfg.Name + " " + virtio.NetQueueName(i, n.negotiated())
 }
 
-// SetQueue implements Backend.
-func (n *Net) SetQueue(i int, q QueueConfig) error {
+// SetQueue implements device.Device.
+func (n *Net) SetQueue(i int, q device.QueueConfig) error {
 	n.mu.Lock()
 	nq, name := n.queue(i), n.queueName(i)
 	packed := n.acked.Has(virtio.RingPacked)
@@ -264,21 +264,21 @@ func (n *Net) SetQueue(i int, q QueueConfig) error {
 		return fmt.Errorf("%s: a queue size of %d: it has to be up to %d, and of a split queue a power of two", name, q.Size, n.cfg.QueueMax)
 	}
 	t := n.table.Load()
-	desc, driver, device := vring.SplitSizes(q.Size)
+	descLen, driverLen, deviceLen := vring.SplitSizes(q.Size)
 	access := dma.DeviceRead
 	if packed {
-		desc, driver, device = vring.PackedSizes(q.Size)
+		descLen, driverLen, deviceLen = vring.PackedSizes(q.Size)
 		access |= dma.DeviceWrite
 	}
 	c := vring.Config{Name: name, Size: q.Size, Table: n.table, State: q.State}
 	var err error
-	if c.Desc, err = area(t, name, "descriptor", q.Desc, desc, access); err != nil {
+	if c.Desc, err = device.Area(t, name, "descriptor", q.Desc, descLen, access); err != nil {
 		return err
 	}
-	if c.Driver, err = area(t, name, "driver", q.Driver, driver, dma.DeviceRead); err != nil {
+	if c.Driver, err = device.Area(t, name, "driver", q.Driver, driverLen, dma.DeviceRead); err != nil {
 		return err
 	}
-	if c.Device, err = area(t, name, "device", q.Device, device, dma.DeviceWrite); err != nil {
+	if c.Device, err = device.Area(t, name, "device", q.Device, deviceLen, dma.DeviceWrite); err != nil {
 		return err
 	}
 	a := nq.bus
@@ -290,7 +290,7 @@ func (n *Net) SetQueue(i int, q QueueConfig) error {
 	return nil
 }
 
-// Start implements Backend. One pair is in use, until the driver asks for more by the control queue (virtio 1.2, 5.1.6.5.5).
+// Start implements device.Device. One pair is in use, until the driver asks for more by the control queue (virtio 1.2, 5.1.6.5.5).
 func (n *Net) Start() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -313,7 +313,7 @@ func (n *Net) Start() error {
 	if err != nil {
 		return err
 	}
-	n.engines.prepare(n.engineJobs())
+	n.engines.Prepare(n.engineJobs())
 	for i := range n.pairs {
 		p := &n.pairs[i]
 		p.running, p.rx.pump, p.tx.pump = false, nil, nil
@@ -321,7 +321,7 @@ func (n *Net) Start() error {
 			continue
 		}
 		if err := n.makePumps(i, stop); err != nil {
-			n.engines.release()
+			n.engines.Release()
 			stop.Close()
 			return err
 		}
@@ -329,7 +329,7 @@ func (n *Net) Start() error {
 	var ctrl *control
 	if n.ctrl.set {
 		if err := n.open(&n.ctrl); err != nil {
-			n.engines.release()
+			n.engines.Release()
 			stop.Close()
 			return err
 		}
@@ -345,7 +345,7 @@ func (n *Net) Start() error {
 		n.mu.Unlock()
 		n.loops.Wait() // they may want mu
 		n.mu.Lock()
-		n.engines.release()
+		n.engines.Release()
 		n.stop, n.inUse = nil, 0
 		stop.Close()
 		return err
@@ -387,7 +387,9 @@ func (n *Net) makePumps(i int, stop *tunbridge.Stop) error {
 		pc := tunbridge.PumpConfig{Name: n.queueName(2*i + j), Iface: p.ifc, Stop: stop, Wait: q.cfg.Kick, Ring: q.cfg.Call,
 			MaxFrame: toDevice, MaxFollow: tunbridge.HeaderLen + tunbridge.MaxFrameLen, Fallback: n.cfg.Fallback,
 			Across: q.areas.Driver.Region.Across, Stats: q.stats, Bells: q.bells}
-		n.engines.attach(&pc, 2*i+j)
+		if m, stage, ok := n.engines.Engine(2*i + j); ok {
+			pc.Mover, pc.Staging = m, stage
+		}
 		if q == &p.rx {
 			pc.MaxFrame = toDriver
 			if n.acked.Has(virtio.NetMTU) {
@@ -458,11 +460,11 @@ func (n *Net) run(p tunbridge.Pump) {
 	notify := n.notify
 	n.mu.Unlock()
 	if notify != nil {
-		notify(Event{Broken: err})
+		notify(device.Event{Broken: err})
 	}
 }
 
-// Stop implements Backend.
+// Stop implements device.Device.
 func (n *Net) Stop() []vring.State {
 	n.mu.Lock()
 	stop := n.stop
@@ -486,7 +488,7 @@ func (n *Net) Stop() []vring.State {
 	// One pair again. Where the interface is gone it cannot be done, and does not matter.
 	n.ifc.SetQueues(1)
 	n.mu.Lock()
-	n.engines.release()
+	n.engines.Release()
 	n.stop, n.carrier, n.inUse = nil, false, 0
 	n.mu.Unlock()
 	n.reset()
@@ -504,13 +506,13 @@ func (n *Net) reset() {
 	n.ctrl.set = false
 }
 
-// Close implements Backend.
+// Close implements device.Device.
 func (n *Net) Close() error {
 	n.Stop()
 	return n.ifc.Close()
 }
 
-// Status implements Backend.
+// Status implements device.Device.
 func (n *Net) Status() status.Device {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -538,7 +540,7 @@ func (n *Net) Status() status.Device {
 	if len(n.pairs) > 1 {
 		s.Queues = append(s.Queues, n.ctrl.describe(virtio.NetQueueCtrl(n.maxPairs()), "ctrl"))
 	}
-	n.engines.describe(&s)
+	n.engines.Describe(&s)
 	return s
 }
 
@@ -552,6 +554,30 @@ func (q *netQueue) describe(index int, name string) status.Queue {
 	qs.Pump = make(map[string]uint64)
 	q.stats.Each(func(name string, v uint64) { qs.Pump[name] = v })
 	qs.Doorbell = status.Counters(q.bells.Snapshot())
-	session.QueueBus(&qs, q.bus, q.stats.Frames())
+	q.bus.Describe(&qs, q.stats.Frames())
 	return qs
 }
+
+// SetEngines implements device.Device.
+func (n *Net) SetEngines(e device.Engines) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.engines = e
+}
+
+// engineJobs lists what an engine can do for this device. mu is held.
+func (n *Net) engineJobs() []device.EngineJob {
+	toDriver, toDevice := n.maxFrames()
+	var jobs []device.EngineJob
+	for i := range n.pairs {
+		if n.pairs[i].ready() {
+			rx, tx := virtio.NetQueueRX(i), virtio.NetQueueTX(i)
+			jobs = append(jobs, device.EngineJob{Queue: rx, Name: n.queueName(rx), ToBoard: true, Stage: tunbridge.StagingMin(toDriver)},
+				device.EngineJob{Queue: tx, Name: n.queueName(tx), Stage: tunbridge.StagingMin(toDevice)})
+		}
+	}
+	return jobs
+}
+
+// WriteConfig implements device.Device: nothing in the configuration of a network device is the driver's to write.
+func (n *Net) WriteConfig(uint32, []byte) error { return device.ErrReadOnly }
