@@ -27,9 +27,6 @@ type wanted struct {
 	longRX        bool   // maxRX is that of segmentation
 }
 
-// minAdvisedMTU is the smallest MTU that IPv6 works with (RFC 8200, 5).
-const minAdvisedMTU = 1280
-
 // never is more memory than there can be.
 const never = math.MaxUint64 / 4
 
@@ -237,7 +234,7 @@ func (n *Net) tooSmall(w wanted, f virtio.Features, m layout, mtu int) error {
 			high = mid - 1
 		}
 	}
-	if low >= minAdvisedMTU {
+	if low >= tunbridge.MinMTU6 {
 		remedies = append(remedies, fmt.Sprintf("an MTU of at most %d (--mtu)", low))
 	}
 	w.frames(f, mtu)

@@ -165,7 +165,7 @@ func isSerial(id string) bool {
 	}
 	// All characters alike but for hyphens: zeros, ones, "ffffffff-ffff-...".
 	digits := strings.Replace(id, "-", "", -1)
-	return strings.Trim(digits, digits[:1]) != ""
+	return digits != "" && strings.Trim(digits, digits[:1]) != ""
 }
 
 // keptName is the file with the identity of a machine that has none.

@@ -55,6 +55,7 @@ func TestIdentitySources(t *testing.T) {
 		{"zeros", map[string]string{"/etc/machine-id": strings.Repeat("0", 32), dt: "AB12\x00"}, dt},
 		{"a UUID of a careless vendor", map[string]string{dmi: "03000200-0400-0500-0006-000700080009\n", dt: "AB12\x00"}, dt},
 		{"a UUID of ones", map[string]string{dmi: "FFFFFFFF-FFFF-FFFF-FFFF-FFFFFFFFFFFF\n"}, kept},
+		{"a serial number of hyphens", map[string]string{dmi: "----\n"}, kept},
 		{"a serial number that is text", map[string]string{dmi: "To be filled by O.E.M.\n"}, kept},
 		{"nothing", nil, kept},
 		{"kept", map[string]string{kept: idB}, kept},

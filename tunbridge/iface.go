@@ -77,6 +77,10 @@ func StableMAC(seed string) MAC {
 // MinMTU is the smallest MTU that the kernel gives an IPv4 interface, in bytes.
 const MinMTU = 68
 
+// MinMTU6 is the smallest MTU that IPv6 works with, in bytes (RFC 8200, 5). Below it the kernel removes an interface's IPv6
+// addresses.
+const MinMTU6 = 1280
+
 // MaxMTU returns the largest MTU of an interface of type t, in bytes (the kernel's
 // limit: 65535 less the link header).
 func MaxMTU(t LinkType) int {
@@ -197,6 +201,9 @@ type Iface struct {
 	mac  MAC
 	mtu  int
 	isUp bool // as it was seen last
+
+	lapses int  // State.Lapses
+	lapsed bool // one has begun and not ended
 
 	watch   *watch // nil until Watch
 	remakes int

@@ -189,7 +189,9 @@ func TestIfaceRequestsFollow(t *testing.T) {
 					return fmt.Errorf("%s has MTU %d, MAC %v, flags %#x: want 1300, %v and up", now, a.MTU, a.HardwareAddr, a.RawFlags, mac)
 				}
 				want := State{Name: now, Index: a.Index, MTU: 1300, Up: true, Moved: m.moved, Made: 1}
-				if s := it.State(); s != want {
+				s := it.State()
+				want.Lapses = s.Lapses
+				if s != want {
 					return fmt.Errorf("state %+v, want %+v", s, want)
 				}
 				return it.InNamespace(func(name string, index int) error {
@@ -389,7 +391,7 @@ func TestIfaceRemake(t *testing.T) {
 			if err := it.Remake(); err != nil {
 				t.Fatal(err)
 			}
-			want := State{Name: "t0", Index: kernelLink(t, "t0").Attrs().Index, MTU: 1350, Made: 2}
+			want := State{Name: "t0", Index: kernelLink(t, "t0").Attrs().Index, MTU: 1350, Lapses: 1, Made: 2}
 			for s := range seen {
 				if s.Made == 2 {
 					if s != want {
@@ -468,7 +470,7 @@ func TestIfaceWatch(t *testing.T) {
 			for i, change := range []func(l netlink.Link) error{
 				func(l netlink.Link) error { want.MTU = 1300; return netlink.LinkSetMTU(l, 1300) },
 				func(l netlink.Link) error { want.Up = true; return netlink.LinkSetUp(l) },
-				func(l netlink.Link) error { want.Up = false; return netlink.LinkSetDown(l) },
+				func(l netlink.Link) error { want.Up = false; want.Lapses++; return netlink.LinkSetDown(l) },
 				func(l netlink.Link) error { want.Name = "t1"; return netlink.LinkSetName(l, "t1") },
 			} {
 				if err := change(kernelLink(t, it.Name())); err != nil {
@@ -498,6 +500,35 @@ func TestIfaceWatch(t *testing.T) {
 			}
 			if n > 100 {
 				t.Errorf("%d calls for 500 changes", n)
+			}
+			if deaf {
+				return
+			}
+			// Down, or an MTU too small for IPv6, and back at once: it looks as before, and is told all the same.
+			l := kernelLink(t, it.Name())
+			do := func(fs ...func() error) {
+				t.Helper()
+				for _, f := range fs {
+					if err := f(); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			up, down := func() error { return netlink.LinkSetUp(l) }, func() error { return netlink.LinkSetDown(l) }
+			mtu := func(n int) func() error { return func() error { return netlink.LinkSetMTU(l, n) } }
+			do(up)
+			s := State{}
+			for !s.Up {
+				s = <-seen
+			}
+			for i, undone := range [][]func() error{{down, up}, {mtu(MinMTU6 - 1), mtu(1499)}} {
+				before := s.Lapses
+				do(undone...)
+				for s = <-seen; !s.Up || s.MTU != 1499 || s.Lapses == before; s = <-seen {
+				}
+				if s.Lapses != before+1 {
+					t.Errorf("%d: %d lapses, want 1", i, s.Lapses-before)
+				}
 			}
 			it.Close()
 		})

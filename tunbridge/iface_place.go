@@ -76,6 +76,7 @@ type place struct {
 	home   int     // the namespace that Open was called in, -1 if unknown
 	homeID netnsID // of home
 	id     netnsID // of the control socket's namespace
+	seen   netnsID // without /proc, where the interface was first
 	left   bool    // the kernel told that the interface left that namespace
 }
 
@@ -98,7 +99,14 @@ func (it *Iface) locate() error {
 	if err != nil {
 		return it.failed("stat its network namespace", err)
 	}
-	if id != it.at.id && it.at.id != (netnsID{}) {
+	if it.at.id == (netnsID{}) { // no /proc: nothing can follow it
+		if it.at.seen == (netnsID{}) {
+			it.at.seen = id
+		}
+		if it.at.seen != id {
+			return fmt.Errorf("tunbridge: interface %q: %w (/proc is missing)", it.name, ErrElsewhere)
+		}
+	} else if id != it.at.id {
 		var ctl int
 		err := inNetns(fd, func() (err error) {
 			ctl, err = controlSocket()

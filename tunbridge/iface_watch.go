@@ -22,6 +22,9 @@ type State struct {
 	Elsewhere bool
 	// Gone: somebody removed it. The other fields are what was known last. Remake makes it again.
 	Gone bool
+	// Lapses counts how often it was seen down, or with an MTU below MinMTU6: then the kernel drops its IPv6 addresses. With a Watch
+	// none is missed, however soon it was undone.
+	Lapses int
 	// Made counts how often it was made: 1 after Open, one more after each Remake.
 	Made int
 }
@@ -50,8 +53,18 @@ func (it *Iface) state() State {
 	if it.typ == TAP && it.fd >= 0 {
 		_ = it.getMAC() // remembered for Remake; else what we knew
 	}
-	return State{Name: it.name, Index: it.Index(), MTU: it.mtu, Up: it.isUp, Moved: it.at.id != it.at.homeID, Made: 1 + it.remakes,
+	it.noteLapse(it.isUp, it.mtu)
+	return State{Name: it.name, Index: it.Index(), MTU: it.mtu, Up: it.isUp, Moved: it.at.id != it.at.homeID, Made: 1 + it.remakes, Lapses: it.lapses,
 		Elsewhere: errors.Is(err, ErrElsewhere), Gone: errors.Is(err, ErrGone)}
+}
+
+// noteLapse counts a lapse that begins. mtu is 0 where it is unknown. mu is held.
+func (it *Iface) noteLapse(up bool, mtu int) {
+	lapse := !up || mtu != 0 && mtu < MinMTU6
+	if lapse && !it.lapsed {
+		it.lapses++
+	}
+	it.lapsed = lapse
 }
 
 // The watcher looks by itself after watchPoll where the kernel tells of changes, and after watchBlind where it does
@@ -182,6 +195,7 @@ func (w *watch) run(last State) {
 	}()
 	buf := make([]byte, 16<<10)
 	for {
+		w.catchUp(buf)
 		s, moved := w.look()
 		w.mu.Lock()
 		closed, funcs := w.closed, w.funcs
@@ -250,7 +264,8 @@ func (w *watch) wait(buf []byte, blind bool) {
 		if err != nil {
 			switch {
 			case errors.Is(err, os.ErrDeadlineExceeded):
-			case errors.Is(err, unix.ENOBUFS): // messages were lost
+			case errors.Is(err, unix.ENOBUFS):
+				w.missed()
 				w.pause(w.nudged)
 			default: // of no use any more: look by the clock
 				w.mu.Lock()
@@ -267,6 +282,46 @@ func (w *watch) wait(buf []byte, blind bool) {
 	}
 }
 
+// maxCatchUp limits how many messages are read before the watcher looks.
+const maxCatchUp = 1000
+
+// catchUp reads the messages that are there already: what they tell is older than what a look finds.
+func (w *watch) catchUp(buf []byte) {
+	w.mu.Lock()
+	f := w.file
+	if f != nil {
+		f.SetReadDeadline(time.Time{}) // a nudge stays in nudged
+	}
+	w.mu.Unlock()
+	if f == nil {
+		return
+	}
+	c, err := f.SyscallConn()
+	for i := 0; err == nil && i < maxCatchUp; i++ {
+		n, rerr := 0, error(nil)
+		err = c.Read(func(fd uintptr) bool {
+			n, rerr = unix.Read(int(fd), buf)
+			return true // do not wait
+		})
+		switch {
+		case rerr == unix.ENOBUFS:
+			w.missed()
+		case rerr == unix.EINTR:
+		case rerr != nil || n <= 0:
+			return
+		default:
+			w.concerns(buf[:n])
+		}
+	}
+}
+
+// missed notes that the kernel had no room for messages: a lapse may have been among them.
+func (w *watch) missed() {
+	w.it.mu.Lock()
+	w.it.lapses++
+	w.it.mu.Unlock()
+}
+
 // pause lets changes that follow each other closely come together.
 func (w *watch) pause(nudged <-chan struct{}) {
 	t := time.NewTimer(watchPause)
@@ -277,7 +332,8 @@ func (w *watch) pause(nudged <-chan struct{}) {
 	}
 }
 
-// concerns tells whether a message about links (rtnetlink(7)) is about this one, and notes that it left the namespace.
+// concerns tells whether a message about links (rtnetlink(7)) is about this one. It notes lapses, and that the
+// interface left the namespace.
 func (w *watch) concerns(b []byte) bool {
 	const need = unix.SizeofNlMsghdr + unix.SizeofIfInfomsg
 	for len(b) >= need {
@@ -289,13 +345,18 @@ func (w *watch) concerns(b []byte) bool {
 			return true // cut short: look
 		}
 		if int(i.Index) == w.it.Index() {
-			if h.Type == unix.RTM_DELLINK && i.Family == unix.AF_UNSPEC {
-				w.it.mu.Lock()
-				if w.it.at.id == w.id {
-					w.it.at.left = true
-				}
-				w.it.mu.Unlock()
+			if i.Family != unix.AF_UNSPEC { // a bridge's
+				return true
 			}
+			w.it.mu.Lock()
+			switch {
+			case w.it.at.id != w.id: // from before it was followed
+			case h.Type == unix.RTM_DELLINK:
+				w.it.at.left = true
+			case h.Type == unix.RTM_NEWLINK:
+				w.it.noteLapse(i.Flags&unix.IFF_UP != 0, linkMTU(b[need:h.Len]))
+			}
+			w.it.mu.Unlock()
 			return true
 		}
 		n := (int(h.Len) + 3) &^ 3
@@ -305,4 +366,16 @@ func (w *watch) concerns(b []byte) bool {
 		b = b[n:]
 	}
 	return false
+}
+
+// linkMTU returns the MTU among the attributes of a link's message, 0 if it is not there.
+func linkMTU(attrs []byte) (mtu int) {
+	eachAttr(attrs, func(typ uint16, v []byte) {
+		if typ == unix.IFLA_MTU && len(v) >= 4 {
+			var n uint32
+			copy((*[4]byte)(unsafe.Pointer(&n))[:], v)
+			mtu = int(n)
+		}
+	})
+	return mtu
 }

@@ -270,10 +270,11 @@ func (p *DeviceRX) publish() error {
 }
 
 // gather pops buffers until the largest frame fits; false where the driver does not
-// offer enough.
+// offer enough. From a driver that is short of memory it takes all that is there: it may offer more by now.
 func (p *DeviceRX) gather() (bool, error) {
 	for {
-		if p.merge && p.room >= p.need || !p.merge && len(p.b.Chains) > p.next {
+		enough := p.merge && p.room >= p.need || !p.merge && len(p.b.Chains) > p.next
+		if enough && p.need == p.max {
 			return true, nil
 		}
 		if p.next > 0 {
@@ -291,7 +292,7 @@ func (p *DeviceRX) gather() (bool, error) {
 			}
 		}
 		if err != nil || n == 0 {
-			return false, err
+			return enough && err == nil, err
 		}
 	}
 }

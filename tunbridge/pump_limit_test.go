@@ -378,6 +378,30 @@ func TestLittleRoom(t *testing.T) {
 		if n, over := p.sent.Frames(), p.sent.count(cOversize); n != 2 || over != 1 || rx.need != longest {
 			t.Errorf("%d frames went, %d too long; want 2 and 1; need %d", n, over, rx.need)
 		}
+		// A driver that was slow, not short: the buffer that is there is no reason to leave the others.
+		ifaceNS(t)
+		q = newPathOf(t, pathConfig{offload: true, size: 1514, kind: kind, mtu: 65000, max: [2]int{longest, longest}, queue: 8, rxMem: 1 << 20, noPumps: true})
+		p, rx = q, q.device.(*DeviceRX)
+		give(1)
+		send(1514)
+		step()
+		pending()
+		rx.disarm()
+		time.Sleep(shortAfter + 10*time.Millisecond)
+		if !pending() {
+			t.Fatal("still waiting for more than the driver has")
+		}
+		rx.disarm()
+		if ok, err := rx.gather(); !ok || err != nil || rx.need != 16<<10 {
+			t.Fatalf("room for %d bytes counts as enough: %v, %v", rx.need, ok, err)
+		}
+		give(5)
+		send(65014)
+		step()
+		p.sent.flush(&rx.d)
+		if n, over := p.sent.Frames(), p.sent.count(cOversize); n != 2 || over != 0 || rx.need != longest {
+			t.Errorf("%d frames went, %d too long; want 2 and none; need %d", n, over, rx.need)
+		}
 	}
 }
 

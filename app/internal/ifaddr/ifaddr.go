@@ -74,9 +74,6 @@ func (i *iface) get(req uint) (*unix.Ifreq, error) {
 	return r, err
 }
 
-// minMTU6 is the least MTU that IPv6 works with (RFC 8200, 5). Below it the kernel removes an interface's IPv6 addresses.
-const minMTU6 = 1280
-
 // MTUError tells of IPv6 addresses that were not added because the MTU is below 1280. It is a tunbridge.UserError.
 type MTUError struct {
 	Name  string // of the interface
@@ -116,7 +113,7 @@ func (i *iface) apply(addrs []netip.Prefix) error {
 	if err != nil {
 		return err
 	}
-	mtu := minMTU6
+	mtu := tunbridge.MinMTU6
 	if r, err := i.get(unix.SIOCGIFMTU); err == nil {
 		mtu = int(r.Uint32())
 	}
@@ -127,7 +124,7 @@ func (i *iface) apply(addrs []netip.Prefix) error {
 	defer nl.close()
 	var later []netip.Prefix
 	for _, p := range addrs {
-		if mtu < minMTU6 && p.Addr().Is6() {
+		if mtu < tunbridge.MinMTU6 && p.Addr().Is6() {
 			later = append(later, p)
 			continue
 		}

@@ -17,7 +17,7 @@ import (
 // interface that somebody else made.
 func SetUp(it *tunbridge.Iface, addrs []netip.Prefix, mtu int, log session.Logger) error {
 	err := Apply(it, addrs)
-	if _, ok := err.(*MTUError); ok && (mtu == 0 || mtu >= minMTU6) {
+	if _, ok := err.(*MTUError); ok && (mtu == 0 || mtu >= tunbridge.MinMTU6) {
 		log.Warn("the interface lacks addresses for now", "interface", it.Name(), "error", err)
 		err = nil
 	}
@@ -123,9 +123,10 @@ func (k *Keeper) follow(last, now tunbridge.State) {
 		k.cfg.Log.Warn("the interface was moved to another network namespace, or back", "interface", now.Name, "moved", now.Moved, "out_of_reach", now.Elsewhere)
 	}
 	up := now.Up && !last.Up
-	mtu := now.MTU >= minMTU6 != (last.MTU >= minMTU6)
+	mtu := now.MTU >= tunbridge.MinMTU6 != (last.MTU >= tunbridge.MinMTU6)
+	lapsed := now.Lapses != last.Lapses // down and up again before anybody looked
 	back := last.Moved && !now.Moved
-	if now.Gone || now.Moved || now.Elsewhere || !now.Up || !up && !mtu && !back {
+	if now.Gone || now.Moved || now.Elsewhere || !now.Up || !up && !mtu && !lapsed && !back {
 		return
 	}
 	k.apply()
@@ -134,7 +135,7 @@ func (k *Keeper) follow(last, now tunbridge.State) {
 func (k *Keeper) apply() {
 	it := k.cfg.Device.Interface()
 	err := Apply(it, k.cfg.Addrs)
-	if err != nil && !errors.Is(err, tunbridge.ErrGone) {
+	if err != nil && !errors.Is(err, tunbridge.ErrGone) && !errors.Is(err, tunbridge.ErrClosed) {
 		k.cfg.Log.Warn("the interface lacks addresses for now", "interface", it.Name(), "error", err)
 	}
 }
