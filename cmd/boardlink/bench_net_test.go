@@ -73,12 +73,7 @@ func TestBenchNetInterrupted(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	// The link's directory is there once its ends are started.
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		l, _ := filepath.Glob(filepath.Join(dir, "boardlink-*", "agent.sock"))
-		if len(l) > 0 {
-			break
-		}
+	for deadline := time.Now().Add(30 * time.Second); len(processesOf(dir, "agent")) == 0; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Error("boardlink's ends do not start")
 			break
@@ -92,10 +87,20 @@ func TestBenchNetInterrupted(t *testing.T) {
 	if l, _ := os.ReadDir(dir); len(l) != 0 {
 		t.Errorf("%v is left", l)
 	}
-	ps, _ := filepath.Glob("/proc/[0-9]*/environ")
+	for _, p := range processesOf(dir, "") {
+		t.Errorf("process %s is left", p)
+	}
+}
+
+// processesOf returns the processes that run with TMPDIR=dir, with the word among their arguments unless it is empty.
+func processesOf(dir, word string) (pids []string) {
+	ps, _ := filepath.Glob("/proc/[0-9]*")
 	for _, p := range ps {
-		if b, _ := os.ReadFile(p); strings.Contains(string(b), "TMPDIR="+dir) {
-			t.Errorf("process %s is left", filepath.Base(filepath.Dir(p)))
+		env, _ := os.ReadFile(filepath.Join(p, "environ"))
+		args, _ := os.ReadFile(filepath.Join(p, "cmdline"))
+		if strings.Contains(string(env), "TMPDIR="+dir) && (word == "" || strings.Contains(string(args), "\x00"+word+"\x00")) {
+			pids = append(pids, filepath.Base(p))
 		}
 	}
+	return pids
 }
