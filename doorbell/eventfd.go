@@ -91,11 +91,16 @@ func (e *Eventfd) enter() (state uint32, ok bool) {
 // number that was reused for another file.
 func (e *Eventfd) leave() {
 	s := atomic.AddUint32(&e.state, finished-1)
-	if s&(users|goneBit|closedBit) == closedBit && atomic.CompareAndSwapUint32(&e.state, s, s|goneBit) {
-		if e.shared {
-			watch.remove(e)
+	// The watchdog may set slowBit meanwhile, and somebody who will be told ErrClosed may come: he does it then.
+	for s&(users|goneBit|closedBit) == closedBit {
+		if atomic.CompareAndSwapUint32(&e.state, s, s|goneBit) {
+			if e.shared {
+				watch.remove(e)
+			}
+			unix.Close(e.fd)
+			return
 		}
-		unix.Close(e.fd)
+		s = atomic.LoadUint32(&e.state)
 	}
 }
 

@@ -150,6 +150,56 @@ func TestPeerBlocksRing(t *testing.T) {
 	})
 }
 
+// TestPeerLetsOthersPass: a ring that blocks is freed also where the peer then sets O_NONBLOCK again, so that others ring the same
+// eventfd all the time and are done at once.
+func TestPeerLetsOthersPass(t *testing.T) {
+	e, peer := shared(t)
+	inTime(t, "Ring", func() {
+		for err := error(nil); !errors.Is(err, ErrBlocked); { // unless the ring came too late to block
+			unix.SetNonblock(peer, false)
+			add(t, peer, full)
+			done := make(chan error, 1)
+			go func() { done <- e.Ring() }()
+			for atomic.LoadUint32(&e.state)&users == 0 && len(done) == 0 {
+				time.Sleep(time.Millisecond)
+			}
+			time.Sleep(10 * time.Millisecond)
+			unix.SetNonblock(peer, true)
+			for len(done) == 0 {
+				if err := e.Ring(); err != nil && !errors.Is(err, ErrBlocked) {
+					t.Error(err)
+				}
+				time.Sleep(time.Millisecond)
+			}
+			err = <-done
+		}
+	})
+}
+
+// TestCloseBeside: an eventfd that is closed while somebody uses it, and the watchdog marks it, gives its descriptor back.
+func TestCloseBeside(t *testing.T) {
+	for range 2000 {
+		e, err := NewEventfd()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		wg.Go(func() { e.Ring() })
+		wg.Go(func() { // as Eventfd.free does
+			for {
+				if s := atomic.LoadUint32(&e.state); atomic.CompareAndSwapUint32(&e.state, s, s|slowBit) {
+					return
+				}
+			}
+		})
+		e.Close()
+		wg.Wait()
+		if atomic.LoadUint32(&e.state)&goneBit == 0 {
+			t.Fatal("the descriptor of a closed eventfd stays")
+		}
+	}
+}
+
 // TestPeerFillsAnew: a peer that fills the eventfd again whenever it is drained does not keep a ring.
 func TestPeerFillsAnew(t *testing.T) {
 	e, peer := shared(t)

@@ -69,22 +69,25 @@ func (w *watchdog) run(stop <-chan struct{}) {
 	}
 }
 
-// look frees what has not come out of the kernel since the last look.
+// look frees what may not have come out of the kernel since the last look: somebody was in a call then, and somebody is now. That
+// other calls have ended meanwhile means nothing: a peer that sets O_NONBLOCK again lets them pass, while one that had begun before
+// goes on waiting. Somebody who was just not scheduled, or two calls, look the same; free does them no harm.
 func (w *watchdog) look() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, e := range w.list {
 		s := atomic.LoadUint32(&e.state)
-		// Somebody was in a call at the last look, and no call has ended since.
-		if s&users != 0 && e.seen&users != 0 && s/finished == e.seen/finished {
-			e.free(s)
+		if s&users != 0 && e.seen&users != 0 {
+			e.free(s/finished == e.seen/finished)
 		}
 		e.seen = s
 	}
 }
 
-// free lets a Ring or Ack go on that blocks; s is the state in which it does. Should it still be blocked then, it is tried again with the next look.
-func (e *Eventfd) free(s uint32) {
+// free lets a Ring or Ack go on that blocks. A Ring blocks in a full eventfd only, and no honest side fills one: any other state is
+// left as it is. still tells that no call has ended since the last look. Should it be blocked for longer, it is tried again with the
+// next look.
+func (e *Eventfd) free(still bool) {
 	fds := [1]unix.PollFd{{Fd: int32(e.fd), Events: unix.POLLIN | unix.POLLOUT}}
 	if _, err := unix.Poll(fds[:], 0); err != nil {
 		return
@@ -99,12 +102,15 @@ func (e *Eventfd) free(s uint32) {
 		}
 		atomic.AddUint32(&blocked, 1)
 		for end := time.Now().Add(freeFor); ; runtime.Gosched() {
-			e.drain()
-			if atomic.LoadUint32(&e.state)/finished != s/finished || !time.Now().Before(end) {
+			// Rings that came since it was drained are not to be lost, so only a full one is.
+			if !ready(e.fd, unix.POLLOUT) {
+				e.drain()
+			}
+			if atomic.LoadUint32(&e.state)&users == 0 || !time.Now().Before(end) {
 				return
 			}
 		}
-	case r&unix.POLLIN == 0 && atomic.LoadUint32(&noReadNoWait) != 0: // empty: an Ack, which can block on old kernels only
+	case r&unix.POLLIN == 0 && still && atomic.LoadUint32(&noReadNoWait) != 0: // empty: an Ack, which can block on old kernels only
 		atomic.AddUint32(&blocked, 1)
 		_ = e.ringNoWait() // what it is for is only to free
 	}
@@ -153,7 +159,13 @@ func (e *Eventfd) help(h *helper, f func()) {
 			return
 		}
 	}
-	atomic.AddUint32(&e.state, 1) // one more user, also of an eventfd that is closed: the caller is, or frees, one
+	// One more user, also of an eventfd that is closed: the caller is, or frees, one. But for the watchdog the last one may just have
+	// gone, with the descriptor.
+	for s := atomic.LoadUint32(&e.state); !atomic.CompareAndSwapUint32(&e.state, s, s+1); s = atomic.LoadUint32(&e.state) {
+		if s&goneBit != 0 {
+			return
+		}
+	}
 	go func() {
 		defer e.leave()
 		for {
