@@ -43,38 +43,80 @@ type opened interface {
 type ends struct {
 	c       *Config
 	log     session.Logger
-	links   []end
-	devices []opened // one for each of c.Nets
+	links   []*link
 	machine *Machine // nil: not asked for yet
 }
 
 // Run runs one end until ctx ends (package daemon has one that signals end). version is what status tells of the program. Nothing
-// is logged before all is known to be well: what is not is the error, in one line.
+// is logged before all is known to be well: what is not is the error, in one line. Of several links, those go on that can.
 func Run(ctx context.Context, c *Config, version string, log session.Logger) error {
 	e := &ends{c: c, log: log}
-	build := e.buildHost
-	if c.Side == board.Agent {
-		build = e.buildAgent
-	}
-	err := build()
+	err := e.build()
 	if err == nil {
 		err = e.serve(ctx, version)
 	}
 	if err != nil && !errors.Is(err, session.ErrStuck) { // else loops may still run: the end of the program closes all
-		for _, d := range e.devices {
-			d.Close()
+		for _, l := range e.links {
+			l.close()
 		}
 	}
 	return err
 }
 
-// add takes a device that is open, and gives its interface its addresses.
-func (e *ends) add(n *Net, d opened) error {
-	e.devices = append(e.devices, d)
-	return e.address(n, d)
+// build makes the links and their devices. Devices that cannot be made are an error where no link is left without; input
+// that is wrong on any machine always is.
+func (e *ends) build() error {
+	prepare := e.prepareHost
+	if e.c.Side == board.Agent {
+		prepare = e.prepareAgent
+	}
+	if err := prepare(); err != nil {
+		return err
+	}
+	for _, l := range e.links {
+		for _, n := range l.nets {
+			if err := n.valid(); err != nil {
+				return err
+			}
+		}
+	}
+	var failed Errors
+	for _, l := range e.links { // one after the other: the kernel numbers interfaces without a name in this order
+		if err := l.make(); err != nil {
+			failed = append(failed, err)
+		}
+	}
+	return failed.unless(len(e.links), false)
 }
 
-// address sets an interface up.
+// add appends a link for board number b.
+func (e *ends) add(b int, create func(l *link) (end, []opened, error)) {
+	l := &link{name: e.c.LinkName(b), board: e.c.Boards[b], log: e.log, retry: len(e.c.Boards) > 1, ready: e.ready}
+	l.create = func() (end, []opened, error) {
+		end, devices, err := create(l)
+		if err != nil {
+			for _, d := range devices {
+				d.Close()
+			}
+			return nil, nil, err
+		}
+		return end, devices, nil
+	}
+	e.links = append(e.links, l)
+}
+
+// valid refuses what no machine would take.
+func (n *Net) valid() error {
+	if err := n.iface().Validate(); err != nil {
+		return err
+	}
+	if err := ifaddr.Check(n.Name, n.Addrs, n.MTU); err != nil {
+		return UsageError{err}
+	}
+	return nil
+}
+
+// address gives an interface its addresses and sets it up.
 func (e *ends) address(n *Net, d opened) error {
 	if err := ifaddr.SetUp(d.Interface(), n.Addrs, n.MTU, e.log); err != nil {
 		return UsageError{err}
@@ -127,18 +169,29 @@ func (e *ends) options() board.Options {
 	return o
 }
 
-func (e *ends) buildHost() error {
+// prepareHost describes the links of a host, one for each board.
+func (e *ends) prepareHost() error {
 	c := e.c
-	devices := make([]map[uint16]device.Device, len(c.Boards))
-	for k := range c.Nets {
-		n := c.Nets[k]
-		if devices[n.Board] == nil {
-			devices[n.Board] = map[uint16]device.Device{}
-		}
-		i := len(devices[n.Board]) // number on its link
-		if err := e.stableMACs(&n, i); err != nil {
+	for b := range c.Boards {
+		e.add(b, e.createHost)
+	}
+	for i := range c.Nets {
+		n := c.Nets[i] // a copy: it gets MAC addresses
+		l := e.links[n.Board]
+		if err := e.stableMACs(&n, len(l.nets)); err != nil {
 			return err
 		}
+		l.nets = append(l.nets, &n)
+	}
+	return nil
+}
+
+// createHost makes the devices of a board, and the host's end of its link.
+func (e *ends) createHost(l *link) (end, []opened, error) {
+	c := e.c
+	var devices []opened
+	offered := map[uint16]device.Device{}
+	for i, n := range l.nets {
 		ic := n.iface()
 		if ic.MTU == 0 && ic.Persist { // one of ours; what somebody else made stays as it is
 			ic.MTU = defaultMTU
@@ -147,38 +200,43 @@ func (e *ends) buildHost() error {
 		d, err := netdev.New(netdev.Config{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: ic, BoardMAC: n.BoardMAC,
 			Deny: c.Deny, Loop: c.Loop.From(i), QueueMax: c.QueueMax})
 		if err != nil {
-			return err
+			return nil, devices, err
 		}
-		devices[n.Board][uint16(i)] = d
-		if err := e.add(&n, d); err != nil {
-			return err
+		devices, offered[uint16(i)] = append(devices, d), d
+		if err := e.address(n, d); err != nil {
+			return nil, devices, err
 		}
 	}
-	for b, spec := range c.Boards {
-		e.links = append(e.links, host.NewLink(host.Config{Name: c.LinkName(b), Board: spec, Options: e.options(), Devices: devices[b], NoPool: !c.Pool,
-			DMA: c.DMA, Log: e.log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts, Retry: len(c.Boards) > 1}))
+	return host.NewLink(host.Config{Name: l.name, Board: l.board, Options: e.options(), Devices: offered, NoPool: !c.Pool,
+		DMA: c.DMA, Log: e.log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts, Retry: l.retry}), devices, nil
+}
+
+// prepareAgent describes the one link of an agent.
+func (e *ends) prepareAgent() error {
+	e.add(0, e.createAgent)
+	for i := range e.c.Nets {
+		e.links[0].nets = append(e.links[0].nets, &e.c.Nets[i])
 	}
 	return nil
 }
 
-func (e *ends) buildAgent() error {
+func (e *ends) createAgent(l *link) (end, []opened, error) {
 	c := e.c
-	var devices []*agent.Net
-	for i := range c.Nets {
-		n := &c.Nets[i]
+	var devices []opened
+	var nets []*agent.Net
+	for i, n := range l.nets {
 		d, err := agent.NewNet(agent.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: n.iface(),
 			Deny: c.Deny, Loop: c.Loop.From(i), Ring: c.Ring, Queues: n.Queues, QueueSize: c.QueueSize, RXBuffer: c.RXBuffer})
 		if err != nil {
-			return err
+			return nil, devices, err
 		}
-		devices = append(devices, d)
-		if err := e.add(n, d); err != nil {
-			return err
+		devices, nets = append(devices, d), append(nets, d)
+		if err := e.address(n, d); err != nil {
+			return nil, devices, err
 		}
 	}
-	e.links = append(e.links, agent.NewLink(agent.Config{Name: c.Name, Board: c.Boards[0], Placement: c.Placement, Options: e.options(), Devices: devices,
-		Log: e.log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts}))
-	return nil
+	return agent.NewLink(agent.Config{Name: l.name, Board: l.board, Placement: c.Placement, Options: e.options(), Devices: nets,
+		Log: e.log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts}), devices, nil
 }
 
 // serve runs the links until a signal, with their status socket.
@@ -216,24 +274,18 @@ func (e *ends) serve(ctx context.Context, version string) error {
 	}
 	ctx, lose := context.WithCancel(ctx)
 	defer lose()
-	lost := make(chan error, len(e.devices))
-	for i, d := range e.devices {
-		e.ready(&e.c.Nets[i], d)
-		kc := ifaddr.KeepConfig{Device: d, Addrs: e.c.Nets[i].Addrs, Log: e.log}
-		if len(e.links) == 1 { // else the others go on, and it is tried again
-			kc.Lost = func(err error) {
-				lost <- fmt.Errorf("the interface was removed and cannot be made again: %s", OneLine(err))
-				lose()
-			}
+	lost := make(chan error, len(e.c.Nets))
+	if len(e.links) == 1 { // else the others go on, and it is tried again
+		e.links[0].lost = func(err error) {
+			lost <- fmt.Errorf("the interface was removed and cannot be made again: %s", OneLine(err))
+			lose()
 		}
-		k := ifaddr.Keep(kc)
-		defer k.Close()
 	}
 	// One board that fails for good does not take the others along.
-	err = e.all(func(i int, l end) error {
+	err = e.all(func(l *link) error {
 		err := l.Run(ctx)
 		if err != nil && len(e.links) > 1 {
-			e.log.Error("link given up", "link", e.c.LinkName(i), "error", err)
+			e.log.Error("link given up", "link", l.name, "error", err)
 		}
 		return err
 	}, true)
@@ -247,20 +299,20 @@ func (e *ends) serve(ctx context.Context, version string) error {
 
 // open opens the boards of all links, at the same time, as one may take seconds to fail. An error
 // means that no board can be used nor waited for. Otherwise the links go on: their Run waits for
-// what is not there, and with several boards also for what is wrong (session.Config.Retry).
+// what is not there, and with several boards also for what is wrong (link, session.Config.Retry).
 func (e *ends) open(ctx context.Context) error {
-	return e.all(func(_ int, l end) error { return l.Open(ctx) }, false)
+	return e.all(func(l *link) error { return l.Open(ctx) }, false)
 }
 
 // all calls f for all links at the same time. It returns the errors, or nil where some succeed unless each error counts.
-func (e *ends) all(f func(i int, l end) error, each bool) error {
+func (e *ends) all(f func(l *link) error, each bool) error {
 	var wg sync.WaitGroup
 	errs := make([]error, len(e.links))
 	for i, l := range e.links {
 		wg.Add(1)
-		go func(i int, l end) {
+		go func(i int, l *link) {
 			defer wg.Done()
-			errs[i] = f(i, l)
+			errs[i] = f(l)
 		}(i, l)
 	}
 	wg.Wait()
@@ -270,13 +322,7 @@ func (e *ends) all(f func(i int, l end) error, each bool) error {
 			failed = append(failed, err)
 		}
 	}
-	if len(failed) == 0 || len(failed) < len(errs) && !each {
-		return nil
-	}
-	if len(failed) == 1 {
-		return failed[0]
-	}
-	return failed
+	return failed.unless(len(errs), each)
 }
 
 // ready tells of an interface that is set up.
@@ -320,6 +366,17 @@ func strayAddresses(i *tunbridge.Iface, n *Net) (warnings []string) {
 
 // Errors are several errors, of several links.
 type Errors []error
+
+// unless returns the errors of n links, or nil where some have none unless each error counts.
+func (es Errors) unless(n int, each bool) error {
+	switch {
+	case len(es) == 0 || len(es) < n && !each:
+		return nil
+	case len(es) == 1:
+		return es[0]
+	}
+	return es
+}
 
 // Error returns them in one line.
 func (es Errors) Error() string {

@@ -114,8 +114,8 @@ type Config struct {
 	Queues int
 }
 
-// validate reports what is wrong with c whatever the machine.
-func (c Config) validate() error {
+// Validate reports what is wrong with c whatever the machine: a *ConfigError, or nil. Open does it, too.
+func (c Config) Validate() error {
 	if c.Type != TAP && c.Type != TUN {
 		return configError(c.Name, nil, "there is no interface of type %v: use tap or tun", c.Type)
 	}
@@ -217,7 +217,7 @@ type Iface struct {
 // nothing to read, whoever used it before: call SetCarrier when there is a peer. What the
 // user can mend is a *ConfigError. After an error nothing is left behind.
 func Open(cfg Config) (*Iface, error) {
-	if err := cfg.validate(); err != nil {
+	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
 	ctl, err := controlSocket()

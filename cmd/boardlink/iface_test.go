@@ -1,10 +1,13 @@
 package main
 
 import (
+	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/trial/netns"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -132,6 +135,156 @@ func TestPremadeHost(t *testing.T) {
 			}
 			for _, s := range []string{"agent", "host", "serve"} {
 				h.stop(s)
+			}
+		})
+	}
+}
+
+// occupy makes another interface of that name; release removes it.
+func occupy(t *testing.T, b *box, name string) {
+	t.Helper()
+	link(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: name + "peer"})(t, b)
+}
+
+func release(t *testing.T, b *box, name string) {
+	t.Helper()
+	removeLink(t, b.ns, name)
+	b.ifcs = slices.DeleteFunc(b.ifcs, func(s string) bool { return s == name || s == name+"peer" })
+}
+
+// TestInterfaceOfOneBoard: a host with two boards, whose interface for one of them cannot be made, serves the other one with that
+// undisturbed, shows what is wrong and tries on, and has both as soon as it can.
+func TestInterfaceOfOneBoard(t *testing.T) {
+	needRoot(t)
+	for _, c := range []struct {
+		name, how string
+		setup     func(t *testing.T, b *box) (mend func())
+		nets      []string // further devices
+		want      string   // in the status
+	}{
+		{name: "name taken", setup: func(t *testing.T, b *box) func() {
+			occupy(t, b, "bl0")
+			return func() { release(t, b, "bl0") }
+		}},
+		{name: "held by another process", setup: func(t *testing.T, b *box) func() {
+			serve(t, b, "other")
+			p := b.start(nil, "", "host", "--board", "loopback:"+b.path("other"), "-i", "bl0", "--status", "none")
+			until(t, 10*time.Second, "another host", func() bool { return strings.Contains(p.err.String(), "board opened") })
+			return func() { p.end(unix.SIGTERM, 5*time.Second) }
+		}},
+		{name: "not permitted", how: "tun=0666 nobody", want: "CAP_NET_ADMIN", setup: func(t *testing.T, b *box) func() {
+			premade(t, b.ns, "bl1", 65534, 1500)
+			b.ifcs = append(b.ifcs, "bl1")
+			return func() { premade(t, b.ns, "bl0", 65534, 1500); b.ifcs = append(b.ifcs, "bl0") }
+		}},
+		{name: "second device", nets: []string{"board=0,name=bl2"}, setup: func(t *testing.T, b *box) func() {
+			occupy(t, b, "bl2")
+			return func() { release(t, b, "bl2") }
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			b := newBox(t)
+			mend := c.setup(t, b)
+			for _, name := range []string{"bad", "good"} {
+				serve(t, b, name)
+				if err := os.Chmod(b.path(name), 0o666); err != nil {
+					t.Fatal(err)
+				}
+			}
+			args := []string{"host", "--board", "loopback:" + b.path("bad"), "--board", "loopback:" + b.path("good"), "--status", b.path("h"),
+				"--net", "board=0,name=bl0", "--net", "board=1,name=bl1"}
+			for _, n := range c.nets {
+				args = append(args, "--net", n)
+			}
+			far, err := netns.New()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer far.Close()
+			h := b.start(nil, c.how, args...)
+			a := b.start(far, "", "agent", "--board", "loopback:"+b.path("good"), "-i", "eth7", "--status", "none")
+			var l []status.Link
+			until(t, 20*time.Second, "one waits, one runs", func() bool {
+				l = b.links("h")
+				return len(l) == 2 && l[0].State == "waiting for the interface" && l[0].Counters["interface_errors"] >= 3 && up(l[1])
+			})
+			bad := "bl0"
+			if c.nets != nil {
+				bad = "bl2"
+			}
+			if !strings.Contains(l[0].LastError, bad) || !strings.Contains(l[0].LastError, c.want) || l[0].Name != "board0" {
+				t.Errorf("status of %s: %q, want %q and %q", l[0].Name, l[0].LastError, bad, c.want)
+			}
+			if st, out, errs := b.run("", "status", b.path("h")); st != 0 || !strings.Contains(out, "waiting for the interface") {
+				t.Errorf("status %d: %s%s", st, out, errs)
+			}
+			if n := strings.Count(h.err.String(), "cannot be made"); n != 1 {
+				t.Errorf("%d lines about it", n)
+			}
+			if n := l[1].Counters["interface_errors"]; n != 0 {
+				t.Errorf("%d errors at the other board", n)
+			}
+			epoch := l[1].Epoch
+			mend()
+			until(t, 20*time.Second, "the bad one is used, too", func() bool {
+				l = b.links("h")
+				return len(l) == 2 && l[0].State == "waiting for the peer" && len(l[0].Devices) == 1+len(c.nets) && l[0].LastError == ""
+			})
+			if !up(l[1]) || l[1].Epoch != epoch {
+				t.Errorf("the other board was disturbed: %s, epoch %#x, was %#x", l[1].State, l[1].Epoch, epoch)
+			}
+			if n := strings.Count(h.err.String(), `msg="interface ready"`); n != 2+len(c.nets) {
+				t.Errorf("%d lines of interfaces that are ready", n)
+			}
+			for _, p := range []*program{a, h} {
+				if code := p.end(unix.SIGTERM, 5*time.Second); code != 0 {
+					t.Errorf("ended with status %d:\n%s", code, p.err.String())
+				}
+			}
+		})
+	}
+	t.Run("ends while it waits", func(t *testing.T) {
+		t.Parallel()
+		b := newBox(t)
+		occupy(t, b, "bl0")
+		serve(t, b, "bad")
+		serve(t, b, "good")
+		h := b.start(nil, "", "host", "--board", "loopback:"+b.path("bad"), "--board", "loopback:"+b.path("good"), "--status", b.path("h"),
+			"--net", "board=0,name=bl0", "--net", "board=1,name=bl1")
+		until(t, 20*time.Second, "it runs", func() bool { l := b.links("h"); return len(l) == 2 && l[1].State == "waiting for the peer" })
+		if code := h.end(unix.SIGTERM, 5*time.Second); code != 0 {
+			t.Errorf("ended with status %d:\n%s", code, h.err.String())
+		}
+	})
+	// With nothing that can be served, and with input that no machine takes, it ends at once.
+	for _, c := range []struct {
+		name string
+		args []string
+		want []string
+	}{
+		{"one board", []string{"--board", "loopback:$D/bad", "-i", "bl0"}, []string{"bl0"}},
+		{"none of two", []string{"--board", "loopback:$D/bad", "--board", "loopback:$D/good", "--net", "board=0,name=bl0", "--net", "board=1,name=bl2"}, []string{"bl0", "bl2"}},
+		{"an impossible name", []string{"--board", "loopback:$D/bad", "--board", "loopback:$D/good", "--net", "board=0,name=bl1", "--net", "board=1,name=a/b"}, []string{"a/b"}},
+		{"an impossible address", []string{"--board", "loopback:$D/bad", "--board", "loopback:$D/good", "--net", "board=0,name=bl1", "--net", "board=1,addr=224.0.0.1/4"}, []string{"224.0.0.1"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			b := newBox(t)
+			occupy(t, b, "bl0")
+			occupy(t, b, "bl2")
+			args := []string{"host", "--status", "none"}
+			for _, a := range c.args {
+				args = append(args, strings.ReplaceAll(a, "$D", b.dir))
+			}
+			st, _, errs := b.run("", args...)
+			if st != exitUsage || strings.Count(errs, "\n") != 1 {
+				t.Errorf("status %d, want %d and one line: %s", st, exitUsage, errs)
+			}
+			for _, w := range c.want {
+				if !strings.Contains(errs, w) {
+					t.Errorf("%q is not in: %s", w, errs)
+				}
 			}
 		})
 	}

@@ -96,10 +96,8 @@ func (e *MTUError) UserError() bool { return true }
 // for it. All addresses are checked before the first is added. What the operator can mend is
 // a *tunbridge.ConfigError, or, once all others are added, a *MTUError.
 func Apply(it *tunbridge.Iface, addrs []netip.Prefix) error {
-	for _, p := range addrs {
-		if err := check(it.Name(), p); err != nil {
-			return err
-		}
+	if err := Check(it.Name(), addrs, 0); err != nil {
+		return err
 	}
 	return with(it, func(i *iface) error { return i.apply(addrs) })
 }
@@ -154,6 +152,24 @@ func (i *iface) addresses() (map[netip.Prefix]bool, error) {
 		}
 	}
 	return have, nil
+}
+
+// Check refuses addresses that no interface can have: a *tunbridge.ConfigError; and IPv6 addresses beside an MTU, in bytes, that
+// is too small for them: a *MTUError. An MTU of 0 is not known yet. ifname is for the error.
+func Check(ifname string, addrs []netip.Prefix, mtu int) error {
+	var six []netip.Prefix
+	for _, p := range addrs {
+		if err := check(ifname, p); err != nil {
+			return err
+		}
+		if p.Addr().Is6() {
+			six = append(six, p)
+		}
+	}
+	if mtu != 0 && mtu < tunbridge.MinMTU6 && six != nil {
+		return &MTUError{Name: ifname, MTU: mtu, Addrs: six}
+	}
+	return nil
 }
 
 // check refuses what cannot be an interface's address.
