@@ -40,7 +40,7 @@ type benchNetCmd struct {
 	Memory    string   `enum:"cached,write-combining,uncached" default:"cached" help:"How memory across the bus is accessed (${enum})."`
 	Window    string   `default:"16M" help:"Size of the shared memory: a power of two, with K, M or G."`
 	Queues    int      `default:"1" help:"Queue pairs, of all interfaces: 1 to ${max_queues}."`
-	BusyPoll  string   `default:"auto" placeholder:"DURATION" help:"How long boardlink's loops look on before they sleep: auto, off, or e.g. 50us (default: ${default})."`
+	BusyPoll  string   `default:"auto" placeholder:"DURATION" help:"How long boardlink's loops busy-poll before they sleep: auto, off, or e.g. 50us (default: ${default})."`
 	CPU       []string `placeholder:"BOARD,HOST" help:"Processors to lock the loops of the board's end and of the host's to, e.g. 0,1 (default: none)."`
 	HostArg   []string `placeholder:"FLAG" sep:"none" help:"Flag for boardlink host, e.g. --host-arg=--deny=event_idx; may be repeated."`
 	AgentArg  []string `placeholder:"FLAG" sep:"none" help:"Flag for boardlink agent; may be repeated."`

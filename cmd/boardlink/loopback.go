@@ -31,7 +31,7 @@ type loopbackCmd struct {
 	Memory    string        `enum:"cached,write-combining,uncached" default:"cached" help:"How memory across the bus is accessed (${enum}): the last two take the paths for device memory."`
 	Window    string        `default:"16M" help:"Size of the shared memory (half the board's, half the host's): a power of two, with K, M or G."`
 	Devices   int           `default:"1" help:"Network devices on the link."`
-	BusyPoll  string        `default:"auto" placeholder:"DURATION" help:"How long a loop with nothing to do looks on before it sleeps: auto, off, or e.g. 50us (default: ${default})."`
+	BusyPoll  string        `default:"auto" placeholder:"DURATION" help:"How long a loop with nothing to do busy-polls before it sleeps: auto, off, or e.g. 50us (default: ${default})."`
 	CPU       []string      `placeholder:"BOARD,HOST" help:"Processors to lock the loops of the board's end and of the host's to, e.g. 0,1 (default: none)."`
 	JSON      bool          `name:"json" help:"Print the result as JSON."`
 	Verbose   bool          `short:"v" help:"Show the log of both ends."`
