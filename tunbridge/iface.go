@@ -194,7 +194,7 @@ type Iface struct {
 	cfg       Config // as Open got it
 
 	mu   sync.Mutex // guards what follows, and fd against Close
-	ctl  int        // a socket in the network namespace at.id
+	ctl  int        // a socket in the network namespace at.id; -1 between requests where that is not home
 	at   place
 	name string
 	made string // the name that Open gave it
@@ -614,6 +614,7 @@ func (it *Iface) MTU() int {
 	it = it.first
 	it.mu.Lock()
 	defer it.mu.Unlock()
+	defer it.leave()
 	_ = it.ask(it.getMTU) // else what we knew
 	return it.mtu
 }
@@ -641,6 +642,7 @@ func (it *Iface) SetMTU(mtu int) error {
 	it = it.first
 	it.mu.Lock()
 	defer it.mu.Unlock()
+	defer it.leave()
 	if it.fd < 0 {
 		return ErrClosed
 	}
@@ -694,6 +696,7 @@ func (it *Iface) SetMAC(m MAC) error {
 	it = it.first
 	it.mu.Lock()
 	defer it.mu.Unlock()
+	defer it.leave()
 	if it.fd < 0 {
 		return ErrClosed
 	}
@@ -742,6 +745,7 @@ func (it *Iface) SetUp(up bool) error {
 	it = it.first
 	it.mu.Lock()
 	defer it.mu.Unlock()
+	defer it.leave()
 	if it.fd < 0 {
 		return ErrClosed
 	}
@@ -899,10 +903,7 @@ func (it *Iface) Close() error {
 		}
 		it.fd = -1
 	}
-	if it.ctl >= 0 {
-		unix.Close(it.ctl)
-		it.ctl = -1
-	}
+	it.closeControl()
 	if it.at.home >= 0 {
 		unix.Close(it.at.home)
 		it.at.home = -1

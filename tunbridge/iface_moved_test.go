@@ -452,6 +452,56 @@ func TestIfaceRemakeAtHome(t *testing.T) {
 	}
 }
 
+// An interface that was moved does not keep its new namespace alive: when whoever else has that lets go of it, the kernel
+// removes both.
+func TestIfaceNamespaceEnds(t *testing.T) {
+	ifaceNS(t)
+	it := mustOpen(t, Config{Name: "t0", Type: TAP, Offload: true})
+	seen := make(chan State, 16)
+	it.Watch(func(s State) { seen <- s })
+	netns := -1
+	if err := inNewNS(func() error {
+		netns, _ = openThreadNetns()
+		return nil
+	}); err != nil {
+		lacking(t, "a network namespace (root)", err)
+	}
+	move(t, "t0", netns)
+	wait := func(what string, ok func(State) bool) {
+		t.Helper()
+		for late := time.After(20 * time.Second); ; {
+			select {
+			case s := <-seen:
+				if ok(s) {
+					return
+				}
+			case <-late:
+				t.Fatalf("it is not told that the interface is %s: %+v", what, it.State())
+			}
+		}
+	}
+	wait("moved", func(s State) bool { return s.Moved })
+	err := it.SetMTU(1300)
+	if err == nil {
+		err = it.SetUp(true)
+	}
+	if err == nil {
+		err = it.InNamespace(func(string, int) error { return nil })
+	}
+	if err != nil || it.MTU() != 1300 {
+		t.Fatalf("MTU %d, %v", it.MTU(), err)
+	}
+	wait("up", func(s State) bool { return s.Moved && s.Up && s.MTU == 1300 })
+	unix.Close(netns)
+	wait("gone", func(s State) bool { return s.Gone })
+	if err := it.Remake(); err != nil {
+		t.Fatal(err)
+	}
+	if s := it.State(); s.Moved || s.Gone || kernelLink(t, "t0") == nil {
+		t.Errorf("state %+v", s)
+	}
+}
+
 // Each change is told once, the last state in any case.
 func TestIfaceWatch(t *testing.T) {
 	for _, deaf := range []bool{false, true} {

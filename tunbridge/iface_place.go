@@ -12,6 +12,9 @@ import (
 // An interface can be renamed, moved to another network namespace and removed while its descriptor is
 // open. The descriptor follows the device; names, indices and the control socket do not. So each request that goes by
 // name is preceded by locate, which asks the descriptor for the name and the namespace of the moment.
+//
+// Nothing refers to another namespace than the own one for longer than a request takes: a container that ends takes its
+// namespace, and the interface in it, along.
 
 // ErrElsewhere is behind errors about an interface that was moved to a network namespace that this
 // program may not enter. Frames and the carrier still work there; requests by name do not.
@@ -75,7 +78,7 @@ func inNetns(fd int, f func() error) error {
 type place struct {
 	home   int     // the namespace that Open was called in, -1 if unknown
 	homeID netnsID // of home
-	id     netnsID // of the control socket's namespace
+	id     netnsID // the namespace that it is in, as it was known last, and that of the control socket
 	seen   netnsID // without /proc, where the interface was first
 	left   bool    // the kernel told that the interface left that namespace
 }
@@ -106,7 +109,7 @@ func (it *Iface) locate() error {
 		if it.at.seen != id {
 			return fmt.Errorf("tunbridge: interface %q: %w (/proc is missing)", it.name, ErrElsewhere)
 		}
-	} else if id != it.at.id {
+	} else if id != it.at.id || it.ctl < 0 {
 		var ctl int
 		err := inNetns(fd, func() (err error) {
 			ctl, err = controlSocket()
@@ -115,7 +118,7 @@ func (it *Iface) locate() error {
 		if err != nil {
 			return fmt.Errorf("tunbridge: interface %q: %w (%v)", it.name, ErrElsewhere, err)
 		}
-		unix.Close(it.ctl)
+		it.closeControl()
 		it.ctl, it.at.id, it.at.left = ctl, id, false
 	}
 	r := newIfreq(it.name)
@@ -124,6 +127,20 @@ func (it *Iface) locate() error {
 	}
 	it.setIndex(int(*r.i32()))
 	return nil
+}
+
+// leave ends a request: the control socket is kept at home only. mu is held.
+func (it *Iface) leave() {
+	if it.at.id != it.at.homeID {
+		it.closeControl()
+	}
+}
+
+func (it *Iface) closeControl() {
+	if it.ctl >= 0 {
+		unix.Close(it.ctl)
+		it.ctl = -1
+	}
 }
 
 // tunNetns opens the network namespace of the interface behind a tun descriptor.
@@ -216,6 +233,7 @@ func (it *Iface) InNamespace(f func(name string, index int) error) error {
 	it = it.first
 	it.mu.Lock()
 	err := it.locate()
+	it.leave()
 	name, index, id := it.name, it.Index(), it.at.id
 	fd := -1
 	if err == nil {

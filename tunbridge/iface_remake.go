@@ -43,7 +43,7 @@ func (it *Iface) Remake() error {
 		unix.Close(q.fd)
 		q.fd, n.queues[i].fd = n.queues[i].fd, -1
 	}
-	unix.Close(it.ctl)
+	it.closeControl()
 	it.ctl, n.ctl = n.ctl, -1
 	it.at.id, it.at.left = it.at.homeID, false
 	it.setIndex(n.Index())

@@ -39,6 +39,7 @@ func (it *Iface) State() State {
 
 // state is State. mu is held.
 func (it *Iface) state() State {
+	defer it.leave()
 	err := it.ask(func() error {
 		if err := it.getMTU(); err != nil {
 			return err
@@ -90,7 +91,7 @@ type watch struct {
 
 // Watch has f called with the state of the interface after each change of it, from now until Close, which waits for a call
 // under way. The calls come from one goroutine, soon after a change; changes that follow each other closely are seen as one. f must not call
-// Close. Watch works without privileges; where the kernel does not tell of changes, they are noticed within a second.
+// Close. Watch works without privileges; where the kernel does not tell of changes, or the interface was moved to another network namespace, they are noticed within a second.
 func (it *Iface) Watch(f func(State)) {
 	it = it.first
 	it.mu.Lock()
@@ -139,7 +140,8 @@ func (w *watch) nudge() {
 	}
 }
 
-// open makes the socket of the namespace that netns refers to and closes netns; without one, the thread's.
+// open makes the socket of the namespace that netns refers to and closes netns; without one, the thread's. Away from home there is
+// none: it would keep alive a namespace that its owner has left. Iface.mu is held.
 func (w *watch) open(id netnsID, netns int) {
 	var f *os.File
 	err := errors.New("no namespace")
@@ -151,7 +153,8 @@ func (w *watch) open(id netnsID, netns int) {
 	if cur >= 0 {
 		unix.Close(cur)
 	}
-	if here == id {
+	if id != w.it.at.homeID {
+	} else if here == id {
 		err = listen()
 	} else if netns >= 0 {
 		err = inNetns(netns, listen)
