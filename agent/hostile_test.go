@@ -12,6 +12,8 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/board/testboard"
 	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/driver"
+	"github.com/boardlink/boardlink/driver/netdrv"
 	"github.com/boardlink/boardlink/hwtest/peer"
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/session"
@@ -88,9 +90,9 @@ func newRig(t *testing.T, change func(*rig)) *rig {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { ns.Close() })
-	var n *agent.Net
+	var n *netdrv.Net
 	err = ns.Do(func() error {
-		if n, err = agent.NewNet(agent.NetConfig{Name: "net0", Number: dev, Interface: tunbridge.Config{Name: "bl0"}, Queues: r.pairs, QueueSize: 64}); err != nil {
+		if n, err = netdrv.New(netdrv.Config{Name: "net0", Number: dev, Interface: tunbridge.Config{Name: "bl0"}, Queues: r.pairs, QueueSize: 64}); err != nil {
 			return err
 		}
 		r.ifc = n.Interface()
@@ -99,7 +101,7 @@ func newRig(t *testing.T, change func(*rig)) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.link = agent.NewLink(agent.Config{Name: "a", Board: spec, Placement: r.placement, Devices: []*agent.Net{n}, Log: r.log,
+	r.link = agent.NewLink(agent.Config{Name: "a", Board: spec, Placement: r.placement, Devices: []driver.Driver{n}, Log: r.log,
 		Beat: 10 * time.Millisecond, LostBeats: 200, Pace: r.pace, Slots: r.slots})
 	ctx, cancel := context.WithCancel(context.Background())
 	r.stop = cancel

@@ -3,7 +3,21 @@ package agent
 import (
 	"fmt"
 	"testing"
+
+	"github.com/boardlink/boardlink/driver"
 )
+
+// paired is a driver that has a number of queue pairs, and nothing else.
+type paired struct {
+	driver.Driver
+	number       uint16
+	pairs, limit int
+	chosen       bool
+}
+
+func (p *paired) Number() uint16     { return p.number }
+func (p *paired) Pairs() (int, bool) { return p.pairs, p.chosen }
+func (p *paired) LimitPairs(n int)   { p.limit = n }
 
 // TestLimitPairs: pairs that the operator did not choose leave the first pairs their doorbells.
 func TestLimitPairs(t *testing.T) {
@@ -29,16 +43,16 @@ func TestLimitPairs(t *testing.T) {
 	} {
 		l := &handler{}
 		for i, n := range c.chosen {
-			net := &Net{cfg: NetConfig{Number: uint16(i), Queues: n}, pairs: make([]netPair, cpus)}
+			d := &paired{number: uint16(i), pairs: cpus, chosen: n != 0}
 			if n != 0 {
-				net.pairs = net.pairs[:n]
+				d.pairs = n
 			}
-			l.devs = append(l.devs, &device{n: net, index: i})
+			l.devs = append(l.devs, &device{n: d, index: i})
 		}
 		l.limitPairs(c.vectors)
 		var got []int
 		for _, d := range l.devs {
-			got = append(got, d.n.limit)
+			got = append(got, d.n.(*paired).limit)
 		}
 		if fmt.Sprint(got) != fmt.Sprint(c.want) {
 			t.Errorf("%d vectors, chosen %v: %v pairs, want %v", c.vectors, c.chosen, got, c.want)

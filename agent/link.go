@@ -12,6 +12,7 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/driver"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
@@ -46,7 +47,7 @@ type Config struct {
 	// where its reader is), "auto" or "" (push where the host declares a pool).
 	Placement string
 	// Devices are what this side drives, where the host offers it.
-	Devices []*Net
+	Devices []driver.Driver
 	Log     session.Logger
 	// Beat, LostBeats, NoInterrupts, Pace: see session.Config.
 	Beat         time.Duration
@@ -83,7 +84,7 @@ type linkCounters struct {
 // device is one device's place on the link.
 type device struct {
 	l       *Link
-	n       *Net
+	n       driver.Driver
 	index   int // its share of the heap
 	up      bool
 	absent  bool // told that the host does not offer it
@@ -106,17 +107,17 @@ func NewLink(c Config) *Link {
 		c.Slots = virtiomsg.MaxSlots
 	}
 	l := &Link{cfg: c}
-	ds := append([]*Net(nil), c.Devices...)
-	sort.Slice(ds, func(i, j int) bool { return ds[i].cfg.Number < ds[j].cfg.Number })
+	ds := append([]driver.Driver(nil), c.Devices...)
+	sort.Slice(ds, func(i, j int) bool { return ds[i].Number() < ds[j].Number() })
 	for i, n := range ds {
-		l.devs = append(l.devs, &device{l: l, n: n, index: i, failed: make(chan error, 2*len(n.pairs)+1),
+		l.devs = append(l.devs, &device{l: l, n: n, index: i, failed: make(chan error, n.Doorbells()+1),
 			changes: session.NewBucket(c.Pace.Changes)})
 	}
 	c.Options.Side = board.Agent
 	l.s = session.New(session.Config{Name: c.Name, Spec: c.Board, Options: c.Options, Log: c.Log,
 		Beat: c.Beat, LostBeats: c.LostBeats, NoInterrupts: c.NoInterrupts, Pace: c.Pace, Handler: (*handler)(l)})
 	for _, d := range l.devs {
-		d.n.onChange(l.s.Wake)
+		d.n.OnChange(l.s.Wake)
 	}
 	return l
 }
@@ -171,8 +172,8 @@ func (l *handler) Queues() []session.QueueID {
 	var qs []session.QueueID
 	for _, d := range l.devs {
 		// Not the control queue, whose number depends on the host: it has one answer to wait for, and polls.
-		for i := 0; i < 2*d.n.limit; i++ {
-			qs = append(qs, session.QueueID{Dev: d.n.cfg.Number, Queue: i})
+		for i := 0; i < d.n.Doorbells(); i++ {
+			qs = append(qs, session.QueueID{Dev: d.n.Number(), Queue: i})
 		}
 	}
 	return qs
@@ -183,8 +184,8 @@ func (l *handler) Queues() []session.QueueID {
 func (l *handler) limitPairs(vectors uint32) {
 	most := 1
 	for _, d := range l.devs {
-		if d.n.cfg.Queues == 0 && len(d.n.pairs) > most {
-			most = len(d.n.pairs)
+		if n, chosen := d.n.Pairs(); !chosen && n > most {
+			most = n
 		}
 	}
 	best := l.alone(vectors, 1)
@@ -199,21 +200,19 @@ func (l *handler) limitPairs(vectors uint32) {
 func (l *handler) alone(vectors uint32, pairs int) int {
 	users := map[uint32]int{}
 	for _, d := range l.devs {
-		n := len(d.n.pairs)
-		if d.n.cfg.Queues == 0 && n > pairs {
+		n, chosen := d.n.Pairs()
+		if !chosen && n > pairs {
 			n = pairs
 		}
-		d.n.mu.Lock()
-		d.n.limit = n
-		d.n.mu.Unlock()
+		d.n.LimitPairs(n)
 		for q := 0; q < 2*n; q++ {
-			users[virtiomsg.Vector(d.n.cfg.Number, uint32(q), vectors)]++
+			users[virtiomsg.Vector(d.n.Number(), uint32(q), vectors)]++
 		}
 	}
 	own := 0
 	for _, d := range l.devs {
 		for q := uint32(0); q < 2; q++ {
-			if users[virtiomsg.Vector(d.n.cfg.Number, q, vectors)] == 1 {
+			if users[virtiomsg.Vector(d.n.Number(), q, vectors)] == 1 {
 				own++
 			}
 		}
@@ -318,7 +317,7 @@ func (l *handler) Tick() {
 				d.later()
 			} else if d.up {
 				atomic.AddUint64(&l.n.Broken, 1)
-				d.l.cfg.Log.Warn("device broken, resetting it", "link", l.cfg.Name, "device", d.n.cfg.Name, "error", err)
+				d.l.cfg.Log.Warn("device broken, resetting it", "link", l.cfg.Name, "device", d.n.Name(), "error", err)
 				d.down()
 				d.later()
 			}
@@ -330,7 +329,7 @@ func (l *handler) Tick() {
 			}
 		}
 		d.tellLink()
-		if d.n.isRemade() {
+		if d.n.Remade() {
 			d.next, d.backoff = time.Time{}, 0
 		}
 		if d.up || time.Now().Before(d.next) {
@@ -351,10 +350,10 @@ func (l *handler) Tick() {
 		}
 		atomic.AddUint64(&l.n.Failures, 1)
 		d.later()
-		d.n.failed(err)
+		d.n.Failed(err)
 		if s := sameError(err); s != d.logged {
 			d.logged = s
-			l.cfg.Log.Warn("device does not come up", "link", l.cfg.Name, "device", d.n.cfg.Name, "error", err, "again_in", d.backoff.String())
+			l.cfg.Log.Warn("device does not come up", "link", l.cfg.Name, "device", d.n.Name(), "error", err, "again_in", d.backoff.String())
 		}
 	}
 }
@@ -387,7 +386,7 @@ func (d *device) later() {
 }
 
 func (d *device) down() {
-	d.l.s.Stopping(d.n.down)
+	d.l.s.Stopping(d.n.Down)
 	d.up, d.changed = false, false
 	for {
 		select {
@@ -399,34 +398,34 @@ func (d *device) down() {
 }
 
 func (d *device) bringUp() error {
-	t := &transportMsg{s: d.l.s, dev: d.n.cfg.Number, name: d.n.cfg.Name}
+	t := &transportMsg{s: d.l.s, dev: d.n.Number(), name: d.n.Name()}
 	there, err := t.exists()
 	if err != nil {
 		return err
 	}
 	if !there {
-		return fmt.Errorf("%s: the host offers no device %d", d.n.cfg.Name, d.n.cfg.Number)
+		return fmt.Errorf("%s: the host offers no device %d", d.n.Name(), d.n.Number())
 	}
-	if err := t.check(virtio.IDNet); err != nil {
+	if err := t.check(d.n.DeviceID()); err != nil {
 		return err
 	}
 	// The device is reset before anything is allocated: it knows none of this memory.
 	near := d.share(d.l.region)
-	m := layout{near: near, far: near, devices: len(d.l.devs)}
+	m := driver.Layout{Near: near, Far: near, Devices: len(d.l.devs)}
 	if d.l.pool != nil {
-		m.far = d.share(d.l.pool)
+		m.Far = d.share(d.l.pool)
 	}
-	if err := d.n.up(t, m, d.broken); err != nil {
+	if err := d.n.Up(t, m, d.broken); err != nil {
 		return err
 	}
 	d.up, d.since, d.logged, d.changed, d.toldUp = true, time.Now(), "", false, true // as the host takes it after a reset
 	d.logWarning()
 	d.tellLink()
-	d.l.cfg.Log.Info("device up", "link", d.l.cfg.Name, "device", d.n.cfg.Name, "interface", d.n.ifc.Name())
+	d.l.cfg.Log.Info("device up", "link", d.l.cfg.Name, "device", d.n.Name(), "interface", d.n.Joined())
 	d.tellUnmet()
-	if s := d.n.shortOf(); s != d.short {
+	if s := d.n.ShortOf(); s != d.short {
 		if d.short = s; s != "" {
-			d.l.cfg.Log.Warn("the memory is small", "link", d.l.cfg.Name, "device", d.n.cfg.Name, "note", s)
+			d.l.cfg.Log.Warn("the memory is small", "link", d.l.cfg.Name, "device", d.n.Name(), "note", s)
 		}
 	}
 	return nil
@@ -434,16 +433,14 @@ func (d *device) bringUp() error {
 
 // logWarning logs what the device does without.
 func (d *device) logWarning() {
-	if w := d.n.takeWarning(); w != "" {
-		d.l.cfg.Log.Warn(w, "link", d.l.cfg.Name, "device", d.n.cfg.Name, "interface", d.n.ifc.Name())
+	if w := d.n.Warning(); w != "" {
+		d.l.cfg.Log.Warn(w, "link", d.l.cfg.Name, "device", d.n.Name(), "interface", d.n.Joined())
 	}
 }
 
 // share returns the device's part of a region.
-func (d *device) share(r *dma.Region) *memory {
-	n := r.Mem.Size() / uint64(len(d.l.devs)) &^ 4095
-	base := r.Addr + dma.Addr(uint64(d.index)*n)
-	return &memory{region: r, alloc: dma.NewAllocator(base, n)}
+func (d *device) share(r *dma.Region) *driver.Memory {
+	return driver.Share(r, d.index, len(d.l.devs))
 }
 
 // broken is told by the loops.
@@ -474,7 +471,7 @@ func (l *handler) Message(h virtiomsg.Header, m *virtiomsg.Slot) {
 				return
 			}
 			for _, d := range l.devs {
-				if d.n.cfg.Number != e.Dev {
+				if d.n.Number() != e.Dev {
 					continue
 				}
 				if e.State == virtiomsg.DeviceRemoved && d.up {
@@ -497,12 +494,12 @@ func (l *handler) Message(h virtiomsg.Header, m *virtiomsg.Slot) {
 		return
 	}
 	for _, d := range l.devs {
-		if d.n.cfg.Number != h.Dev || !d.up {
+		if d.n.Number() != h.Dev || !d.up {
 			continue
 		}
 		if e.Status&virtio.StatusNeedsReset != 0 {
 			atomic.AddUint64(&l.n.HostReset, 1)
-			l.cfg.Log.Warn("the host asks for a reset of the device", "link", l.cfg.Name, "device", d.n.cfg.Name)
+			l.cfg.Log.Warn("the host asks for a reset of the device", "link", l.cfg.Name, "device", d.n.Name())
 			d.down()
 			d.later()
 			continue
@@ -526,14 +523,14 @@ func (l *handler) reconfigure(d *device) {
 	d.changes.Take(now, 1)
 	d.changed = false
 	atomic.AddUint64(&l.n.Changes, 1)
-	t := &transportMsg{s: l.s, dev: d.n.cfg.Number, name: d.n.cfg.Name}
-	err := d.n.reconfigure(t)
+	t := &transportMsg{s: l.s, dev: d.n.Number(), name: d.n.Name()}
+	err := d.n.Reconfigure(t)
 	d.logWarning()
 	if err != nil && !errors.Is(err, virtiomsg.ErrDown) {
 		if errors.Is(err, session.ErrTimeout) {
 			l.s.Reset() // as in Tick
 		}
-		l.cfg.Log.Warn("the device's new configuration cannot be used", "link", l.cfg.Name, "device", d.n.cfg.Name, "error", err)
+		l.cfg.Log.Warn("the device's new configuration cannot be used", "link", l.cfg.Name, "device", d.n.Name(), "error", err)
 	}
 }
 
@@ -551,7 +548,7 @@ type transportMsg struct {
 	m    virtiomsg.Slot
 }
 
-var _ transport = (*transportMsg)(nil)
+var _ driver.Transport = (*transportMsg)(nil)
 
 func (t *transportMsg) call(id uint8, encode func(token uint16)) error {
 	if err := t.s.Call(false, id, t.dev, answerTime, &t.m, encode); err != nil {

@@ -17,6 +17,8 @@ import (
 	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/device/netdev"
 	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/driver"
+	"github.com/boardlink/boardlink/driver/netdrv"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
@@ -223,9 +225,9 @@ func (e *ends) prepareAgent() error {
 func (e *ends) createAgent(l *link) (end, []opened, error) {
 	c := e.c
 	var devices []opened
-	var nets []*agent.Net
+	var nets []driver.Driver
 	for i, n := range l.nets {
-		d, err := agent.NewNet(agent.NetConfig{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: n.iface(),
+		d, err := netdrv.New(netdrv.Config{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: n.iface(),
 			Deny: c.Deny, Loop: c.Loop.From(i), Ring: c.Ring, Queues: n.Queues, QueueSize: c.QueueSize, RXBuffer: c.RXBuffer})
 		if err != nil {
 			return nil, devices, err

@@ -14,6 +14,8 @@ import (
 	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/device/netdev"
 	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/driver"
+	"github.com/boardlink/boardlink/driver/netdrv"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/hwtest/peer"
 	"github.com/boardlink/boardlink/mmio"
@@ -102,12 +104,12 @@ func (l *link) start(s board.Side) {
 			ifc = n.Interface()
 			l.ends[s] = host.NewLink(host.Config{Name: "h", Board: l.spec, Options: board.Options{Account: new(dma.Account)}, Devices: map[uint16]device.Device{0: n}, Log: &l.log, Beat: beat, LostBeats: lost})
 		} else {
-			n, err := agent.NewNet(agent.NetConfig{Name: "net0", Interface: c, Queues: l.queues[s], Ring: l.ring, QueueSize: 64})
+			n, err := netdrv.New(netdrv.Config{Name: "net0", Interface: c, Queues: l.queues[s], Ring: l.ring, QueueSize: 64})
 			if err != nil {
 				return err
 			}
 			ifc = n.Interface()
-			l.ends[s] = agent.NewLink(agent.Config{Name: "a", Board: l.spec, Options: board.Options{Account: new(dma.Account)}, Placement: l.placement, Devices: []*agent.Net{n}, Log: &l.log, Beat: beat, LostBeats: lost})
+			l.ends[s] = agent.NewLink(agent.Config{Name: "a", Board: l.spec, Options: board.Options{Account: new(dma.Account)}, Placement: l.placement, Devices: []driver.Driver{n}, Log: &l.log, Beat: beat, LostBeats: lost})
 		}
 		h, err := netlink.NewHandle()
 		if err != nil {

@@ -24,6 +24,8 @@ import (
 	"github.com/boardlink/boardlink/board/loopback"
 	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/device/netdev"
+	"github.com/boardlink/boardlink/driver"
+	"github.com/boardlink/boardlink/driver/netdrv"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/hwtest/models"
 	dmamodel "github.com/boardlink/boardlink/hwtest/models/dma"
@@ -68,9 +70,9 @@ func setUp(name, addr string) error {
 
 // runAgent is the process that is killed.
 func runAgent(spec string) error {
-	c := agent.NetConfig{Name: "net0"}
+	c := netdrv.Config{Name: "net0"}
 	c.Interface.Name, c.Interface.Offload = killLink, true
-	n, err := agent.NewNet(c)
+	n, err := netdrv.New(c)
 	if err != nil {
 		return err
 	}
@@ -78,7 +80,7 @@ func runAgent(spec string) error {
 		return err
 	}
 	log := slog.New(slog.NewTextHandler(io.Discard, nil))
-	return agent.NewLink(agent.Config{Name: "host0", Board: spec, Devices: []*agent.Net{n}, Placement: "window", Log: log}).Run(context.Background())
+	return agent.NewLink(agent.Config{Name: "host0", Board: spec, Devices: []driver.Driver{n}, Placement: "window", Log: log}).Run(context.Background())
 }
 
 // TestEngineAgentKilled: the agent is killed under load, with transfers of its buffers under way, and another one starts, over and over, with

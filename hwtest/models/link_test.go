@@ -22,6 +22,8 @@ import (
 	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/device/netdev"
 	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/driver"
+	"github.com/boardlink/boardlink/driver/netdrv"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/status"
@@ -105,12 +107,12 @@ func start(t testing.TB, open [2]opener, tweaks ...tweak) *rig {
 	openersMu.Unlock()
 
 	backends := map[uint16]device.Device{}
-	var nets []*agent.Net
+	var nets []driver.Driver
 	for d := 0; d < r.devices; d++ {
 		var hc netdev.Config
 		hc.Name, hc.Number = fmt.Sprintf("net%d", d), uint16(d)
 		hc.Interface.Name, hc.Interface.Offload, hc.Interface.MTU = fmt.Sprintf(linkName, d), true, 1500
-		var ac agent.NetConfig
+		var ac netdrv.Config
 		ac.Name, ac.Number = hc.Name, hc.Number
 		ac.Interface.Name, ac.Interface.Offload = hc.Interface.Name, true
 		if err := r.ns[board.Host].Do(func() error {
@@ -123,7 +125,7 @@ func start(t testing.TB, open [2]opener, tweaks ...tweak) *rig {
 			t.Fatal(err)
 		}
 		if err := r.ns[board.Agent].Do(func() error {
-			n, err := agent.NewNet(ac)
+			n, err := netdrv.New(ac)
 			if err == nil {
 				nets = append(nets, n)
 			}

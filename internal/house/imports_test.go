@@ -16,7 +16,7 @@ var floors = map[string]int{
 	"dma":   1,
 	"vring": 2, "doorbell": 2, "pci": 2,
 	"board":     3,
-	"virtiomsg": 4, "tunbridge": 4, "frames": 4, "device": 4,
+	"virtiomsg": 4, "tunbridge": 4, "frames": 4, "device": 4, "driver": 4,
 	"session": 5,
 	"host":    6, "agent": 6,
 	"app": 7,
@@ -94,8 +94,8 @@ func mayImport(from, to string) string {
 	switch {
 	case ff > tf:
 		return ""
-	case strings.HasPrefix(from, "device/") && (to == "tunbridge" || to == "frames"):
-		return "" // what a device model joins its queues to
+	case (strings.HasPrefix(from, "device/") || strings.HasPrefix(from, "driver/")) && (to == "tunbridge" || to == "frames"):
+		return "" // what device models and drivers join their queues to
 	case from == "board/all" && top(to) == "board":
 		return "" // the one list of kinds
 	case top(from) == top(to):
@@ -204,6 +204,9 @@ func TestImportCheckerBites(t *testing.T) {
 		{"device/netdev", modulePath + "/virtiomsg", true},
 		{"device/netdev", modulePath + "/session", true},
 		{"device", modulePath + "/tunbridge", true},
+		{"driver/netdrv", modulePath + "/tunbridge", false},
+		{"driver/netdrv", modulePath + "/session", true},
+		{"driver/netdrv", modulePath + "/device", true},
 		{"device", modulePath + "/device/netdev", true},
 		{"host", modulePath + "/cmd/boardlink", true},
 		{"hwtest", modulePath + "/cmd/boardlink", true},

@@ -1,4 +1,4 @@
-package agent
+package netdrv
 
 import (
 	"fmt"
@@ -8,27 +8,30 @@ import (
 	"testing"
 
 	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/driver"
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
 )
 
+// offHeap is where the memory for rings and buffers begins in a window (docs/wire.md, 1).
+const offHeap = 3 * 4096
+
 var testMemory = make([]byte, 64<<20)
 
 // shared is the layout of the first of so many devices in shared memory of so many bytes, divided as
 // docs/wire.md, section 8, has it.
-func shared(size, devices int, push bool) layout {
+func shared(size, devices int, push bool) driver.Layout {
 	window, pool := size, 0
 	if size >= 1<<20 {
 		window, pool = size/2, size/2
 	}
-	part := func(name string, base dma.Addr, n int) *memory {
-		d := &device{l: &Link{devs: make([]*device, devices)}}
-		return d.share(&dma.Region{Name: name, Addr: base, Mem: mmio.FromBytes(testMemory[:n]), Access: dma.DeviceRead | dma.DeviceWrite})
+	part := func(name string, base dma.Addr, n int) *driver.Memory {
+		return driver.Share(&dma.Region{Name: name, Addr: base, Mem: mmio.FromBytes(testMemory[:n]), Access: dma.DeviceRead | dma.DeviceWrite}, 0, devices)
 	}
-	m := layout{near: part("window", 1<<32, window-offHeap), devices: devices}
-	if m.far = m.near; push && pool > 0 {
-		m.far = part("pool", 1<<40, pool)
+	m := driver.Layout{Near: part("window", 1<<32, window-offHeap), Devices: devices}
+	if m.Far = m.Near; push && pool > 0 {
+		m.Far = part("pool", 1<<40, pool)
 	}
 	return m
 }
@@ -47,7 +50,7 @@ var everything = virtio.FeaturesFromMask(tunbridge.NetFOffload).Or(virtio.Featur
 
 // layOutOf does what a device's bring-up does with its memory. It returns the features that are left and the places.
 func layOutOf(c roomCase) (virtio.Features, string, *laying, []place, error) {
-	n := &Net{cfg: NetConfig{Name: "net0", Queues: c.queues, QueueSize: c.queue, RXBuffer: c.rxBuffer}, limit: 4, sizeChosen: c.queue != 0}
+	n := &Net{cfg: Config{Name: "net0", Queues: c.queues, QueueSize: c.queue, RXBuffer: c.rxBuffer}, limit: 4, sizeChosen: c.queue != 0}
 	if c.queues != 0 {
 		n.limit = c.queues
 	}

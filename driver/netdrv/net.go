@@ -1,4 +1,4 @@
-package agent
+package netdrv
 
 import (
 	"errors"
@@ -8,6 +8,7 @@ import (
 
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/driver"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/tunbridge"
@@ -27,8 +28,8 @@ const (
 	ctrlQueueSize = 8
 )
 
-// NetConfig says what a network device is to be like on this side.
-type NetConfig struct {
+// Config says what a network device is to be like on this side.
+type Config struct {
 	Name   string // "net0": for errors and status
 	Number uint16 // device number on the link
 	// Interface is the device's own end. A MAC set here wins over the one that the host gives; an
@@ -53,26 +54,11 @@ type NetConfig struct {
 	Loop tunbridge.LoopConfig
 }
 
-// transport is a virtio device as its driver reaches it, whatever carries the messages.
-type transport interface {
-	// Features returns what the device offers; SetFeatures tells what is accepted.
-	Features() (virtio.Features, error)
-	SetFeatures(virtio.Features) error
-	// Config reads n bytes of the configuration space from off on.
-	Config(off, n uint32) ([]byte, error)
-	// SetStatus writes the device status and returns what the device made of it.
-	SetStatus(s uint32) (uint32, error)
-	// QueueMax returns the largest size of queue i; 0 where there is none.
-	QueueMax(i int) (uint16, error)
-	SetQueue(i int, size uint16, desc, driver, device dma.Addr) error
-	// Kick returns what kicks queue i, Call the end that the device calls for it.
-	Kick(i int) doorbell.Ringer
-	Call(i int) doorbell.Waiter
-}
+var _ driver.Driver = (*Net)(nil)
 
 // Net drives one virtio-net device. Each queue pair has a queue of the interface to itself.
 type Net struct {
-	cfg   NetConfig
+	cfg   Config
 	ifc   *tunbridge.Iface
 	limit int // pairs to use, at most len(pairs)
 
@@ -124,9 +110,9 @@ func newNetQueue() netQueue {
 	return netQueue{stats: new(tunbridge.Stats), bells: new(doorbell.Counters), bus: new(dma.QueueAccount)}
 }
 
-// NewNet opens the interface, carrier off. Errors of the user's making satisfy
+// New opens the interface, carrier off. Errors of the user's making satisfy
 // tunbridge.UserError.
-func NewNet(cfg NetConfig) (*Net, error) {
+func New(cfg Config) (*Net, error) {
 	switch cfg.Ring {
 	case "", "auto", "split", "packed":
 	default:
@@ -217,33 +203,9 @@ func (n *Net) choose(offered virtio.Features, push bool) (virtio.Features, error
 	return f, nil
 }
 
-// memory is a device's part of a region.
-type memory struct {
-	region *dma.Region
-	alloc  *dma.Allocator
-}
-
-// layout is where a device's rings and buffers go: each near its reader ("read locally, write
-// remotely"). In placement window both are the same memory of the board.
-type layout struct {
-	near *memory // of the board: what the host writes (device areas, receive buffers)
-	far  *memory // what the host reads (descriptor and driver areas, transmit buffers)
-
-	devices int // that share the memory
-}
-
-// take allocates n bytes and returns them as a span.
-func (m *memory) take(name string, n, align uint64) (dma.Span, error) {
-	a, err := m.alloc.Alloc(n, align)
-	if err != nil {
-		return dma.Span{}, fmt.Errorf("%s: %s memory: %w: use a larger window, fewer devices, fewer queue pairs or smaller queues", name, m.region.Name, err)
-	}
-	return dma.Span{Region: m.region, Off: uint64(a - m.region.Addr), Len: uint32(n)}, nil
-}
-
-// up brings the device up (virtio 1.2, 3.1.1). The memory is not shown to the device
+// Up implements driver.Driver (virtio 1.2, 3.1.1). The memory is not shown to the device
 // by anybody else. notify hears when a loop ends by an error.
-func (n *Net) up(t transport, m layout, notify func(error)) error {
+func (n *Net) Up(t driver.Transport, m driver.Layout, notify func(error)) error {
 	n.setBusy(true)
 	defer func() {
 		n.mu.Lock()
@@ -265,14 +227,14 @@ func (n *Net) up(t transport, m layout, notify func(error)) error {
 		return err
 	}
 	if err = n.setUp(t, m, set, notify); err != nil {
-		n.failed(err)
+		n.Failed(err)
 		// Best effort: the device is told that we gave up on it.
 		t.SetStatus(set | virtio.StatusFailed)
 	}
 	return err
 }
 
-func (n *Net) setUp(t transport, m layout, set uint32, notify func(error)) error {
+func (n *Net) setUp(t driver.Transport, m driver.Layout, set uint32, notify func(error)) error {
 	offered, err := t.Features()
 	if err != nil {
 		return err
@@ -280,7 +242,7 @@ func (n *Net) setUp(t transport, m layout, set uint32, notify func(error)) error
 	n.mu.Lock()
 	n.offered = offered
 	n.mu.Unlock()
-	acked, err := n.choose(offered, m.near != m.far)
+	acked, err := n.choose(offered, m.Near != m.Far)
 	if err != nil {
 		return err
 	}
@@ -356,7 +318,7 @@ func (n *Net) setUp(t transport, m layout, set uint32, notify func(error)) error
 	}
 	carrier := linkUp(acked, nc)
 	if err := n.ifc.SetCarrier(carrier); err != nil {
-		n.down()
+		n.Down()
 		return err
 	}
 	n.mu.Lock()
@@ -416,9 +378,9 @@ func (n *Net) mtu(acked virtio.Features, c virtio.NetConfig) int {
 	return mtu
 }
 
-// reconfigure takes over a configuration that changed while the device runs: the link's state, the
+// Reconfigure implements driver.Driver: it takes over a configuration that changed while the device runs: the link's state, the
 // MAC. The MTU decides how large buffers are: a change of it takes effect with the next reset.
-func (n *Net) reconfigure(t transport) error {
+func (n *Net) Reconfigure(t driver.Transport) error {
 	b, err := t.Config(0, virtio.NetConfigLen)
 	if err != nil {
 		return err
@@ -443,8 +405,8 @@ func (n *Net) reconfigure(t transport) error {
 
 // laying is the set-up of a device's queues under way.
 type laying struct {
-	t      transport
-	m      layout
+	t      driver.Transport
+	m      driver.Layout
 	acked  virtio.Features
 	offers int // pairs that the host offers
 	count  int // pairs to set up; lowered where there is no room, and the operator did not choose
@@ -507,8 +469,8 @@ func (n *Net) layOut(l *laying) error {
 		} else {
 			sizes = sizes[:2]
 		}
-		l.m.near.alloc.Reset()
-		l.m.far.alloc.Reset()
+		l.m.Near.Alloc.Reset()
+		l.m.Far.Alloc.Reset()
 		places, err = n.reserve(l, sizes)
 	}
 	if err != nil {
@@ -589,7 +551,7 @@ func (n *Net) queueSize(l *laying, i int, wish uint16) (uint16, error) {
 // equal shares of what is left for buffers. Nothing is shown to the device.
 func (n *Net) reserve(l *laying, sizes []uint16) ([]place, error) {
 	places := make([]place, len(sizes))
-	near, far := l.m.near, l.m.far
+	near, far := l.m.Near, l.m.Far
 	room := func(err error) error {
 		if err != nil && l.count > 1 {
 			return fmt.Errorf("%s: no room for %d queue pairs: %s: %w", n.cfg.Name, l.count, err, errNoRoom)
@@ -599,24 +561,24 @@ func (n *Net) reserve(l *laying, sizes []uint16) ([]place, error) {
 	var err error
 	for i, size := range sizes {
 		name := n.queueName(i, l.count)
-		desc, driver, device := vring.SplitSizes(size)
+		descLen, driverLen, deviceLen := vring.SplitSizes(size)
 		if l.acked.Has(virtio.RingPacked) {
-			desc, driver, device = vring.PackedSizes(size)
+			descLen, driverLen, deviceLen = vring.PackedSizes(size)
 		}
 		// Each area on cache lines of its own: both sides write near each other otherwise.
 		for _, a := range [...]struct {
 			span *dma.Span
-			m    *memory
+			m    *driver.Memory
 			n    uint64
-		}{{&places[i].desc, far, desc}, {&places[i].driver, far, driver}, {&places[i].device, near, device}} {
-			if *a.span, err = a.m.take(name, a.n, 64); err != nil {
+		}{{&places[i].desc, far, descLen}, {&places[i].driver, far, driverLen}, {&places[i].device, near, deviceLen}} {
+			if *a.span, err = a.m.Take(name, a.n, 64); err != nil {
 				return nil, room(err)
 			}
 		}
 	}
 	if l.count > 1 {
-		if l.cmd, err = far.take(n.cfg.Name+" ctrl", 64, 64); err == nil {
-			l.ack, err = near.take(n.cfg.Name+" ctrl", 64, 64)
+		if l.cmd, err = far.Take(n.cfg.Name+" ctrl", 64, 64); err == nil {
+			l.ack, err = near.Take(n.cfg.Name+" ctrl", 64, 64)
 		}
 		if err != nil {
 			return nil, room(err)
@@ -626,7 +588,7 @@ func (n *Net) reserve(l *laying, sizes []uint16) ([]place, error) {
 	for i := 0; i < l.count; i++ {
 		rx, tx := &places[virtio.NetQueueRX(i)], &places[virtio.NetQueueTX(i)]
 		left := uint64(l.count - i)
-		share := near.alloc.Largest() / left
+		share := near.Alloc.Largest() / left
 		bytes := share
 		if near == far {
 			bytes = rxShare(share, uint64(l.maxRX), tunbridge.TXMemMin(l.maxTX))
@@ -636,13 +598,13 @@ func (n *Net) reserve(l *laying, sizes []uint16) ([]place, error) {
 		if l.count > 1 && (count == 0 || count*int(size) < l.maxRX) {
 			return nil, room(fmt.Errorf("%s: %d receive buffers of %d bytes are too few for frames of %d", name, count, size, l.maxRX))
 		}
-		if rx.buffers, err = near.take(name, uint64(size)*uint64(count), 64); err != nil {
+		if rx.buffers, err = near.Take(name, uint64(size)*uint64(count), 64); err != nil {
 			return nil, room(err)
 		}
 		rx.bufferSize = size
 
 		name = n.queueName(virtio.NetQueueTX(i), l.count)
-		all := far.alloc.Largest()
+		all := far.Alloc.Largest()
 		bytes = all / left
 		if near == far && left > 1 {
 			bytes = share - uint64(rx.buffers.Len)
@@ -653,7 +615,7 @@ func (n *Net) reserve(l *laying, sizes []uint16) ([]place, error) {
 		if l.count > 1 && bytes < tunbridge.TXMemMin(l.maxTX) {
 			return nil, room(fmt.Errorf("%s: %d bytes of transmit memory are too few for frames of %d", name, bytes, l.maxTX))
 		}
-		if tx.buffers, err = far.take(name, bytes, 64); err != nil {
+		if tx.buffers, err = far.Take(name, bytes, 64); err != nil {
 			return nil, room(err)
 		}
 	}
@@ -746,23 +708,23 @@ func (n *Net) run(p tunbridge.Pump, notify func(error)) {
 	}
 }
 
-// shortOf returns what is left out for want of room, and why; "" if nothing is.
-func (n *Net) shortOf() string {
+// ShortOf implements driver.Driver: it returns what is left out for want of room, and why; "" if nothing is.
+func (n *Net) ShortOf() string {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.note
 }
 
-// failed notes for Status why the device does not come up.
-func (n *Net) failed(err error) {
+// Failed implements driver.Driver: it notes for Status why the device does not come up.
+func (n *Net) Failed(err error) {
 	n.mu.Lock()
 	n.lastErr = err
 	n.mu.Unlock()
 }
 
-// down stops the loops, carrier off. The rings stay as they are: the device may still
+// Down implements driver.Driver: it stops the loops, carrier off. The rings stay as they are: the device may still
 // look at them. It is idempotent.
-func (n *Net) down() {
+func (n *Net) Down() {
 	n.mu.Lock()
 	stop := n.stop
 	n.mu.Unlock()
@@ -783,7 +745,7 @@ func (n *Net) down() {
 
 // Close stops the loops and gives the interface back.
 func (n *Net) Close() error {
-	n.down()
+	n.Down()
 	return n.ifc.Close()
 }
 
@@ -829,4 +791,30 @@ func (q *netQueue) describe(index int, name string, ready bool) status.Queue {
 	qs.Doorbell = status.Counters(q.bells.Snapshot())
 	q.bus.Describe(&qs, q.stats.Frames())
 	return qs
+}
+
+// Name implements driver.Driver.
+func (n *Net) Name() string { return n.cfg.Name }
+
+// Number implements driver.Driver.
+func (n *Net) Number() uint16 { return n.cfg.Number }
+
+// DeviceID implements driver.Driver.
+func (n *Net) DeviceID() uint32 { return virtio.IDNet }
+
+// Joined implements driver.Driver: the interface's name of the moment.
+func (n *Net) Joined() string { return n.ifc.Name() }
+
+// Doorbells implements driver.Driver. The control queue, whose number depends on the host, has none: it has one
+// answer to wait for, and polls.
+func (n *Net) Doorbells() int { return 2 * n.limit }
+
+// Pairs implements driver.Driver.
+func (n *Net) Pairs() (pairs int, chosen bool) { return len(n.pairs), n.cfg.Queues != 0 }
+
+// LimitPairs implements driver.Driver.
+func (n *Net) LimitPairs(pairs int) {
+	n.mu.Lock()
+	n.limit = pairs
+	n.mu.Unlock()
 }

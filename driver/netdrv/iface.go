@@ -1,4 +1,4 @@
-package agent
+package netdrv
 
 import (
 	"errors"
@@ -7,7 +7,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/boardlink/boardlink/tunbridge"
-	"github.com/boardlink/boardlink/virtiomsg"
 )
 
 // interfaceChanged takes over what the interface's watcher tells.
@@ -24,15 +23,15 @@ func (n *Net) interfaceChanged(s tunbridge.State) {
 	}
 }
 
-// interfaceUp tells whether the interface is up, as far as its watcher has told.
-func (n *Net) interfaceUp() bool {
+// LinkUp implements driver.Driver: it tells whether the interface is up, as far as its watcher has told.
+func (n *Net) LinkUp() bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.ifaceUp
 }
 
-// onChange sets who hears that something about the interface has changed.
-func (n *Net) onChange(wake func()) {
+// OnChange implements driver.Driver: it sets who hears that something about the interface has changed.
+func (n *Net) OnChange(wake func()) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.wake = wake
@@ -62,8 +61,8 @@ func (n *Net) Remake() error {
 	return err
 }
 
-// isRemade tells whether the interface was made again since the last call.
-func (n *Net) isRemade() bool {
+// Remade implements driver.Driver: it tells whether the interface was made again since the last call.
+func (n *Net) Remade() bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	r := n.remade
@@ -87,8 +86,8 @@ func (n *Net) warnOnce(w string) {
 	}
 }
 
-// takeWarning returns a warning that was not taken yet; empty if there is none.
-func (n *Net) takeWarning() string {
+// Warning implements driver.Driver: it returns a warning that was not taken yet; empty if there is none.
+func (n *Net) Warning() string {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	w := n.warning
@@ -103,20 +102,4 @@ func (n *Net) tolerate(err error, format string, args ...interface{}) error {
 	}
 	n.warnOnce("not permitted to change the interface (CAP_NET_ADMIN is missing): " + fmt.Sprintf(format, args...))
 	return nil
-}
-
-// tellLink tells the host whether the interface is up, where that has changed.
-func (d *device) tellLink() {
-	if !d.up || d.l.s.Peer().Features&virtiomsg.FeatureLinkState == 0 {
-		return
-	}
-	up := d.n.interfaceUp()
-	if up == d.toldUp {
-		return
-	}
-	var m virtiomsg.Slot
-	virtiomsg.EncodeLink(&m, d.n.cfg.Number, up)
-	if d.l.s.Send(&m) == nil {
-		d.toldUp = up // else with the next tick
-	}
 }

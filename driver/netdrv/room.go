@@ -1,10 +1,11 @@
-package agent
+package netdrv
 
 import (
 	"fmt"
 	"math"
 	"strings"
 
+	"github.com/boardlink/boardlink/driver"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
 	"github.com/boardlink/boardlink/vring"
@@ -75,17 +76,17 @@ func (w *wanted) need() (near, far uint64) {
 }
 
 // fits tells whether memory m, of which nothing is in use, does.
-func (w *wanted) fits(m layout) bool {
+func (w *wanted) fits(m driver.Layout) bool {
 	near, far := w.need()
-	if m.near == m.far {
-		return near+far <= m.near.alloc.FreeBytes()
+	if m.Near == m.Far {
+		return near+far <= m.Near.Alloc.FreeBytes()
 	}
-	return near <= m.near.alloc.FreeBytes() && far <= m.far.alloc.FreeBytes()
+	return near <= m.Near.Alloc.FreeBytes() && far <= m.Far.Alloc.FreeBytes()
 }
 
 // shrink halves the queue size until w fits, or it is least, and tells whether it fits. Where the size is not the operator's, rings
 // do not take more than a quarter of the memory.
-func (w *wanted) shrink(m layout, least uint16, chosen bool) bool {
+func (w *wanted) shrink(m driver.Layout, least uint16, chosen bool) bool {
 	for !chosen && w.size > minQueueSize && w.ringsTooLarge(m) {
 		w.size /= 2
 	}
@@ -98,12 +99,12 @@ func (w *wanted) shrink(m layout, least uint16, chosen bool) bool {
 	return true
 }
 
-func (w *wanted) ringsTooLarge(m layout) bool {
+func (w *wanted) ringsTooLarge(m driver.Layout) bool {
 	near, far := w.rings()
-	if m.near == m.far {
-		return 4*(near+far) > m.near.alloc.FreeBytes()
+	if m.Near == m.Far {
+		return 4*(near+far) > m.Near.Alloc.FreeBytes()
 	}
-	return 4*near > m.near.alloc.FreeBytes() || 4*far > m.far.alloc.FreeBytes()
+	return 4*near > m.Near.Alloc.FreeBytes() || 4*far > m.Far.Alloc.FreeBytes()
 }
 
 // wants returns what features f ask for with an MTU, for as few pairs as there may be.
@@ -122,10 +123,10 @@ func (n *Net) wants(f virtio.Features, mtu, offers int) wanted {
 func (n *Net) plan(l *laying, mtu int) (wanted, error) {
 	if n.cfg.Queues == 0 {
 		least := uint64(minPairMemory)
-		if l.m.near == l.m.far {
+		if l.m.Near == l.m.Far {
 			least *= 2
 		}
-		for l.count > 1 && (l.m.near.alloc.FreeBytes() < uint64(l.count)*least || l.m.far.alloc.FreeBytes() < uint64(l.count)*least) {
+		for l.count > 1 && (l.m.Near.Alloc.FreeBytes() < uint64(l.count)*least || l.m.Far.Alloc.FreeBytes() < uint64(l.count)*least) {
 			l.count--
 		}
 	}
@@ -155,7 +156,7 @@ func (w *wanted) frames(f virtio.Features, mtu int) {
 
 // fit takes those segmentation bits from f for which memory m is too small, and says why. An error is that not even the MTU's
 // frames have room; it says what would do.
-func (n *Net) fit(f virtio.Features, m layout, mtu, offers int) (virtio.Features, string, error) {
+func (n *Net) fit(f virtio.Features, m driver.Layout, mtu, offers int) (virtio.Features, string, error) {
 	toDriver, toDevice := virtio.FeaturesFromMask(tunbridge.NetFToDriverLong), virtio.FeaturesFromMask(tunbridge.NetFToDeviceLong)
 	full := f
 	for _, without := range [...]virtio.Features{{}, toDevice, toDriver, toDriver.Or(toDevice)} {
@@ -181,36 +182,28 @@ func (n *Net) fit(f virtio.Features, m layout, mtu, offers int) (virtio.Features
 	return f, "", n.tooSmall(w, f, m, mtu)
 }
 
-// String says how large the memory is.
-func (m layout) String() string {
-	if m.near == m.far {
-		return fmt.Sprintf("%d bytes of the window", m.near.alloc.FreeBytes())
-	}
-	return fmt.Sprintf("%d bytes of the window and %d of the host's pool", m.near.alloc.FreeBytes(), m.far.alloc.FreeBytes())
-}
-
 // would tells whether w would fit with memory factor times as large, and so many devices to share it.
-func (w *wanted) would(m layout, factor uint64, devices int) bool {
-	part := func(k *memory) uint64 { return k.region.Mem.Size() * factor / uint64(devices) &^ 4095 }
+func (w *wanted) would(m driver.Layout, factor uint64, devices int) bool {
+	part := func(k *driver.Memory) uint64 { return k.Region.Mem.Size() * factor / uint64(devices) &^ 4095 }
 	near, far := w.need()
-	if m.near == m.far {
-		return near+far <= part(m.near)
+	if m.Near == m.Far {
+		return near+far <= part(m.Near)
 	}
-	return near <= part(m.near) && far <= part(m.far)
+	return near <= part(m.Near) && far <= part(m.Far)
 }
 
 // larger says how much larger the window has to be for w. Memory that is all window may be the half of it only when it is
 // larger (docs/wire.md, section 8).
-func (n *Net) larger(w wanted, m layout) string {
+func (n *Net) larger(w wanted, m driver.Layout) string {
 	if w.size > minQueueSize {
 		w.size = minQueueSize
 	}
 	for f := uint64(2); f <= 1<<20; f *= 2 {
 		half := f
-		if m.near == m.far {
+		if m.Near == m.Far {
 			half = f / 2
 		}
-		if w.would(m, half, m.devices) {
+		if w.would(m, half, m.Devices) {
 			return fmt.Sprintf("at least %d times as large", f)
 		}
 	}
@@ -218,7 +211,7 @@ func (n *Net) larger(w wanted, m layout) string {
 }
 
 // tooSmall is the refusal of a device for which memory m does not do, whatever is left out.
-func (n *Net) tooSmall(w wanted, f virtio.Features, m layout, mtu int) error {
+func (n *Net) tooSmall(w wanted, f virtio.Features, m driver.Layout, mtu int) error {
 	near, far := w.need()
 	if w.rxMin() == never {
 		return fmt.Errorf("%s: %d receive buffers of %d bytes (--queue-size, --rx-buffer) are too few for frames of %d: leave out --rx-buffer or use larger ones",
@@ -244,9 +237,9 @@ func (n *Net) tooSmall(w wanted, f virtio.Features, m layout, mtu int) error {
 			break
 		}
 	}
-	for d := m.devices - 1; d >= 1; d-- {
+	for d := m.Devices - 1; d >= 1; d-- {
 		if w.would(m, 1, d) {
-			remedies = append(remedies, fmt.Sprintf("no more than %d of the %d devices", d, m.devices))
+			remedies = append(remedies, fmt.Sprintf("no more than %d of the %d devices", d, m.Devices))
 			break
 		}
 	}

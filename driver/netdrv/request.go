@@ -1,4 +1,4 @@
-package agent
+package netdrv
 
 import (
 	"errors"
@@ -12,6 +12,9 @@ import (
 
 // noAck is what stands in the acknowledgement until the device writes it (virtio 1.2, 5.1.6.5, has 0 and 1).
 const noAck = 0xff
+
+// answerTime is how long a command may take until the status tells of it.
+const answerTime = 2 * time.Second
 
 // request puts the queue pairs of a device that runs with one pair into use: a command on the control queue, and once
 // the device has acknowledged it, the interface's queues. Until then, and if it does not, one pair goes on.
@@ -50,17 +53,17 @@ func (r *request) Run() error {
 		if n > 0 {
 			l.ack.CopyOut(ack[:], 0)
 			if ack[0] != virtio.NetCtrlOK {
-				r.n.failed(fmt.Errorf("%s: the host refuses %d queue pairs (acknowledgement %d): one is used", name, l.count, ack[0]))
+				r.n.Failed(fmt.Errorf("%s: the host refuses %d queue pairs (acknowledgement %d): one is used", name, l.count, ack[0]))
 				return nil
 			}
 			if told {
-				r.n.failed(nil)
+				r.n.Failed(nil)
 			}
 			return r.use()
 		}
 		if !told && time.Since(began) > answerTime {
 			told = true
-			r.n.failed(fmt.Errorf("%s: the host does not answer: one queue pair is used, not %d", name, l.count))
+			r.n.Failed(fmt.Errorf("%s: the host does not answer: one queue pair is used, not %d", name, l.count))
 		}
 		if _, err := s.Sleep(0); err != nil {
 			return fmt.Errorf("%s: wait for an answer: %w", name, err)

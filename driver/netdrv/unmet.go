@@ -1,4 +1,4 @@
-package agent
+package netdrv
 
 import (
 	"fmt"
@@ -24,19 +24,9 @@ func (n *Net) unmet() (lines []string) {
 	return lines
 }
 
-// tellUnmet logs what is unmet, each thing once.
-func (d *device) tellUnmet() {
-	d.n.mu.Lock()
-	lines := d.n.unmet()
-	d.n.mu.Unlock()
-	for _, s := range lines {
-		if d.told[s] {
-			continue
-		}
-		if d.told == nil {
-			d.told = map[string]bool{}
-		}
-		d.told[s] = true
-		d.l.cfg.Log.Warn(s, "link", d.l.cfg.Name, "device", d.n.cfg.Name, "interface", d.n.ifc.Name())
-	}
+// Unmet implements driver.Driver.
+func (n *Net) Unmet() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.unmet()
 }

@@ -1,0 +1,116 @@
+// Package driver says what a virtio driver is to the program that runs it, and what a driver needs: a transport to
+// its device, and memory to lay its queues and buffers out in.
+//
+// It must not know messages, sockets, boards, or link pages: the same drivers run over virtio-msg and other
+// transports.
+package driver
+
+import (
+	"fmt"
+
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/virtio"
+)
+
+// Transport is a virtio device as its driver reaches it, whatever carries the requests.
+type Transport interface {
+	// Features returns what the device offers; SetFeatures tells what is accepted.
+	Features() (virtio.Features, error)
+	SetFeatures(virtio.Features) error
+	// Config reads n bytes of the configuration space from off on.
+	Config(off, n uint32) ([]byte, error)
+	// SetStatus writes the device status and returns what the device made of it.
+	SetStatus(s uint32) (uint32, error)
+	// QueueMax returns the largest size of queue i; 0 where there is none.
+	QueueMax(i int) (uint16, error)
+	// SetQueue tells the device where the areas of queue i lie.
+	SetQueue(i int, size uint16, desc, driver, device dma.Addr) error
+	// Kick returns what kicks queue i, Call the end that the device calls for it.
+	Kick(i int) doorbell.Ringer
+	Call(i int) doorbell.Waiter
+}
+
+// Driver drives one device of a link. Its owner calls the methods from one goroutine; Status, Close and the methods that
+// tell of the interface may be called from others.
+type Driver interface {
+	// Name is for errors, log and status ("net0"); Number is the device number on the link.
+	Name() string
+	Number() uint16
+	// DeviceID is the virtio device id that the device has to have (virtio 1.2, 5).
+	DeviceID() uint32
+	// Joined names what the driver joins the device to, for the log: an interface.
+	Joined() string
+	// Doorbells is for how many queues, from 0 on, the device is to call this side.
+	Doorbells() int
+	// Pairs returns how many queue pairs the driver could use, and whether the operator chose that number;
+	// LimitPairs lowers it.
+	Pairs() (n int, chosen bool)
+	LimitPairs(n int)
+	// Up brings the device up over t (virtio 1.2, 3.1.1), with rings and buffers in m. broken hears, from any
+	// goroutine, that a queue ended by an error.
+	Up(t Transport, m Layout, broken func(error)) error
+	// Down stops all access to rings and buffers before it returns. It is idempotent.
+	Down()
+	// Reconfigure takes over a configuration that the device changed while it runs.
+	Reconfigure(t Transport) error
+	// Failed notes for Status why the device does not come up.
+	Failed(error)
+	// OnChange sets who hears that LinkUp or Remade may have changed.
+	OnChange(func())
+	// LinkUp tells whether what the device is joined to is up; Remade whether it was made anew since the last call, so
+	// that the device has to come up again at once.
+	LinkUp() bool
+	Remade() bool
+	// Warning returns a warning for the log that was not returned before, empty if there is none. ShortOf says what
+	// is left out for lack of memory, Unmet what the operator asked for and the device does not have.
+	Warning() string
+	ShortOf() string
+	Unmet() []string
+	// Status describes the driver for an operator.
+	Status() status.Device
+	// Close stops the device and gives back what it is joined to.
+	Close() error
+}
+
+// Memory is a device's part of a region.
+type Memory struct {
+	Region *dma.Region
+	Alloc  *dma.Allocator
+}
+
+// Share returns part index of a region that so many devices share equally.
+func Share(r *dma.Region, index, devices int) *Memory {
+	n := r.Mem.Size() / uint64(devices) &^ 4095
+	return &Memory{Region: r, Alloc: dma.NewAllocator(r.Addr+dma.Addr(uint64(index)*n), n)}
+}
+
+// Take allocates n bytes and returns them as a span; name is for the error.
+func (m *Memory) Take(name string, n, align uint64) (dma.Span, error) {
+	a, err := m.Alloc.Alloc(n, align)
+	if err != nil {
+		return dma.Span{}, fmt.Errorf("%s: %s memory: %w: use a larger window, fewer devices, fewer queue pairs or smaller queues", name, m.Region.Name, err)
+	}
+	return dma.Span{Region: m.Region, Off: uint64(a - m.Region.Addr), Len: uint32(n)}, nil
+}
+
+// Layout is where a device's rings and buffers go: each near its reader ("read locally, write
+// remotely"). In placement window both are the same memory of the board.
+type Layout struct {
+	Near *Memory // of the board: what the host writes (device areas, receive buffers)
+	Far  *Memory // what the host reads (descriptor and driver areas, transmit buffers)
+
+	Devices int // that share the memory
+}
+
+// Push tells whether the placement is push.
+func (m Layout) Push() bool { return m.Near != m.Far }
+
+// String says how much of the memory is free.
+func (m Layout) String() string {
+	if !m.Push() {
+		return fmt.Sprintf("%d bytes of the window", m.Near.Alloc.FreeBytes())
+	}
+	return fmt.Sprintf("%d bytes of the window and %d of the host's pool", m.Near.Alloc.FreeBytes(), m.Far.Alloc.FreeBytes())
+}
