@@ -1,13 +1,14 @@
 package main
 
 import (
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/trial"
 	"golang.org/x/sys/unix"
 )
 
@@ -17,7 +18,8 @@ func TestKindsOfEveryProgram(t *testing.T) {
 	needRoot(t)
 	t.Parallel()
 	b := newBox(t)
-	doc, err := os.ReadFile(filepath.Join("..", "..", "docs", "ports.md"))
+	b.own("board.toml")
+	kinds, err := trial.DocumentedKinds(filepath.Join("..", ".."), b.dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -27,31 +29,15 @@ func TestKindsOfEveryProgram(t *testing.T) {
 			t.Fatalf("%s: %v\n%s", p, err, out)
 		}
 	}
-	file := b.own("board.toml")
-	sample, err := samples.ReadFile("samples/polled.toml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(file, sample, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	kinds := 0
 	boardlink := b.prog
-	for _, line := range strings.Split(string(doc), "\n") {
-		f := strings.Split(line, "|")
-		if len(f) != 5 || !strings.Contains(f[2], ":") || !strings.HasPrefix(strings.TrimSpace(f[2]), "`"+strings.TrimSpace(f[1])+":") {
-			continue
-		}
-		kinds++
-		for i, side := range []string{"host", "agent"} {
-			// Addresses that no machine has.
-			spec := strings.NewReplacer("`", "", " ", "", "board.toml", file, "/run/a.sock", b.path("none"), "0000:00:04.0", "ffff:00:04.0", "0000:01:00.0", "ffff:01:00.0",
-				"irq=/dev/uio0", "irq=/dev/uio99").Replace(f[2+i])
-			for _, prog := range []string{"boardlink", "boardlink-" + side} {
+	for _, k := range kinds {
+		for _, side := range []board.Side{board.Host, board.Agent} {
+			spec := k.Specs[side]
+			for _, prog := range []string{"boardlink", "boardlink-" + side.String()} {
 				args := []string{"--status", "none", "--board", spec}
 				b.prog = filepath.Join(bin, prog)
 				if prog == "boardlink" {
-					args = append([]string{side}, args...)
+					args = append([]string{side.String()}, args...)
 				}
 				p := b.start(nil, "", args...)
 				b.prog = boardlink
@@ -65,14 +51,13 @@ func TestKindsOfEveryProgram(t *testing.T) {
 					}
 				})
 				code := p.end(unix.SIGTERM, 5*time.Second)
-				said := p.err.String()
-				if code != 0 && code != exitUsage || strings.Contains(said, "no kind of board") || strings.Contains(said, "kinds of board are") || !strings.Contains(said, spec) {
-					t.Errorf("%s %s %s: status %d: %s", prog, side, spec, code, said)
+				if err := trial.CheckMissing(spec, code, p.err.String()); err != nil {
+					t.Errorf("%s %v: %v", prog, side, err)
 				}
 			}
 		}
 	}
-	if kinds != 4 {
-		t.Errorf("docs/ports.md has %d kinds, want 4", kinds)
+	if len(kinds) != 4 {
+		t.Errorf("docs/ports.md has %d kinds, want 4", len(kinds))
 	}
 }
