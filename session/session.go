@@ -246,10 +246,23 @@ func (s *Session) stuck(what string) {
 // Stopping runs f, which stops loops of the owner. Where it takes too long, status and log tell; memory and descriptors are kept
 // until it returns.
 func (s *Session) Stopping(f func()) {
+	s.mu.Lock()
+	before := s.state
+	s.mu.Unlock()
+	told := make(chan struct{})
 	t := time.AfterFunc(stopLimit, func() {
+		defer close(told)
 		s.stuck(fmt.Sprintf("its loops have not stopped for %v: they are blocked; memory and descriptors are kept until they stop", stopLimit))
 	})
-	defer t.Stop()
+	defer func() {
+		if t.Stop() {
+			return
+		}
+		<-told
+		if s.ctx.Err() == nil { // else it is what Run tells
+			s.setState(before)
+		}
+	}()
 	f()
 }
 
@@ -477,7 +490,7 @@ func (s *Session) serve(ctx context.Context) (again bool) {
 			})
 			look = !s.link.Up()
 			if served != nil && served.ServerLost() && look {
-				s.down()
+				s.safely(s.down)
 				return true
 			}
 		case <-s.bell:
@@ -569,6 +582,7 @@ func (s *Session) poll(tick bool) {
 	if !s.heldTill.IsZero() && !s.heldTill.After(now) {
 		s.heldTill, s.tries = time.Time{}, 0
 		s.link.Hold(false)
+		s.setState("waiting for the peer")
 	}
 	for n := 0; ; n++ {
 		if n == batch {
