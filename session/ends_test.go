@@ -54,6 +54,7 @@ type link struct {
 	placement string
 	queues    [2]int // pairs; 0: the default
 	ring      string
+	deaf      bool // the agent leaves its doorbells unheard
 	ns        [2]*netns.NS
 	ends      [2]end
 	stop      [2]context.CancelFunc
@@ -109,7 +110,7 @@ func (l *link) start(s board.Side) {
 				return err
 			}
 			ifc = n.Interface()
-			l.ends[s] = agent.NewLink(agent.Config{Name: "a", Board: l.spec, Options: board.Options{Account: new(dma.Account)}, Placement: l.placement, Devices: []driver.Driver{n}, Log: &l.log, Beat: beat, LostBeats: lost})
+			l.ends[s] = agent.NewLink(agent.Config{Name: "a", Board: l.spec, Options: board.Options{Account: new(dma.Account)}, Placement: l.placement, Devices: []driver.Driver{n}, Log: &l.log, Beat: beat, LostBeats: lost, NoInterrupts: l.deaf})
 		}
 		h, err := netlink.NewHandle()
 		if err != nil {

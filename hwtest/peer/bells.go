@@ -74,8 +74,11 @@ func Tamper(fds []int, fill bool) (stop func()) {
 				// Non-blocking for these calls, so that the attack itself ends; blocking nearly all the time.
 				unix.SetNonblock(fd, true)
 				if fill {
-					addTo(fd, 1<<64-2)
-					addTo(fd, 1)
+					// Only an empty one takes so much at once, and it may be rung in between.
+					for n := 0; n < 10 && addTo(fd, 1) == nil; n++ {
+						empty(fd)
+						addTo(fd, 1<<64-2)
+					}
 				} else {
 					empty(fd)
 				}
@@ -96,10 +99,11 @@ func Tamper(fds []int, fill bool) (stop func()) {
 	}
 }
 
-func addTo(fd int, n uint64) {
+func addTo(fd int, n uint64) error {
 	var b [8]byte
 	*(*uint64)(unsafe.Pointer(&b)) = n
-	unix.Write(fd, b[:])
+	_, err := unix.Write(fd, b[:])
+	return err
 }
 
 func empty(fd int) {
