@@ -79,10 +79,6 @@ func TestTamperedBells(t *testing.T) {
 			h.waitUp()
 			h.ping()
 			fds := peer.Bells(t, h.path("b"), 16)
-			if fill { // an agent that waits to be rung, and takes no ring
-				time.Sleep(200 * time.Millisecond)
-				h.p["agent"].cmd.Process.Signal(unix.SIGSTOP)
-			}
 			stop := peer.Tamper(fds, fill)
 			defer stop()
 			blocked := func() (n uint64) {
@@ -111,8 +107,18 @@ func TestTamperedBells(t *testing.T) {
 				}
 			}
 			send()
-			if fill {
-				until(t, 20*time.Second, "a blocked ring shows in the status", func() bool { send(); return blocked() > 0 })
+			if fill { // an agent that takes no ring, if it was waiting for one when it was stopped
+				until(t, 30*time.Second, "a blocked ring shows in the status", func() bool {
+					h.p["agent"].cmd.Process.Signal(unix.SIGCONT)
+					time.Sleep(100 * time.Millisecond)
+					h.p["agent"].cmd.Process.Signal(unix.SIGSTOP)
+					for range 5 {
+						if send(); blocked() > 0 {
+							return true
+						}
+					}
+					return false
+				})
 			}
 			h.stop("host")
 			h.p["agent"].cmd.Process.Signal(unix.SIGCONT)
