@@ -546,6 +546,7 @@ type transportMsg struct {
 	dev  uint16
 	name string
 	m    virtiomsg.Slot
+	gen  uint32 // of the configuration as read last
 }
 
 var _ driver.Transport = (*transportMsg)(nil)
@@ -627,7 +628,27 @@ func (t *transportMsg) Config(off, n uint32) ([]byte, error) {
 	if r.Offset != off || r.Len != n {
 		return nil, fmt.Errorf("%s: the host gives %d bytes of configuration at %d, %d at %d were asked for", t.name, r.Len, r.Offset, n, off)
 	}
+	t.gen = r.Generation
 	return append([]byte(nil), r.Data[:n]...), nil
+}
+
+func (t *transportMsg) WriteConfig(off uint32, b []byte) error {
+	if len(b) < 1 || len(b) > virtiomsg.ConfigChunk {
+		return fmt.Errorf("%s: a write of %d bytes of configuration: 1 to %d go at once", t.name, len(b), virtiomsg.ConfigChunk)
+	}
+	c := virtiomsg.ConfigData{Generation: t.gen, Offset: off, Len: uint32(len(b))}
+	copy(c.Data[:], b)
+	if err := t.call(virtiomsg.SetConfig, func(token uint16) { c.EncodeRequest(&t.m, t.dev, token) }); err != nil {
+		return err
+	}
+	var r virtiomsg.ConfigData
+	if err := r.DecodeResponse(&t.m, virtiomsg.SetConfig); err != nil {
+		return err
+	}
+	if r.Len != c.Len || r.Offset != off {
+		return fmt.Errorf("%s: the device refuses a write of %d bytes of configuration at %d", t.name, c.Len, off)
+	}
+	return nil
 }
 
 func (t *transportMsg) SetStatus(s uint32) (uint32, error) {

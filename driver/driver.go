@@ -19,8 +19,11 @@ type Transport interface {
 	// Features returns what the device offers; SetFeatures tells what is accepted.
 	Features() (virtio.Features, error)
 	SetFeatures(virtio.Features) error
-	// Config reads n bytes of the configuration space from off on.
+	// Config reads n bytes of the configuration space from off on, at most 40.
 	Config(off, n uint32) ([]byte, error)
+	// WriteConfig writes b, 1 to 40 bytes, at offset off of the configuration space. An
+	// error tells that the device takes no writes there.
+	WriteConfig(off uint32, b []byte) error
 	// SetStatus writes the device status and returns what the device made of it.
 	SetStatus(s uint32) (uint32, error)
 	// QueueMax returns the largest size of queue i; 0 where there is none.
