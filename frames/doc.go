@@ -1,8 +1,8 @@
 // Package frames sends and receives network frames over a virtqueue without a network interface: for programs that make or
 // take their packets themselves.
 //
-// In the room: the four ends (driver and device side, sending and receiving) in batches, where frames lie in
-// memory, the virtio-net header, what is checked of a peer. Never in it: interfaces, queues of its own, threads, the
+// In the room: the four ends (driver and device side, sending and receiving) in batches, a pair of queues in shared
+// memory, where frames lie in it, the virtio-net header, what is checked of a peer. Never in it: interfaces, rings of its own, threads, the
 // life cycle of a device (host, agent).
 //
 // Every frame has a virtio-net header of 12 bytes in front (virtio 1.2, 5.1.6), as in package tunbridge: one end may be
@@ -31,6 +31,9 @@
 // Where the memory is cached, rooms and frames lie in it: nothing is copied here. Across a bus, and in memory that is no RAM,
 // they are copies in private memory. No frame costs an allocation, a lock, or a call through an interface: the queue is called
 // once a batch.
+//
+// Shared makes both ends of a link of two queues over memory that two programs share, Connect over memory of one program. Who has
+// queues already makes the four ends one by one.
 //
 // An end belongs to one goroutine at a time, and so does its queue. Only the Stats may be read by others.
 package frames
