@@ -403,25 +403,42 @@ func TestResetStorm(t *testing.T) {
 	r.waitRunning()
 	var m virtiomsg.Slot
 	(&virtiomsg.DeviceEvent{Dev: dev, State: virtiomsg.DeviceReady}).Encode(&m)
-	begin, last := r.running, time.Now()
-	for end := time.Now().Add(1500 * time.Millisecond); time.Now().Before(end); {
+	running, events, begin, last := r.running, 0, time.Now(), time.Now()
+	for r.running-running < 3 || time.Since(begin) < 1500*time.Millisecond {
+		if time.Since(begin) > 20*time.Second {
+			t.Fatalf("brought up %d times", r.running-running)
+		}
 		r.Step()
 		if r.status&virtio.StatusDriverOK != 0 {
 			r.event(r.status | virtio.StatusNeedsReset)
 		}
 		if time.Since(last) > 100*time.Millisecond {
 			r.Send(m) // asks for an attempt soon, ten times a second
+			events++
 			last = time.Now()
 		}
 	}
-	// 50, 100, 200 ... ms without the events, which allow one each.
-	if n := r.running - begin; n < 3 || n > 20 {
-		t.Errorf("brought up %d times in 1.5 s", n)
+	// By itself it waits 50, 100, 200 ... ms, up to 5 s; each event allows one attempt more.
+	most := events + 1
+	for wait, d := time.Duration(0), 50*time.Millisecond; wait <= time.Since(begin); d *= 2 {
+		if most++; d > 5*time.Second {
+			d = 5 * time.Second
+		}
+		wait += d
+	}
+	if n := r.running - running; n > most {
+		t.Errorf("brought up %d times in %v, with %d events: at most %d", n, time.Since(begin), events, most)
 	}
 	if n := r.count("host_reset"); n < 3 {
 		t.Errorf("%d resets counted", n)
 	}
-	r.waitRunning()
+	r.Until(20*time.Second, "the device comes up again", func() bool {
+		if time.Since(last) > 100*time.Millisecond { // its own next attempt may be 5 s away
+			r.Send(m)
+			last = time.Now()
+		}
+		return r.dev().Carrier && r.status == virtio.StatusAcknowledge|virtio.StatusDriver|virtio.StatusFeaturesOK|virtio.StatusDriverOK
+	})
 	if r.Downs != 0 {
 		t.Errorf("the link went down %d times", r.Downs)
 	}

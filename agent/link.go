@@ -91,11 +91,11 @@ type device struct {
 	next    time.Time
 	since   time.Time // up
 	backoff time.Duration
-	failed  chan error      // of its loops
-	toldUp  bool            // what the host was told of the interface
-	logged  string          // the last error that was logged
-	told    map[string]bool // what is unmet and was logged
-	changed bool            // the host has told of a configuration that was not read yet
+	failed  chan error // of its loops
+	toldUp  bool       // what the host was told of the interface
+	logged  string     // the last error that was logged
+	unmet   []string   // what was unmet when the device came up last
+	changed bool       // the host has told of a configuration that was not read yet
 	changes session.Bucket
 	short   string // what is left out for want of room, as it was logged
 }
@@ -419,7 +419,7 @@ func (d *device) bringUp() error {
 		return err
 	}
 	d.up, d.since, d.logged, d.changed, d.toldUp = true, time.Now(), "", false, true // as the host takes it after a reset
-	d.logWarning()
+	d.tellWarning()
 	d.tellLink()
 	d.l.cfg.Log.Info("device up", "link", d.l.cfg.Name, "device", d.n.Name(), "interface", d.n.Joined())
 	d.tellUnmet()
@@ -429,13 +429,6 @@ func (d *device) bringUp() error {
 		}
 	}
 	return nil
-}
-
-// logWarning logs what the device does without.
-func (d *device) logWarning() {
-	if w := d.n.Warning(); w != "" {
-		d.l.cfg.Log.Warn(w, "link", d.l.cfg.Name, "device", d.n.Name(), "interface", d.n.Joined())
-	}
 }
 
 // share returns the device's part of a region.
@@ -525,7 +518,7 @@ func (l *handler) reconfigure(d *device) {
 	atomic.AddUint64(&l.n.Changes, 1)
 	t := &transportMsg{s: l.s, dev: d.n.Number(), name: d.n.Name()}
 	err := d.n.Reconfigure(t)
-	d.logWarning()
+	d.tellWarning()
 	if err != nil && !errors.Is(err, virtiomsg.ErrDown) {
 		if errors.Is(err, session.ErrTimeout) {
 			l.s.Reset() // as in Tick

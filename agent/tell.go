@@ -2,17 +2,32 @@ package agent
 
 import "github.com/boardlink/boardlink/virtiomsg"
 
-// tellUnmet logs what is unmet, each thing once.
+// tellUnmet logs what is unmet, where it was not the last time. The host may make up ever new things by its MTU: the message is the
+// same for all of them, so that the log's limit counts them as one.
 func (d *device) tellUnmet() {
-	for _, s := range d.n.Unmet() {
-		if d.told[s] {
-			continue
+	lines := d.n.Unmet()
+	last := d.unmet
+	d.unmet = lines
+	for _, s := range lines {
+		if !has(last, s) {
+			d.l.cfg.Log.Warn("not all that was asked for", "link", d.l.cfg.Name, "device", d.n.Name(), "interface", d.n.Joined(), "note", s)
 		}
-		if d.told == nil {
-			d.told = map[string]bool{}
+	}
+}
+
+func has(lines []string, s string) bool {
+	for _, l := range lines {
+		if l == s {
+			return true
 		}
-		d.told[s] = true
-		d.l.cfg.Log.Warn(s, "link", d.l.cfg.Name, "device", d.n.Name(), "interface", d.n.Joined())
+	}
+	return false
+}
+
+// tellWarning logs what the device does without, as said of tellUnmet.
+func (d *device) tellWarning() {
+	if w := d.n.Warning(); w != "" {
+		d.l.cfg.Log.Warn("the interface is used as it is", "link", d.l.cfg.Name, "device", d.n.Name(), "interface", d.n.Joined(), "note", w)
 	}
 }
 
