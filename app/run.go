@@ -160,10 +160,11 @@ func (e *ends) stableMACs(n *Net, i int) error {
 
 // options returns how the boards are opened.
 func (e *ends) options() board.Options {
+	log := session.Limit(e.log) // a server may have its board opened again and again
 	o := board.Options{Kind: e.c.Memory, AllowSharedGroup: e.c.AllowSharedGroup, Logf: func(format string, args ...interface{}) {
 		e.log.Debug(fmt.Sprintf(format, args...))
 	}, Warnf: func(format string, args ...interface{}) {
-		e.log.Warn(fmt.Sprintf(format, args...))
+		log.Warn(fmt.Sprintf(format, args...))
 	}}
 	if e.c.Account {
 		o.Account = new(dma.Account)

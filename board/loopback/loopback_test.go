@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -1085,6 +1086,42 @@ func TestNoDescriptorLeft(t *testing.T) {
 	}
 	if b.ServerLost() {
 		t.Error("server taken for lost")
+	}
+}
+
+// TestTurnedAwaySparingly: clients that come and go at the limit of their number make two warnings, not two each time; the debug
+// log has all.
+func TestTurnedAwaySparingly(t *testing.T) {
+	noLeak(t)
+	path := socketPath(t)
+	warnings := &log{}
+	s, l := serve(t, path, func(c *loopback.ServerConfig) { c.MaxClients, c.Warnf = 1, warnings.f })
+	dial := func() net.Conn {
+		c, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	const rounds = 20
+	for range rounds {
+		c := dial()
+		eventually(t, "a client", func() bool { return s.Clients() == 1 })
+		d := dial()
+		if _, err := d.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("a client too many: %v", err)
+		}
+		d.Close()
+		c.Close()
+		eventually(t, "no client", func() bool { return s.Clients() == 0 })
+	}
+	dial().Close()
+	eventually(t, "every line", func() bool {
+		all := warnings.String() + l.String()
+		return strings.Count(all, "no more clients are taken now") == rounds && strings.Count(all, "clients are taken again; 1 were turned away") == rounds
+	})
+	if n := strings.Count(warnings.String(), "clients are taken"); n != 2 {
+		t.Errorf("%d warnings:\n%s", n, warnings)
 	}
 }
 

@@ -19,6 +19,9 @@ import (
 const (
 	// maxPath is the longest path of a unix socket: sun_path of unix(7) less its zero byte.
 	maxPath = 107
+	// refusePause is how far apart the lines are at least that tell of clients which cannot be taken: clients
+	// can make them come as often as they like.
+	refusePause = time.Minute
 	// maxQueue bounds the messages that wait for a client whose socket is full.
 	maxQueue = 1 << 14
 )
@@ -42,7 +45,8 @@ type ServerConfig struct {
 	// Logf, if set, hears of clients that come and go, and why. It must not call the server.
 	Logf func(format string, args ...interface{})
 	// Warnf, if set, hears when clients cannot be taken, and when they can be again: a line for each,
-	// however many clients try. Otherwise Logf does.
+	// however many clients try, and once a minute at most; Logf hears of the others. Without it Logf hears
+	// of all.
 	Warnf func(format string, args ...interface{})
 }
 
@@ -64,8 +68,10 @@ type Server struct {
 	mu      sync.Mutex
 	clients map[int]*client
 	closed  bool
-	refused string // why clients are not taken now; empty: they are
-	turned  int    // clients turned away since
+	refused string    // why clients are not taken now; empty: they are
+	turned  int       // clients turned away since
+	warned  bool      // Warnf was told of it
+	warning time.Time // when it was last
 	// nextID is where the search for a client's number begins. A number is not used again before all others were,
 	// as in QEMU's own server: QEMU's device (7.2) frees its record of a client that goes and corrupts its heap
 	// when the number comes back.
@@ -321,8 +327,12 @@ func (s *Server) admit(conn *net.UnixConn) bool {
 		c.vectors = append(c.vectors, fd)
 	}
 	if s.refused != "" {
-		s.cfg.Warnf("%s: clients are taken again; %d were turned away", s.cfg.Path, s.turned)
-		s.refused, s.turned = "", 0
+		tell := s.cfg.Logf
+		if s.warned {
+			tell = s.cfg.Warnf
+		}
+		tell("%s: clients are taken again; %d were turned away", s.cfg.Path, s.turned)
+		s.refused, s.turned, s.warned = "", 0, false
 	}
 	s.cfg.Logf("%s: client %d came: %s", s.cfg.Path, c.id, c.who)
 
@@ -355,8 +365,14 @@ func (s *Server) admit(conn *net.UnixConn) bool {
 
 // refuse tells that clients are not taken now, once until they are again; s.mu is held.
 func (s *Server) refuse(why string) {
-	if s.refused == "" {
-		s.cfg.Warnf("%s: no more clients are taken now: %s", s.cfg.Path, why)
+	const text = "%s: no more clients are taken now: %s"
+	switch {
+	case s.warned:
+	case s.warning.IsZero() || time.Since(s.warning) >= refusePause:
+		s.warned, s.warning = true, time.Now()
+		s.cfg.Warnf(text, s.cfg.Path, why)
+	case s.refused == "":
+		s.cfg.Logf(text, s.cfg.Path, why)
 	}
 	s.refused = why
 }

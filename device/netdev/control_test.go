@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"testing"
+	"time"
 	"unsafe"
 
 	"github.com/boardlink/boardlink/board"
@@ -171,6 +172,19 @@ func TestControl(t *testing.T) {
 		r.setErr = nil
 		r.check(pairs(3), []int{4}, 1)
 		r.check(pairs(1), []int{4}, 0) // last: the queue is out of step
+	}
+}
+
+// TestControlPace: a driver that changes the number of pairs without end gets a bounded number of changes.
+func TestControlPace(t *testing.T) {
+	r := newControlRig(t, false)
+	begin := time.Now()
+	for i := range controlBurst + 4 {
+		b := virtio.EncodeNetCtrlPairs(uint16(1 + i%2))
+		r.check(b[:], []int{4}, 1)
+	}
+	if d := time.Since(begin); len(r.set) != controlBurst+4 || d < 4*controlPace {
+		t.Errorf("%d changes in %v, %d at once and one each %v are allowed", len(r.set), d, controlBurst, controlPace)
 	}
 }
 
