@@ -73,9 +73,13 @@ func queueSize(to func(c *Config) *uint16) func(c *Config, v string) error {
 
 // flags are all there are, in the order of the help.
 var flags = []Flag{
-	{Name: "board", Arg: "KIND:ARG", Help: "The board, e.g. loopback:/run/a.sock. It may come later. A host may be given several.",
+	{Name: "board", Arg: "KIND:ARG", sides: hostOnly, Help: "The board, e.g. loopback:/run/a.sock. It may come later. May be repeated.",
 		set: func(c *Config, v string) error { c.Boards = append(c.Boards, v); return nil }},
-	{Name: "name", Arg: "NAME", Def: "board0", Help: "Name of the link, for log, status and stable MAC addresses. With several boards the next ones count on from it.",
+	{Name: "board", Arg: "KIND:ARG", sides: agentOnly, Help: "The board, e.g. loopback:/run/a.sock. It may come later.",
+		set: func(c *Config, v string) error { c.Boards = append(c.Boards, v); return nil }},
+	{Name: "name", Arg: "NAME", Def: "board0", sides: hostOnly, Help: "Name of the link, for log, status and stable MAC addresses. With several boards the next ones count on from it.",
+		set: func(c *Config, v string) error { c.Name = v; return nil }},
+	{Name: "name", Arg: "NAME", Def: "board0", sides: agentOnly, Help: "Name of the link, for log and status.",
 		set: func(c *Config, v string) error { c.Name = v; return nil }},
 	{Name: "interface", Short: "i", Arg: "NAME", Help: "Interface to make, or to attach to where it persists (default: the kernel picks).", set: of("name")},
 	{Name: "link", Arg: "tap|tun", Def: "tap", Help: "tap: Ethernet frames. tun: raw IP packets; both ends have to say so.", set: of("link")},
@@ -89,7 +93,8 @@ var flags = []Flag{
 			return nil
 		}},
 	{Name: "mtu", Arg: "BYTES", Help: "MTU (default: 1500 at the host; what the host says at the agent, which may lower it; an interface that somebody else made keeps its MTU at the host, and a smaller one at the agent).", set: of("mtu")},
-	{Name: "mac", Arg: "MAC", Help: "MAC address of the interface (default: one that stays the same for machine, slot and --name).", set: of("mac")},
+	{Name: "mac", Arg: "MAC", sides: hostOnly, Help: "MAC address of the interface (default: one that stays the same for machine, slot and --name).", set: of("mac")},
+	{Name: "mac", Arg: "MAC", sides: agentOnly, Help: "MAC address of the interface (default: what the host gives).", set: of("mac")},
 	{Name: "board-mac", Arg: "MAC", sides: hostOnly, Help: "MAC address that the board's interface is given (default: one that stays the same for machine, slot and --name).", set: of("board-mac")},
 	{Name: "offload", Def: "on", Help: "Leave checksums and segmentation to the other side where the kernel can.", set: of("offload")},
 	{Name: "persist", Help: "Keep the interface, with its addresses, when this program ends.", set: of("persist")},
@@ -98,7 +103,7 @@ var flags = []Flag{
 	{Name: "deny", Arg: "FEATURES", Help: "Virtio features not to negotiate, e.g. event_idx,host_uso.", set: deny},
 	{Name: "net", Arg: "SPEC", Help: "Several devices: one SPEC each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000. Keys: " + netKeys + " (its number, from 0); --link, --mtu, --offload, --persist and --queues give the defaults.",
 		set: func(c *Config, v string) error { c.specs = append(c.specs, v); return nil }},
-	{Name: "machine-id", Arg: "TEXT", Help: "Identity of this machine, which MAC addresses are made of (default: " + MachineIDEnv + " of the environment, /etc/machine-id, or what the firmware says).",
+	{Name: "machine-id", Arg: "TEXT", sides: hostOnly, Help: "Identity of this machine, which MAC addresses are made of (default: " + MachineIDEnv + " of the environment, /etc/machine-id, or what the firmware says).",
 		set: func(c *Config, v string) error { c.MachineID = v; return nil }},
 	{Name: "busy-poll", Arg: "DURATION", Def: "auto", Help: "How long a loop with nothing to do busy-polls before it sleeps: auto (as long as has paid off lately, never across the bus), off, or e.g. 50us.",
 		set: func(c *Config, v string) error { return c.Loop.SetBusyPoll(v) }},

@@ -454,7 +454,10 @@ func openTun(name string) (int, error) {
 func checkKind(ctl int, name string, t LinkType) error {
 	info, err := unix.IoctlGetEthtoolDrvinfo(ctl, name)
 	if err != nil {
-		if err == unix.EOPNOTSUPP || err == unix.EPERM {
+		if err == unix.EOPNOTSUPP { // every tun driver tells
+			return configError(name, nil, "there is such an interface already, and it is neither a tap nor a tun: choose another name")
+		}
+		if err == unix.EPERM {
 			return nil // cannot tell
 		}
 		if err == unix.ENODEV {

@@ -670,7 +670,7 @@ func TestIfaceConflicts(t *testing.T) {
 		}{
 			{"veth0", TAP, "driver is veth", nil},
 			{"br0", TUN, "driver is bridge", nil},
-			{"lo", TAP, "already", nil},
+			{"lo", TAP, "neither a tap nor a tun", nil},
 			{"tapp", TUN, "a tap and not a tun", nil},
 			{"tunp", TAP, "a tun and not a tap", nil},
 			{"tapb", TAP, "another process", unix.EBUSY},

@@ -255,6 +255,9 @@ func TestBadInput(t *testing.T) {
 		{name: "agent packed push", args: "agent --board loopback:$D/s --ring packed --placement push", want: "--ring packed"},
 		{name: "agent ring", args: "agent --board loopback:$D/s --ring round", want: "--ring"},
 
+		{name: "host interface not in UTF-8", args: "host --board loopback:$D/s -i a\xffb", want: "0xff (at byte 1)"},
+		{name: "agent with the host's identity", args: "agent --board loopback:$D/s --machine-id x", want: "it is the host's"},
+
 		{name: "status of nobody", args: "status $D/s", status: 1, want: "no program listens"},
 		{name: "status of a file", args: "status $D/s", status: 1, want: "no program listens", setup: file},
 		{name: "status of a stranger", args: "status $D/s", status: 1, want: "no boardlink program", setup: foreign("220 mail ESMTP\r\n", true)},

@@ -94,6 +94,9 @@ func run(args []string, stdout, stderr io.Writer) int {
 		return exitUsage
 	}
 	name, _, _ := strings.Cut(ctx.Command(), " ") // without the arguments' names
+	if name == "host" || name == "agent" {
+		c.Host.Args, c.Agent.Args = args[1:], args[1:] // as they were typed: the parser alters what is not UTF-8
+	}
 	if longRunning[name] && stderr == io.Writer(os.Stderr) {
 		defer daemon.Stderr().Flush(daemon.FlushLimit)
 		stderr = daemon.Stderr()
