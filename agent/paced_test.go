@@ -64,7 +64,7 @@ func TestChangesAreDamped(t *testing.T) {
 	r := newRig(t, func(r *rig) { r.pace = session.Pace{} })
 	r.waitRunning()
 	begin, before, events := time.Now(), r.count("changes"), 0
-	for time.Since(begin) < 500*time.Millisecond {
+	for time.Since(begin) < 500*time.Millisecond || uint64(events) < 4*(r.count("changes")-before) && time.Since(begin) < 20*time.Second {
 		r.config.LinkUp = !r.config.LinkUp
 		r.config.MAC[5]++
 		r.event(r.status)

@@ -3,6 +3,7 @@ package session_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -22,23 +23,39 @@ func TestLimit(t *testing.T) {
 	if session.Limit(l) != l {
 		t.Error("a limit of a limit")
 	}
-	for range 10000 {
+	const sent = 10000
+	begin := time.Now()
+	for range sent {
 		l.Warn("x", "a", 1)
 		l.Info("y")
 		l.Error("z")
 	}
-	if n := log.Lines(); n < 10 || n > 100 {
-		t.Errorf("%d lines of 30000", n)
+	// Of each message 10, and one in each second that passed.
+	if n, most := log.Lines(), 3*(10+int(time.Since(begin)/time.Second)); n < 30 || n > most {
+		t.Errorf("%d lines of 30000, want 30 to %d", n, most)
 	}
 	before := log.Lines()
 	l.Warn("later", "a", 1)
 	if log.Lines() != before+1 || !strings.HasSuffix(log.String(), "WARN later [a 1]") {
 		t.Errorf("another message: %s", log.String()[strings.LastIndex(log.String(), "\n")+1:])
 	}
-	time.Sleep(1100 * time.Millisecond)
-	l.Warn("x", "a", 1)
-	if log.Lines() != before+2 || !strings.Contains(log.String(), "WARN x [a 1 suppressed 9") {
-		t.Errorf("the next line: %s", log.String()[strings.LastIndex(log.String(), "\n")+1:])
+	again := 0
+	for ; log.Lines() == before+1; time.Sleep(20 * time.Millisecond) {
+		if time.Since(begin) > 30*time.Second {
+			t.Fatal("no further line passes")
+		}
+		l.Warn("x", "a", 1)
+		again++
+	}
+	told := strings.Count(log.String(), "WARN x ")
+	for _, s := range strings.Split(log.String(), "\n") {
+		var n int
+		if _, err := fmt.Sscanf(s, "WARN x [a 1 suppressed %d]", &n); err == nil {
+			told += n
+		}
+	}
+	if told != sent+again {
+		t.Errorf("%d lines were sent, %d passed or were told of", sent+again, told)
 	}
 	l.Warn("last")
 	if s := log.String(); !strings.HasSuffix(s, "WARN last []") {
