@@ -164,15 +164,15 @@ func (r *rig) answer(h virtiomsg.Header, m *virtiomsg.Slot) bool {
 	case virtiomsg.GetDeviceInfo:
 		(&virtiomsg.DeviceInfo{DeviceID: virtio.IDNet, FeatureBits: 128, ConfigSize: virtio.NetConfigLen, MaxQueues: 2}).Encode(m, h.Dev, h.Token)
 	case virtiomsg.GetDeviceFeatures:
-		b := virtiomsg.Features{r.offered.Mask(), uint64(r.offered[2]) | uint64(r.offered[3])<<32}.Blocks(0, 4)
+		b := virtiomsg.BlocksOf(r.offered, 0, 4)
 		b.EncodeResponse(m, h.Dev, h.Token)
 	case virtiomsg.SetDriverFeatures:
 		var b virtiomsg.FeatureBlocks
-		var f virtiomsg.Features
+		var f virtio.Features
 		if b.DecodeRequest(m) != nil || b.Store(&f) != nil {
 			return false
 		}
-		r.acked = virtio.FeaturesFromMask(f[0])
+		r.acked = f
 		virtiomsg.EncodeEmptyResponse(m, h.ID, h.Dev, h.Token)
 	case virtiomsg.GetConfig:
 		off, n, err := virtiomsg.DecodeGetConfig(m)

@@ -580,7 +580,6 @@ func (t *transportMsg) check(id uint32) error {
 }
 
 func (t *transportMsg) Features() (virtio.Features, error) {
-	var f virtiomsg.Features
 	err := t.call(virtiomsg.GetDeviceFeatures, func(token uint16) {
 		virtiomsg.EncodeGetDeviceFeatures(&t.m, t.dev, token, 0, virtio.FeatureBlocks)
 	})
@@ -591,14 +590,15 @@ func (t *transportMsg) Features() (virtio.Features, error) {
 	if err := b.DecodeResponse(&t.m); err != nil {
 		return virtio.Features{}, err
 	}
+	var f virtio.Features
 	if err := b.Store(&f); err != nil {
 		return virtio.Features{}, fmt.Errorf("%s: features: %w", t.name, err)
 	}
-	return virtio.Features{uint32(f[0]), uint32(f[0] >> 32), uint32(f[1]), uint32(f[1] >> 32)}, nil
+	return f, nil
 }
 
 func (t *transportMsg) SetFeatures(f virtio.Features) error {
-	b := virtiomsg.Features{f.Mask(), uint64(f[2]) | uint64(f[3])<<32}.Blocks(0, virtio.FeatureBlocks)
+	b := virtiomsg.BlocksOf(f, 0, virtio.FeatureBlocks)
 	err := t.call(virtiomsg.SetDriverFeatures, func(token uint16) { b.EncodeRequest(&t.m, t.dev, token) })
 	if err != nil {
 		return err

@@ -165,7 +165,7 @@ func (d *served) message(h virtiomsg.Header, m *virtiomsg.Slot) (answer bool, er
 		if err != nil {
 			return false, err
 		}
-		b := msgFeatures(d.be.Features()).Blocks(index, count)
+		b := virtiomsg.BlocksOf(d.be.Features(), index, count)
 		b.EncodeResponse(m, h.Dev, h.Token)
 	case virtiomsg.SetDriverFeatures:
 		var b virtiomsg.FeatureBlocks
@@ -175,11 +175,11 @@ func (d *served) message(h virtiomsg.Header, m *virtiomsg.Slot) (answer bool, er
 		if d.status&virtio.StatusFeaturesOK != 0 {
 			return false, fmt.Errorf("features written after FEATURES_OK: %w", errOrder)
 		}
-		f := msgFeatures(d.driver)
+		f := d.driver // as it is, should the blocks be refused
 		if err := b.Store(&f); err != nil {
 			return false, err
 		}
-		d.driver = virtioFeatures(f)
+		d.driver = f
 		virtiomsg.EncodeEmptyResponse(m, h.ID, h.Dev, h.Token)
 	case virtiomsg.GetConfig:
 		off, n, err := virtiomsg.DecodeGetConfig(m)
@@ -415,12 +415,4 @@ func (d *served) describe() status.Device {
 		s.Notes = append(s.Notes, undrivenNote)
 	}
 	return s
-}
-
-func msgFeatures(f virtio.Features) virtiomsg.Features {
-	return virtiomsg.Features{f.Mask(), uint64(f[2]) | uint64(f[3])<<32}
-}
-
-func virtioFeatures(f virtiomsg.Features) virtio.Features {
-	return virtio.Features{uint32(f[0]), uint32(f[0] >> 32), uint32(f[1]), uint32(f[1] >> 32)}
 }

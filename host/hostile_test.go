@@ -208,7 +208,7 @@ func (r *rig) setStatus(s uint32) uint32 {
 }
 
 func (r *rig) setFeatures(f virtio.Features) {
-	b := virtiomsg.Features{f.Mask(), uint64(f[2]) | uint64(f[3])<<32}.Blocks(0, 4)
+	b := virtiomsg.BlocksOf(f, 0, 4)
 	m := r.Ask(func(m *virtiomsg.Slot, token uint16) { b.EncodeRequest(m, dev, token) })
 	if err := virtiomsg.DecodeEmptyResponse(&m, virtiomsg.SetDriverFeatures); err != nil {
 		r.t.Fatal(err)
@@ -386,7 +386,7 @@ func TestMalformedMessages(t *testing.T) {
 		{"GET_DEVICE_INFO", func(m *virtiomsg.Slot) { virtiomsg.EncodeGetDeviceInfo(m, dev, tok) }},
 		{"GET_DEVICE_FEATURES", func(m *virtiomsg.Slot) { virtiomsg.EncodeGetDeviceFeatures(m, dev, tok, 0, 4) }},
 		{"SET_DRIVER_FEATURES", func(m *virtiomsg.Slot) {
-			b := virtiomsg.Features{}.Blocks(0, 2)
+			b := virtiomsg.BlocksOf(virtio.Features{}, 0, 2)
 			b.EncodeRequest(m, dev, tok)
 		}},
 		{"GET_CONFIG", func(m *virtiomsg.Slot) { virtiomsg.EncodeGetConfig(m, dev, tok, 0, 12) }},
@@ -513,7 +513,7 @@ func TestOrder(t *testing.T) {
 		{"queue after DRIVER_OK", "status", func(r *rig) { r.bringUp(plain); r.setQueue(good(0)) }},
 		{"features after FEATURES_OK", "FEATURES_OK", func(r *rig) {
 			ready(r)
-			b := virtiomsg.Features{}.Blocks(0, 2)
+			b := virtiomsg.BlocksOf(virtio.Features{}, 0, 2)
 			var m virtiomsg.Slot
 			b.EncodeRequest(&m, dev, r.Token())
 			r.Send(m)
@@ -981,7 +981,7 @@ func TestRandomMessages(t *testing.T) {
 		case 0:
 			virtiomsg.EncodeSetDeviceStatus(&m, dev, tok, rnd.Uint32N(256))
 		case 1:
-			b := virtiomsg.Features{rnd.Uint64() & rnd.Uint64(), 0}.Blocks(0, rnd.Uint32N(13))
+			b := virtiomsg.BlocksOf(virtio.FeaturesFromMask(rnd.Uint64()&rnd.Uint64()), 0, rnd.Uint32N(13))
 			b.EncodeRequest(&m, dev, tok)
 		case 2:
 			q := virtiomsg.VQueue{Index: rnd.Uint32N(3), Size: 1 << rnd.IntN(17), Desc: uint64(r.Region.Addr) + rnd.Uint64N(1<<20),

@@ -1,6 +1,6 @@
 package virtiomsg
 
-import "math/bits"
+import "github.com/boardlink/boardlink/virtio"
 
 // The messages of a device. Encode writes a whole slot; Decode checks the slot's header, that the
 // message is the one it knows, and that its size is exactly that of the payload.
@@ -62,48 +62,6 @@ func (m *DeviceInfo) Decode(s *Slot) error {
 	return nil
 }
 
-// Features is a set of feature bits.
-type Features [FeatureBits / 64]uint64
-
-// Has tells whether bit is in the set.
-func (f Features) Has(bit uint) bool { return bit < FeatureBits && f[bit/64]>>(bit%64)&1 != 0 }
-
-// With returns the set with the given bits, each below FeatureBits, added.
-func (f Features) With(bit ...uint) Features {
-	for _, b := range bit {
-		f[b/64] |= 1 << (b % 64)
-	}
-	return f
-}
-
-// Without returns the set with the given bits, each below FeatureBits, taken out.
-func (f Features) Without(bit ...uint) Features {
-	for _, b := range bit {
-		f[b/64] &^= 1 << (b % 64)
-	}
-	return f
-}
-
-// And returns what is in both sets.
-func (f Features) And(g Features) Features {
-	for i := range f {
-		f[i] &= g[i]
-	}
-	return f
-}
-
-// In tells whether all of f is in g.
-func (f Features) In(g Features) bool { return f.And(g) == f }
-
-// Count returns the number of bits in the set.
-func (f Features) Count() int {
-	n := 0
-	for _, w := range f {
-		n += bits.OnesCount64(w)
-	}
-	return n
-}
-
 // maxBlocks is how many feature blocks fit in a slot behind index and count.
 const maxBlocks = (SlotSize - HeaderSize - 8) / 4
 
@@ -115,34 +73,31 @@ type FeatureBlocks struct {
 	Data  [maxBlocks]uint32
 }
 
-// Blocks returns count blocks from index on; those behind FeatureBits are zero. No more than fit in
+// BlocksOf returns count blocks of f from index on; those behind FeatureBits are zero. No more than fit in
 // a slot are returned.
-func (f Features) Blocks(index, count uint32) FeatureBlocks {
+func BlocksOf(f virtio.Features, index, count uint32) FeatureBlocks {
 	if count > maxBlocks {
 		count = maxBlocks
 	}
 	b := FeatureBlocks{Index: index, Count: count}
 	for i := uint32(0); i < count; i++ {
-		if n := uint64(index) + uint64(i); n < FeatureBits/32 {
-			b.Data[i] = uint32(f[n/2] >> (n % 2 * 32))
+		if n := uint64(index) + uint64(i); n < virtio.FeatureBlocks {
+			b.Data[i] = f[n]
 		}
 	}
 	return b
 }
 
-// Store puts the blocks into f, and fails with ErrBounds where bits that Features
+// Store puts the blocks into f, and fails with ErrBounds where bits that virtio.Features
 // cannot hold are set.
-func (m *FeatureBlocks) Store(f *Features) error {
+func (m *FeatureBlocks) Store(f *virtio.Features) error {
 	for i := uint32(0); i < m.Count && i < maxBlocks; i++ {
 		n := uint64(m.Index) + uint64(i)
-		if n >= FeatureBits/32 {
-			if m.Data[i] != 0 {
-				return ErrBounds
-			}
-			continue
+		if n < virtio.FeatureBlocks {
+			f[n] = m.Data[i]
+		} else if m.Data[i] != 0 {
+			return ErrBounds
 		}
-		shift := n % 2 * 32
-		f[n/2] = f[n/2]&^(0xffffffff<<shift) | uint64(m.Data[i])<<shift
 	}
 	return nil
 }

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"strings"
 	"testing"
+
+	"github.com/boardlink/boardlink/virtio"
 )
 
 // goldens holds every message with its bytes, written by hand after the tables of docs/wire.md.
@@ -28,13 +30,13 @@ var goldens = []struct {
 		func(s *Slot) (any, error) { i, n, err := DecodeGetDeviceFeatures(s); return [2]uint32{i, n}, err }, [2]uint32{1, 4},
 		"00 03 0200 0700 1000  01000000 04000000"},
 	{"GET_DEVICE_FEATURES response", func(s *Slot) {
-		b := Features{}.With(0, 32, 127).Blocks(0, 4)
+		b := BlocksOf(virtio.FeaturesOf(0, 32, 127), 0, 4)
 		b.EncodeResponse(s, 2, 7)
 	}, func(s *Slot) (any, error) { var m FeatureBlocks; err := m.DecodeResponse(s); return m, err },
 		FeatureBlocks{Index: 0, Count: 4, Data: [12]uint32{1, 1, 0, 0x80000000}},
 		"01 03 0200 0700 2000  00000000 04000000 01000000 01000000 00000000 00000080"},
 	{"SET_DRIVER_FEATURES request", func(s *Slot) {
-		b := Features{}.With(33).Blocks(1, 1)
+		b := BlocksOf(virtio.FeaturesOf(33), 1, 1)
 		b.EncodeRequest(s, 2, 8)
 	}, func(s *Slot) (any, error) { var m FeatureBlocks; err := m.DecodeRequest(s); return m, err },
 		FeatureBlocks{Index: 1, Count: 1, Data: [12]uint32{2}},
@@ -259,15 +261,12 @@ func TestBadMessages(t *testing.T) {
 }
 
 func TestFeatures(t *testing.T) {
-	f := Features{}.With(0, 31, 32, 63, 64, 127)
-	if !f.Has(127) || f.Has(126) || f.Has(128) || f.Count() != 6 || f.Without(127).Has(127) || !f.Without(1, 0).In(f) || f.In(f.Without(64)) {
-		t.Errorf("%x", f)
-	}
+	f := virtio.FeaturesOf(0, 31, 32, 63, 64, 127)
 	// Any cut into blocks carries the whole.
 	for n := uint32(1); n <= 12; n++ {
-		var g Features
+		var g virtio.Features
 		for i := uint32(0); i < 4; i += n {
-			b := f.Blocks(i, n)
+			b := BlocksOf(f, i, n)
 			if b.Count != n {
 				t.Fatal(b.Count)
 			}
@@ -279,7 +278,7 @@ func TestFeatures(t *testing.T) {
 			t.Errorf("in blocks of %d: %x, want %x", n, g, f)
 		}
 	}
-	if b := f.Blocks(0xffffffff, 0xffffffff); b.Count != 12 || b.Data != [12]uint32{} {
+	if b := BlocksOf(f, 0xffffffff, 0xffffffff); b.Count != 12 || b.Data != [12]uint32{} {
 		t.Errorf("%+v", b)
 	}
 	b := FeatureBlocks{Index: 3, Count: 2, Data: [12]uint32{0, 1}}
@@ -382,7 +381,7 @@ func FuzzSlot(f *testing.F) {
 				} else {
 					m.EncodeRequest(&back, h.Dev, h.Token)
 				}
-				var fs Features
+				var fs virtio.Features
 				_ = m.Store(&fs)
 			case ConfigData:
 				if h.Response() {

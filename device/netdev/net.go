@@ -140,16 +140,9 @@ func (n *Net) possible() virtio.Features {
 // Features implements device.Device: what is possible and not denied. Bits that depend on
 // a denied one are left out too (virtio 1.2, 5.1.3.1).
 func (n *Net) Features() virtio.Features {
-	f := n.possible().Without(n.cfg.Deny)
-	if !f.Has(virtio.NetCSUM) {
-		f = f.Without(virtio.FeaturesOf(virtio.NetHostTSO4, virtio.NetHostTSO6, virtio.NetHostUSO))
-	}
-	if !f.Has(virtio.NetGuestCSUM) {
-		f = f.Without(virtio.FeaturesOf(virtio.NetGuestTSO4, virtio.NetGuestTSO6, virtio.NetGuestUSO4, virtio.NetGuestUSO6))
-	}
-	if !f.Has(virtio.NetMQ) || !f.Has(virtio.NetCtrlVQ) {
-		// The number of pairs is all that the control queue is for here.
-		f = f.Without(virtio.FeaturesOf(virtio.NetMQ, virtio.NetCtrlVQ))
+	f := virtio.WithoutOrphans(n.possible().Without(n.cfg.Deny))
+	if !f.Has(virtio.NetMQ) {
+		f.Clear(virtio.NetCtrlVQ) // the number of pairs is all that it is for here
 	}
 	return f
 }
@@ -173,15 +166,8 @@ func (n *Net) SetFeatures(f virtio.Features) error {
 	if raw := n.ifc.Type() == tunbridge.TUN; f.Has(virtio.NetRawIP) != raw {
 		return fmt.Errorf("%s: this end is a tun device (raw IP), the board's a tap: give both ends the same --link", n.cfg.Name)
 	}
-	for _, d := range [...]struct{ bit, needs virtio.Feature }{
-		{virtio.NetHostTSO4, virtio.NetCSUM}, {virtio.NetHostTSO6, virtio.NetCSUM}, {virtio.NetHostUSO, virtio.NetCSUM},
-		{virtio.NetGuestTSO4, virtio.NetGuestCSUM}, {virtio.NetGuestTSO6, virtio.NetGuestCSUM},
-		{virtio.NetGuestUSO4, virtio.NetGuestCSUM}, {virtio.NetGuestUSO6, virtio.NetGuestCSUM},
-		{virtio.NetMQ, virtio.NetCtrlVQ},
-	} {
-		if f.Has(d.bit) && !f.Has(d.needs) {
-			return fmt.Errorf("%s: the driver accepts %s without %s (virtio 1.2, 5.1.3.1)", n.cfg.Name, d.bit, d.needs)
-		}
+	if err := virtio.CheckNet(f); err != nil {
+		return fmt.Errorf("%s: the driver accepts %w", n.cfg.Name, err)
 	}
 	n.mu.Lock()
 	n.acked = f

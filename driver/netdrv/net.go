@@ -191,14 +191,9 @@ func (n *Net) choose(offered virtio.Features, push bool) (virtio.Features, error
 		}
 		return f, fmt.Errorf("%s: this end is a tap device, the host's a tun (raw IP): give both ends the same --link", n.cfg.Name)
 	}
-	if !f.Has(virtio.NetCSUM) {
-		f = f.Without(virtio.FeaturesOf(virtio.NetHostTSO4, virtio.NetHostTSO6, virtio.NetHostUSO))
-	}
-	if !f.Has(virtio.NetGuestCSUM) {
-		f = f.Without(virtio.FeaturesOf(virtio.NetGuestTSO4, virtio.NetGuestTSO6, virtio.NetGuestUSO4, virtio.NetGuestUSO6))
-	}
-	if !f.Has(virtio.NetMQ) || !f.Has(virtio.NetCtrlVQ) {
-		f = f.Without(virtio.FeaturesOf(virtio.NetMQ, virtio.NetCtrlVQ)) // neither is of use alone
+	f = virtio.WithoutOrphans(f)
+	if !f.Has(virtio.NetMQ) {
+		f.Clear(virtio.NetCtrlVQ) // of no use alone
 	}
 	return f, nil
 }
