@@ -299,6 +299,14 @@ func (n *Net) Start() error {
 	if err != nil {
 		return err
 	}
+	started := false
+	defer func() { // also where a fault of the memory tears this out
+		if !started {
+			n.engines.Release()
+			n.stop, n.inUse = nil, 0
+			stop.Close()
+		}
+	}()
 	n.engines.Prepare(n.engineJobs())
 	for i := range n.pairs {
 		p := &n.pairs[i]
@@ -307,16 +315,12 @@ func (n *Net) Start() error {
 			continue
 		}
 		if err := n.makePumps(i, stop); err != nil {
-			n.engines.Release()
-			stop.Close()
 			return err
 		}
 	}
 	var ctrl *control
 	if n.ctrl.set {
 		if err := n.open(&n.ctrl); err != nil {
-			n.engines.Release()
-			stop.Close()
 			return err
 		}
 		ctrl = &control{name: n.queueName(virtio.NetQueueCtrl(n.negotiated())), q: n.ctrl.q, max: n.negotiated(), set: n.setPairs, stop: stop,
@@ -331,11 +335,9 @@ func (n *Net) Start() error {
 		n.mu.Unlock()
 		n.loops.Wait() // they may want mu
 		n.mu.Lock()
-		n.engines.Release()
-		n.stop, n.inUse = nil, 0
-		stop.Close()
 		return err
 	}
+	started = true
 	n.carrier = !n.peerDown
 	if ctrl != nil {
 		n.loops.Add(1)

@@ -287,9 +287,14 @@ func (n *Net) setUp(t driver.Transport, m driver.Layout, set uint32, notify func
 	if err != nil {
 		return err
 	}
+	started := false
+	defer func() { // also where a fault of the memory tears this out
+		if !started {
+			stop.Close()
+		}
+	}()
 	lay.stop = stop
 	if err := n.layOut(&lay); err != nil {
-		stop.Close()
 		return err
 	}
 	set |= virtio.StatusDriverOK
@@ -297,9 +302,9 @@ func (n *Net) setUp(t driver.Transport, m driver.Layout, set uint32, notify func
 		err = fmt.Errorf("%s: the host cannot start the device (status %s): see its log", n.cfg.Name, virtio.StatusString(s))
 	}
 	if err != nil {
-		stop.Close()
 		return err
 	}
+	started = true // Down stops it from here on
 	n.mu.Lock()
 	n.acked, n.devStatus, n.stop = acked, set, stop
 	n.pairs, n.ctrl, n.setUps, n.offers, n.inUse = lay.pairs, lay.ctrl, lay.count, lay.offers, 1
