@@ -42,7 +42,14 @@ func (l *Link) linkUp() {
 	}
 }
 
-func (l *Link) linkDown() { l.upSince = time.Time{} }
+func (l *Link) linkDown() {
+	l.upSince = time.Time{}
+	for _, d := range l.devs {
+		d.stateMu.Lock()
+		d.undriven = false // nobody is there who could
+		d.stateMu.Unlock()
+	}
+}
 
 // driven notes that the driver has written a device status.
 func (d *served) driven(s uint32) {
