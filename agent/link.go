@@ -10,8 +10,8 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/control/msgdrv"
 	"github.com/boardlink/boardlink/dma"
-	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/driver"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/session"
@@ -27,9 +27,6 @@ const (
 	offHostToAgent = 2 * virtiomsg.PageSize
 	offHeap        = 3 * virtiomsg.PageSize // rings and buffers, to the end of the window
 )
-
-// answerTime limits the wait for an answer of the host.
-const answerTime = 2 * time.Second
 
 // A device that does not come up is tried again after retryMin, then twice as long, up to retryMax.
 const (
@@ -398,15 +395,15 @@ func (d *device) down() {
 }
 
 func (d *device) bringUp() error {
-	t := &transportMsg{s: d.l.s, dev: d.n.Number(), name: d.n.Name()}
-	there, err := t.exists()
+	t := msgdrv.New(d.l.s, d.n.Number(), d.n.Name())
+	there, err := t.Exists()
 	if err != nil {
 		return err
 	}
 	if !there {
 		return fmt.Errorf("%s: the host offers no device %d", d.n.Name(), d.n.Number())
 	}
-	if err := t.check(d.n.DeviceID()); err != nil {
+	if err := t.Check(d.n.DeviceID()); err != nil {
 		return err
 	}
 	// The device is reset before anything is allocated: it knows none of this memory.
@@ -516,7 +513,7 @@ func (l *handler) reconfigure(d *device) {
 	d.changes.Take(now, 1)
 	d.changed = false
 	atomic.AddUint64(&l.n.Changes, 1)
-	t := &transportMsg{s: l.s, dev: d.n.Number(), name: d.n.Name()}
+	t := msgdrv.New(l.s, d.n.Number(), d.n.Name())
 	err := d.n.Reconfigure(t)
 	d.tellWarning()
 	if err != nil && !errors.Is(err, virtiomsg.ErrDown) {
@@ -531,157 +528,4 @@ func (l *handler) reconfigure(d *device) {
 func (l *handler) Malformed(m *virtiomsg.Slot, err error) {
 	l.cfg.Log.Warn("a message makes no sense", "link", l.cfg.Name, "error", err)
 	l.s.Reset()
-}
-
-// transportMsg is a device behind virtio-msg.
-type transportMsg struct {
-	s    *session.Session
-	dev  uint16
-	name string
-	m    virtiomsg.Slot
-	gen  uint32 // of the configuration as read last
-}
-
-var _ driver.Transport = (*transportMsg)(nil)
-
-func (t *transportMsg) call(id uint8, encode func(token uint16)) error {
-	if err := t.s.Call(false, id, t.dev, answerTime, &t.m, encode); err != nil {
-		return fmt.Errorf("%s: %w", t.name, err)
-	}
-	return nil
-}
-
-func (t *transportMsg) exists() (bool, error) {
-	err := t.s.Call(true, virtiomsg.BusGetDevices, 0, answerTime, &t.m, func(token uint16) {
-		virtiomsg.EncodeGetDevices(&t.m, token, t.dev&^7, 8)
-	})
-	if err != nil {
-		return false, fmt.Errorf("%s: %w", t.name, err)
-	}
-	var r virtiomsg.Devices
-	if err := r.Decode(&t.m); err != nil {
-		return false, err
-	}
-	return r.Has(t.dev), nil
-}
-
-func (t *transportMsg) check(id uint32) error {
-	if err := t.call(virtiomsg.GetDeviceInfo, func(token uint16) { virtiomsg.EncodeGetDeviceInfo(&t.m, t.dev, token) }); err != nil {
-		return err
-	}
-	var r virtiomsg.DeviceInfo
-	if err := r.Decode(&t.m); err != nil {
-		return err
-	}
-	if r.DeviceID != id {
-		return fmt.Errorf("%s: device %d of the host has virtio device id %d, not %d", t.name, t.dev, r.DeviceID, id)
-	}
-	return nil
-}
-
-func (t *transportMsg) Features() (virtio.Features, error) {
-	err := t.call(virtiomsg.GetDeviceFeatures, func(token uint16) {
-		virtiomsg.EncodeGetDeviceFeatures(&t.m, t.dev, token, 0, virtio.FeatureBlocks)
-	})
-	if err != nil {
-		return virtio.Features{}, err
-	}
-	var b virtiomsg.FeatureBlocks
-	if err := b.DecodeResponse(&t.m); err != nil {
-		return virtio.Features{}, err
-	}
-	var f virtio.Features
-	if err := b.Store(&f); err != nil {
-		return virtio.Features{}, fmt.Errorf("%s: features: %w", t.name, err)
-	}
-	return f, nil
-}
-
-func (t *transportMsg) SetFeatures(f virtio.Features) error {
-	b := virtiomsg.BlocksOf(f, 0, virtio.FeatureBlocks)
-	err := t.call(virtiomsg.SetDriverFeatures, func(token uint16) { b.EncodeRequest(&t.m, t.dev, token) })
-	if err != nil {
-		return err
-	}
-	return virtiomsg.DecodeEmptyResponse(&t.m, virtiomsg.SetDriverFeatures)
-}
-
-func (t *transportMsg) Config(off, n uint32) ([]byte, error) {
-	if n > virtiomsg.ConfigChunk {
-		return nil, fmt.Errorf("%s: %d bytes of configuration at once, at most %d go", t.name, n, virtiomsg.ConfigChunk)
-	}
-	err := t.call(virtiomsg.GetConfig, func(token uint16) { virtiomsg.EncodeGetConfig(&t.m, t.dev, token, off, n) })
-	if err != nil {
-		return nil, err
-	}
-	var r virtiomsg.ConfigData
-	if err := r.DecodeResponse(&t.m, virtiomsg.GetConfig); err != nil {
-		return nil, err
-	}
-	if r.Offset != off || r.Len != n {
-		return nil, fmt.Errorf("%s: the host gives %d bytes of configuration at %d, %d at %d were asked for", t.name, r.Len, r.Offset, n, off)
-	}
-	t.gen = r.Generation
-	return append([]byte(nil), r.Data[:n]...), nil
-}
-
-func (t *transportMsg) WriteConfig(off uint32, b []byte) error {
-	if len(b) < 1 || len(b) > virtiomsg.ConfigChunk {
-		return fmt.Errorf("%s: a write of %d bytes of configuration: 1 to %d go at once", t.name, len(b), virtiomsg.ConfigChunk)
-	}
-	c := virtiomsg.ConfigData{Generation: t.gen, Offset: off, Len: uint32(len(b))}
-	copy(c.Data[:], b)
-	if err := t.call(virtiomsg.SetConfig, func(token uint16) { c.EncodeRequest(&t.m, t.dev, token) }); err != nil {
-		return err
-	}
-	var r virtiomsg.ConfigData
-	if err := r.DecodeResponse(&t.m, virtiomsg.SetConfig); err != nil {
-		return err
-	}
-	if r.Len != c.Len || r.Offset != off {
-		return fmt.Errorf("%s: the device refuses a write of %d bytes of configuration at %d", t.name, c.Len, off)
-	}
-	return nil
-}
-
-func (t *transportMsg) SetStatus(s uint32) (uint32, error) {
-	err := t.call(virtiomsg.SetDeviceStatus, func(token uint16) { virtiomsg.EncodeSetDeviceStatus(&t.m, t.dev, token, s) })
-	if err != nil {
-		return 0, err
-	}
-	return virtiomsg.DecodeStatus(&t.m, virtiomsg.SetDeviceStatus)
-}
-
-func (t *transportMsg) QueueMax(i int) (uint16, error) {
-	err := t.call(virtiomsg.GetVQueue, func(token uint16) {
-		virtiomsg.EncodeQueueRequest(&t.m, virtiomsg.GetVQueue, t.dev, token, uint32(i))
-	})
-	if err != nil {
-		return 0, err
-	}
-	var q virtiomsg.VQueue
-	if err := q.DecodeResponse(&t.m); err != nil {
-		return 0, err
-	}
-	if q.MaxSize > 1<<15 {
-		return 1 << 15, nil
-	}
-	return uint16(q.MaxSize), nil
-}
-
-func (t *transportMsg) SetQueue(i int, size uint16, desc, driver, device dma.Addr) error {
-	q := virtiomsg.VQueue{Index: uint32(i), Size: uint32(size), Desc: uint64(desc), Driver: uint64(driver), Device: uint64(device)}
-	err := t.call(virtiomsg.SetVQueue, func(token uint16) { q.EncodeRequest(&t.m, t.dev, token) })
-	if err != nil {
-		return err
-	}
-	return virtiomsg.DecodeEmptyResponse(&t.m, virtiomsg.SetVQueue)
-}
-
-func (t *transportMsg) Kick(i int) doorbell.Ringer {
-	return t.s.Ringer(session.QueueID{Dev: t.dev, Queue: i})
-}
-
-func (t *transportMsg) Call(i int) doorbell.Waiter {
-	return t.s.Waiter(session.QueueID{Dev: t.dev, Queue: i})
 }

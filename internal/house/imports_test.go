@@ -16,7 +16,7 @@ var floors = map[string]int{
 	"dma":   1,
 	"vring": 2, "doorbell": 2, "pci": 2,
 	"board":     3,
-	"virtiomsg": 4, "tunbridge": 4, "frames": 4, "device": 4, "driver": 4,
+	"virtiomsg": 4, "tunbridge": 4, "frames": 4, "device": 4, "driver": 4, "control": 4,
 	"session": 5,
 	"host":    6, "agent": 6,
 	"app": 7,
@@ -96,6 +96,8 @@ func mayImport(from, to string) string {
 		return ""
 	case (strings.HasPrefix(from, "device/") || strings.HasPrefix(from, "driver/")) && (to == "tunbridge" || to == "frames"):
 		return "" // what device models and drivers join their queues to
+	case strings.HasPrefix(from, "control/") && (to == "device" || to == "driver" || to == "virtiomsg"):
+		return "" // what a control plane joins
 	case from == "board/all" && top(to) == "board":
 		return "" // the one list of kinds
 	case top(from) == top(to):
@@ -206,6 +208,10 @@ func TestImportCheckerBites(t *testing.T) {
 		{"device", modulePath + "/tunbridge", true},
 		{"driver/netdrv", modulePath + "/tunbridge", false},
 		{"driver/netdrv", modulePath + "/session", true},
+		{"control/x", modulePath + "/driver", false},
+		{"control/x", modulePath + "/driver/netdrv", true},
+		{"control/x", modulePath + "/session", true},
+		{"driver", modulePath + "/control/x", true},
 		{"driver/netdrv", modulePath + "/device", true},
 		{"device", modulePath + "/device/netdev", true},
 		{"host", modulePath + "/cmd/boardlink", true},
