@@ -189,6 +189,7 @@ type Iface struct {
 	supported Offload
 	index     int32 // atomic
 	known     int32 // the MTU that was seen last; atomic
+	watched   int32 // not 0: a watcher keeps known up to date; atomic
 	warnings  []string
 	attached  bool
 	cfg       Config // as Open got it
@@ -625,6 +626,14 @@ func (it *Iface) MTU() int {
 // KnownMTU returns the MTU in bytes as it was seen last, without a system call: by MTU, SetMTU, State or, soon after
 // a change, by Watch.
 func (it *Iface) KnownMTU() int { return int(atomic.LoadInt32(&it.first.known)) }
+
+// recentMTU returns the MTU in bytes, for loops: with a Watch without a system call or a lock.
+func (it *Iface) recentMTU() int {
+	if it = it.first; atomic.LoadInt32(&it.watched) != 0 {
+		return it.KnownMTU()
+	}
+	return it.MTU()
+}
 
 func (it *Iface) getMTU() error {
 	r := newIfreq(it.name)

@@ -529,7 +529,7 @@ func TestIfaceWatch(t *testing.T) {
 				if s := <-seen; s != want {
 					t.Errorf("change %d: %+v, want %+v", i, s, want)
 				}
-				if it.KnownMTU() != want.MTU {
+				if it.KnownMTU() != want.MTU || it.recentMTU() != want.MTU {
 					t.Errorf("change %d: MTU %d is known, want %d", i, it.KnownMTU(), want.MTU)
 				}
 				if deaf {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -107,6 +108,7 @@ func (it *Iface) Watch(f func(State)) {
 	}
 	w := &watch{it: it, done: make(chan struct{}), funcs: []func(State){f}, nudged: make(chan struct{}, 1)}
 	it.watch = w
+	atomic.StoreInt32(&it.watched, 1)
 	w.open(it.at.id, it.openNetns())
 	go w.run(it.state())
 }
@@ -116,6 +118,7 @@ func (it *Iface) unwatch() {
 	it.mu.Lock()
 	w := it.watch
 	it.watch = nil
+	atomic.StoreInt32(&it.watched, 0)
 	it.mu.Unlock()
 	if w == nil {
 		return

@@ -336,7 +336,7 @@ func (c *common) follow() bool {
 		return false
 	}
 	c.followed = now
-	max := MaxFrame(c.ifc.MTU(), false)
+	max := MaxFrame(c.ifc.recentMTU(), false)
 	if max > c.most {
 		max = c.most
 	}
