@@ -108,7 +108,8 @@ func TestTamperedBells(t *testing.T) {
 			}
 			send()
 			defer h.p["agent"].cmd.Process.Signal(unix.SIGCONT) // also where the test fails
-			if fill {                                           // an agent that takes no ring, if it was waiting for one when it was stopped
+			if fill {
+				// An agent that takes no ring, if it was waiting for one when it was stopped.
 				until(t, 30*time.Second, "a blocked ring shows in the status", func() bool {
 					h.p["agent"].cmd.Process.Signal(unix.SIGCONT)
 					time.Sleep(100 * time.Millisecond)
