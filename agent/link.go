@@ -12,6 +12,7 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/control/msgdrv"
 	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/driver"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/session"
@@ -395,7 +396,7 @@ func (d *device) down() {
 }
 
 func (d *device) bringUp() error {
-	t := msgdrv.New(d.l.s, d.n.Number(), d.n.Name())
+	t := msgdrv.New(messages{d.l.s}, d.n.Number(), d.n.Name())
 	there, err := t.Exists()
 	if err != nil {
 		return err
@@ -513,7 +514,7 @@ func (l *handler) reconfigure(d *device) {
 	d.changes.Take(now, 1)
 	d.changed = false
 	atomic.AddUint64(&l.n.Changes, 1)
-	t := msgdrv.New(l.s, d.n.Number(), d.n.Name())
+	t := msgdrv.New(messages{l.s}, d.n.Number(), d.n.Name())
 	err := d.n.Reconfigure(t)
 	d.tellWarning()
 	if err != nil && !errors.Is(err, virtiomsg.ErrDown) {
@@ -528,4 +529,17 @@ func (l *handler) reconfigure(d *device) {
 func (l *handler) Malformed(m *virtiomsg.Slot, err error) {
 	l.cfg.Log.Warn("a message makes no sense", "link", l.cfg.Name, "error", err)
 	l.s.Reset()
+}
+
+// messages is a session as the transports of its devices see it.
+type messages struct{ *session.Session }
+
+// Kick implements msgdrv.Link.
+func (m messages) Kick(dev uint16, queue int) doorbell.Ringer {
+	return m.Ringer(session.QueueID{Dev: dev, Queue: queue})
+}
+
+// Called implements msgdrv.Link.
+func (m messages) Called(dev uint16, queue int) doorbell.Waiter {
+	return m.Waiter(session.QueueID{Dev: dev, Queue: queue})
 }

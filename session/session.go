@@ -62,7 +62,10 @@ const stopLimit = 5 * time.Second
 var ErrStuck = fmt.Errorf("the link did not stop within %v: something of it is blocked, and it is left as it is", stopLimit)
 
 // QueueID names a virtqueue of a link.
-type QueueID = virtiomsg.QueueID
+type QueueID struct {
+	Dev   uint16 // device number
+	Queue int
+}
 
 // Handler is the owner of a Session. All methods are called on the Session's goroutine, and
 // may use the Session's methods.

@@ -635,9 +635,3 @@ func DecodeLink(s *Slot) (up bool, err error) {
 	}
 	return v == 1, nil
 }
-
-// QueueID names a virtqueue of a link.
-type QueueID struct {
-	Dev   uint16 // device number
-	Queue int
-}

@@ -59,7 +59,8 @@ func TestSignals(t *testing.T) {
 		t.Run(fmt.Sprint(c.what, c.signals), func(t *testing.T) {
 			t.Parallel()
 			var errs strings.Builder
-			cmd := exec.Command("/proc/self/exe")
+			words := append(strings.Fields(os.Getenv("BOARDLINK_TEST_EXEC")), os.Args[0]) // behind the emulator that runs it, where one does
+			cmd := exec.Command(words[0], words[1:]...)
 			cmd.Env = append(os.Environ(), childEnv+"="+c.what)
 			cmd.Stderr = &errs
 			out, err := cmd.StdoutPipe()

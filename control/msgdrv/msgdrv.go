@@ -23,9 +23,9 @@ type Link interface {
 	// Call sends a request and waits for its answer, for timeout at most. encode writes the request with the token
 	// it is given into the slot, which then receives the answer.
 	Call(bus bool, id uint8, dev uint16, timeout time.Duration, m *virtiomsg.Slot, encode func(token uint16)) error
-	// Ringer returns what rings the host for a queue, Waiter the end of this side's doorbell for it.
-	Ringer(q virtiomsg.QueueID) doorbell.Ringer
-	Waiter(q virtiomsg.QueueID) doorbell.Waiter
+	// Kick returns what rings the host for a queue of device dev, Called the end of this side's doorbell for it.
+	Kick(dev uint16, queue int) doorbell.Ringer
+	Called(dev uint16, queue int) doorbell.Waiter
 }
 
 // Transport is one device of a link. It belongs to the link's goroutine.
@@ -187,10 +187,10 @@ func (t *Transport) SetQueue(i int, size uint16, desc, driverArea, device dma.Ad
 
 // Kick implements driver.Transport.
 func (t *Transport) Kick(i int) doorbell.Ringer {
-	return t.l.Ringer(virtiomsg.QueueID{Dev: t.dev, Queue: i})
+	return t.l.Kick(t.dev, i)
 }
 
 // Call implements driver.Transport.
 func (t *Transport) Call(i int) doorbell.Waiter {
-	return t.l.Waiter(virtiomsg.QueueID{Dev: t.dev, Queue: i})
+	return t.l.Called(t.dev, i)
 }

@@ -286,7 +286,7 @@ func stages(fuzztime time.Duration) []stage {
 		{name: "fuzz", what: "every fuzz target for a moment", limit: 20*time.Minute + 100*fuzztime, run: func(r *run) { fuzzStage(r, fuzztime) }},
 		{name: "ports", what: "go build and go vet of everything for " + strings.Join(arches, " "), limit: 12 * time.Minute, run: portsStage},
 		{name: "foreign", what: "the tests of the packages below cmd on foreign machines: " + strings.Join(foreignNames(), " "),
-			needs: []string{"qemu-user"}, limit: 10 * time.Minute, run: foreignStage},
+			needs: []string{"qemu-user"}, limit: 15 * time.Minute, run: foreignStage},
 		{name: "cross", what: "links between this machine and foreign ones, as either end",
 			needs: []string{"qemu-user"}, wants: []string{"gccgo-ppc", "gccgo-ppc64"}, limit: 10 * time.Minute, run: crossStage},
 	}
