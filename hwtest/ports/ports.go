@@ -76,7 +76,7 @@ var GccgoVersions = []string{"-12", "-13", "-14", "-15", ""}
 
 // Prefix returns the words that a program of the target has to be started with: the emulator, or none.
 func (t Target) Prefix() ([]string, error) {
-	if t.Arch == runtime.GOARCH || t.Native == runtime.GOARCH && (t.Arch != "386" || Runs386()) {
+	if t.Arch == runtime.GOARCH || t.Native == runtime.GOARCH {
 		return nil, nil
 	}
 	q, err := tool("the emulator", "qemu-"+t.Emulator+"-static", "qemu-"+t.Emulator)

@@ -149,6 +149,9 @@ func TestCross(t *testing.T) {
 	needRoot(t)
 	for _, m := range cases() {
 		t.Run(m.String(), func(t *testing.T) {
+			if m.Arch == "386" && !ports.Runs386() {
+				t.Skip(ports.No386)
+			}
 			c := trial.Config{Offload: m.memory == "", Persist: true, Memory: m.memory, Placement: m.placement}
 			c.Command[m.side] = command(t, m.Target, m.side)
 			c.Command[m.side.Other()] = nativeCommand(t, m.side.Other())
