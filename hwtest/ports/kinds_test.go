@@ -4,6 +4,7 @@ package ports_test
 
 import (
 	"bytes"
+	"os"
 	"os/exec"
 	"strings"
 	"sync"
@@ -78,7 +79,8 @@ func openMissing(t *testing.T, words []string, spec string) {
 	}
 	defer ns.Close()
 	var stderr buffer
-	cmd := exec.Command(words[0], append(words[1:len(words):len(words)], "--status", "none", "--machine-id", "test", "--board", spec)...)
+	cmd := exec.Command(words[0], append(words[1:len(words):len(words)], "--status", "none", "--board", spec)...)
+	cmd.Env = append(os.Environ(), "BOARDLINK_MACHINE_ID=test")
 	cmd.Stderr = &stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	if err := ns.Start(cmd); err != nil {
