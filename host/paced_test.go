@@ -88,10 +88,12 @@ func TestPingFlood(t *testing.T) {
 	pace := session.Pace{Messages: session.Rate{Every: 5 * time.Millisecond, Burst: 100}}
 	r := newPacedRig(t, newLoopback(t), 0, pace)
 	begin, before, sent := time.Now(), r.count("requests"), 0
+	token := r.Token() // a new one for each that is sent: they come round after 65,535
 	var m virtiomsg.Slot
 	for time.Since(begin) < 400*time.Millisecond || (r.count("throttled") == 0 || r.count("requests")-before < 100) && time.Since(begin) < 20*time.Second {
-		virtiomsg.EncodePing(&m, r.Token(), 1)
+		virtiomsg.EncodePing(&m, token, 1)
 		if r.Link.Send(&m) == nil {
+			token = r.Token()
 			sent++
 			r.Ring(dev, 1<<16) // vector 0 or not, it rings without end
 		}
