@@ -19,12 +19,13 @@ func TestInFlight(t *testing.T) {
 			t.Parallel()
 			r := newRig(t, func(r *rig) { r.slots = slots })
 			r.WaitUp()
-			pings := 0
+			pings, token := 0, r.Token()
 			r.Until(20*time.Second, "the device comes up", func() bool {
 				var m virtiomsg.Slot
-				virtiomsg.EncodePing(&m, r.Token(), 7)
+				virtiomsg.EncodePing(&m, token, 7)
 				if r.Up && r.Link.Send(&m) == nil {
 					pings++
+					token = r.Token()
 				}
 				return r.dev().Carrier && r.status&virtio.StatusDriverOK != 0 && pings > 100
 			})
