@@ -343,9 +343,9 @@ func testStage(r *run) {
 			pkgs = append(pkgs, p.path)
 		}
 	}
-	r.live, r.tellSkips = true, true
+	r.live, r.tellSkips, r.again = true, true, true
 	r.goTest(nil, append(append([]string{"-count=1", "-timeout=5m"}, asRoot...), pkgs...)...)
-	if len(r.notes) > 0 && os.Geteuid() != 0 && asRoot == nil {
+	if r.skipped > 0 && os.Geteuid() != 0 && asRoot == nil {
 		r.note("what needs root runs with: make test SUDO=1")
 	}
 }
@@ -369,7 +369,7 @@ func machinesStage(r *run) {
 			pkgs = append(pkgs, p.path)
 		}
 	}
-	r.live, r.tellSkips = true, true
+	r.live, r.tellSkips, r.again = true, true, true
 	r.goTest(nil, append(append([]string{"-count=1", "-p=1", "-timeout=15m"}, asRoot...), pkgs...)...)
 }
 

@@ -40,6 +40,8 @@ type run struct {
 	live bool // print go test's line of each package as it comes
 	// tellSkips lists the skipped tests with their reasons.
 	tellSkips bool
+	// again gives a test that failed beside others a second chance alone (see runAgain).
+	again bool
 	// onResult, if set, hears of what tests log as "result: ...".
 	onResult func(text string)
 
@@ -218,6 +220,9 @@ func (r *run) goTest(env []string, args ...string) {
 	rep.onResult = r.onResult
 	rep.read(stdout)
 	err = cmd.Wait()
+	if r.again {
+		r.runAgain(rep, env, args)
+	}
 
 	r.counts.add(rep.counts)
 	prefix := ""
@@ -229,7 +234,7 @@ func (r *run) goTest(env []string, args ...string) {
 	for _, f := range rep.failures() {
 		r.failures = append(r.failures, prefix+f)
 	}
-	if err != nil && rep.failed == 0 {
+	if err != nil && rep.failed == 0 && rep.unsteady == 0 {
 		r.failf("%sgo test: %v\n%s", prefix, err, strings.TrimSpace(errOut.String()))
 	}
 	if r.tellSkips {
@@ -263,6 +268,8 @@ type report struct {
 	badPkg map[string]int                 // failed tests of each package
 	broken map[string]string              // package -> ImportPath of the failed build
 	skips  []string
+
+	unsteady int // failed tests that runAgain took back
 }
 
 func newReport(log io.Writer) *report {
@@ -391,7 +398,7 @@ func (p *report) failures() []string {
 				text += p.output[k].String()
 			}
 		}
-		text = withoutFrame(text)
+		text = causeFirst(withoutFrame(text))
 		if text == "" && key[1] != "" && p.hasBadSubtest(key) {
 			continue // the subtest says it
 		}
@@ -414,6 +421,23 @@ func withoutFrame(text string) string {
 		}
 	}
 	return strings.Trim(strings.Join(out, "\n"), "\n")
+}
+
+// logLine is a line that a program under test logged, behind the place where the test printed it.
+var logLine = regexp.MustCompile(`^\s*(\S+\.go:\d+: )?time=\S+ level=`)
+
+// causeFirst puts what the test itself said before what the programs under test logged: a reader may see the first
+// lines alone.
+func causeFirst(text string) string {
+	var cause, log []string
+	for _, l := range strings.Split(text, "\n") {
+		if logLine.MatchString(l) {
+			log = append(log, l)
+		} else {
+			cause = append(cause, l)
+		}
+	}
+	return strings.Join(append(cause, log...), "\n")
 }
 
 func (p *report) hasBadSubtest(key [2]string) bool {

@@ -98,3 +98,50 @@ func TestToolsAreKnown(t *testing.T) {
 		}
 	}
 }
+
+// TestCauseFirst: what the test said stands before what the programs logged.
+func TestCauseFirst(t *testing.T) {
+	got := causeFirst("    l_test.go:1: time=2026 level=INFO msg=up\n    l_test.go:9: 3 of 30 lost\ntime=2026 level=WARN msg=down\nmore")
+	want := "    l_test.go:9: 3 of 30 lost\nmore\n    l_test.go:1: time=2026 level=INFO msg=up\ntime=2026 level=WARN msg=down"
+	if got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}
+
+// TestExcuse: a test that is taken back counts as passed with its subtests; a package that failed as a whole excuses
+// none; grave words are found.
+func TestExcuse(t *testing.T) {
+	rep := newReport(io.Discard)
+	rep.read(strings.NewReader(events))
+	if got := rep.failedTests(); got != nil {
+		t.Errorf("a package did not build, but the tests %q would be run again", got)
+	}
+	a := "github.com/boardlink/boardlink/a"
+	rep = newReport(io.Discard)
+	for _, l := range strings.Split(events, "\n") {
+		if strings.Contains(l, "boardlink/a\"") {
+			rep.read(strings.NewReader(l + "\n"))
+		}
+	}
+	bad := [2]string{a, "TestBad"}
+	if got := rep.failedTests(); len(got) != 1 || got[0] != bad {
+		t.Fatalf("failed tests: %q", got)
+	}
+	if s := rep.texts(bad); !strings.Contains(s, "TestBad/sub\n    a_test.go:7: descriptor 3 is wrong") {
+		t.Errorf("texts: %q", s)
+	}
+	rep.excuse(bad)
+	if want := (counts{passed: 3, failed: 0, skipped: 1}); rep.counts != want || len(rep.failures()) != 0 {
+		t.Errorf("counted %v, want %v; failures %q", rep.counts, want, rep.failures())
+	}
+	for _, s := range []string{"WARNING: DATA RACE", "panic: x", "0 of 30 lost, 3 corrupt", "{Corrupt:12}"} {
+		if !grave.MatchString(s) {
+			t.Errorf("%q is excused", s)
+		}
+	}
+	for _, s := range []string{"1 of 30 lost, 0 corrupt", "not within 20 s: link up", "{Corrupt:0}"} {
+		if grave.MatchString(s) {
+			t.Errorf("%q is not excused", s)
+		}
+	}
+}
