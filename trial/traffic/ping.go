@@ -39,7 +39,7 @@ type PingConfig struct {
 	// Sizes are the payloads in bytes, 0 to 65507, used in turn; larger than the MTU less 28 (IPv4)
 	// or 48 (IPv6) is sent in fragments. Default 56.
 	Sizes   []int
-	Timeout time.Duration // after which a request counts as lost; default 1 s
+	Timeout time.Duration // after which a request counts as lost; default 5 s, so that a machine that stands still for a moment loses none
 	// Peer is the namespace of the address pinged, where the requests' checksum errors are
 	// counted; nil if it is not at hand.
 	Peer *netns.NS
@@ -56,7 +56,7 @@ func (c PingConfig) withDefaults() (PingConfig, error) {
 		c.Sizes = []int{56}
 	}
 	if c.Timeout == 0 {
-		c.Timeout = time.Second
+		c.Timeout = 5 * time.Second
 	}
 	if c.Count < 0 || c.Count > maxPing {
 		return c, fmt.Errorf("ping: count %d: must be 1 to %d", c.Count, maxPing)
