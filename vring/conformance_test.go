@@ -427,6 +427,10 @@ func (m *model) DisarmCall(t *rapid.T) {
 // Restart replaces the device side by a new one that goes on.
 func (m *model) Restart(t *rapid.T) {
 	m.r.DevCfg.State = m.dev.State()
+	fullAtStart := m.r.Ring.Packed && m.r.DevCfg.State.Base() == 0x8000 // the one base that is ambiguous
+	if s, err := stateFromBase(m.r, m.r.DevCfg.State.Base()); (err != nil || s != m.r.DevCfg.State) && !fullAtStart {
+		m.fatalf("base %#x gives %+v (%v), want %+v", m.r.DevCfg.State.Base(), s, err, m.r.DevCfg.State)
+	}
 	dev, err := m.r.Ring.NewDevice(m.r.DevCfg)
 	if err != nil {
 		m.fatalf("restart: %v", err)

@@ -98,18 +98,28 @@ func (q *ring) packedState(s State) (State, uint16, error) {
 	} else if !s.Packed {
 		return s, 0, errSplitState
 	}
-	if s.Avail&^wrapBit >= q.size || s.Used&^wrapBit >= q.size {
-		return s, 0, fmt.Errorf("positions %d and %d in a queue of %d", s.Avail&^wrapBit, s.Used&^wrapBit, q.size)
-	}
-	n := int(s.Avail&^wrapBit) - int(s.Used&^wrapBit)
-	if (s.Avail^s.Used)&wrapBit != 0 {
-		n += int(q.size)
-	}
-	if n < 0 || n > int(q.size) {
-		return s, 0, fmt.Errorf("%d descriptors in flight in a queue of %d", n, q.size)
+	n, err := packedInFlight(s, q.size)
+	if err != nil {
+		return s, 0, err
 	}
 	s.Packed = true
-	return s, uint16(n), nil
+	return s, n, nil
+}
+
+// packedInFlight returns how many descriptors are in flight in the State of a packed queue of size descriptors.
+func packedInFlight(s State, size uint16) (uint16, error) {
+	avail, used := s.Avail&^wrapBit, s.Used&^wrapBit
+	if avail >= size || used >= size {
+		return 0, fmt.Errorf("positions %d and %d in a queue of %d", avail, used, size)
+	}
+	n := int(avail) - int(used)
+	if (s.Avail^s.Used)&wrapBit != 0 {
+		n += int(size)
+	}
+	if n < 0 || n > int(size) {
+		return 0, fmt.Errorf("%d descriptors in flight in a queue of %d", n, size)
+	}
+	return uint16(n), nil
 }
 
 // forward moves a position with its wrap counter on by n descriptors, at most the size; back

@@ -58,11 +58,18 @@ func (q *ring) place(c *Config, desc, driver, device, driverAlign uint64, access
 	return nil
 }
 
+func splitSize(n uint16) error {
+	if n == 0 || n > MaxSize || n&(n-1) != 0 {
+		return fmt.Errorf("size %d is not a power of two from 1 to %d", n, MaxSize)
+	}
+	return nil
+}
+
 // setupSplit checks what both sides of a split queue need. driverAlign is 2 or 4.
 func (q *ring) setupSplit(c *Config, driverAlign uint64) error {
 	n := c.Size
-	if n == 0 || n > MaxSize || n&(n-1) != 0 {
-		return fmt.Errorf("size %d is not a power of two from 1 to %d", n, MaxSize)
+	if err := splitSize(n); err != nil {
+		return err
 	}
 	if c.State.Packed {
 		return errPackedState
