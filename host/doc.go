@@ -1,8 +1,6 @@
-// Package host is the carrier's program: one Link a board, the device models behind
-// it, their life cycle.
+// Package host is the carrier's end of links: a Link for each board, with the devices that it offers, which
+// control/msgdev serves to the agent.
 //
-// In the room: device models (Net) behind the device.Device interface, which is all that a control
-// plane sees of them; the Link, which serves virtio-msg to the agent and takes devices up and down
-// with the link. Never in it: flags, printing, exit codes (cmd/), how a board is reached
-// (board/), what messages look like (virtiomsg/), rings (vring/).
+// It must not know flags, printing or exit codes (cmd/), how a board is reached (board/), what a device is for
+// (device/), or what rings look like (vring/).
 package host

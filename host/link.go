@@ -8,8 +8,10 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/control/msgdev"
 	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/virtiomsg"
@@ -42,7 +44,7 @@ type Link struct {
 
 	cfg   Config
 	s     *session.Session
-	devs  []*served // by number
+	devs  []*offered // by number
 	table dma.TableRef
 	wild  error // an engine could not be stopped; the session's goroutine only
 
@@ -50,29 +52,48 @@ type Link struct {
 }
 
 type linkCounters struct {
-	Requests     uint64 // answered
-	UnknownDev   uint64 // messages for devices that do not exist
-	Unknown      uint64 // messages that are not known here
-	DeviceResets uint64 // devices that went to NEEDS_RESET
+	Requests   uint64 // answered
+	UnknownDev uint64 // messages for devices that do not exist
+	Unknown    uint64 // messages of the bus that are not known here
+	Devices    msgdev.Counters
+}
+
+// offered is a device of the link.
+type offered struct {
+	*msgdev.Server
+	number   uint16
+	dev      device.Device
+	engines  engineSet // for dev
+	undriven uint32    // atomic; 1: the driver leaves the device alone, which was logged
 }
 
 // NewLink returns the end of a link; Run runs it.
 func NewLink(c Config) *Link {
 	c.Log, c.Pace = session.Limit(c.Log), c.Pace.Defaults()
 	l := &Link{cfg: c}
+	var numbers []uint16
 	for n := 0; n < 1<<16; n++ {
-		if be, ok := c.Devices[uint16(n)]; ok {
-			l.devs = append(l.devs, newDevice(l, uint16(n), be))
+		if _, ok := c.Devices[uint16(n)]; ok {
+			numbers = append(numbers, uint16(n))
 		}
 	}
 	c.Options.Side = board.Host
 	l.s = session.New(session.Config{Name: c.Name, Spec: c.Board, Options: c.Options, Log: c.Log,
 		Beat: c.Beat, LostBeats: c.LostBeats, NoInterrupts: c.NoInterrupts, Retry: c.Retry, Pace: c.Pace, Handler: (*handler)(l)})
-	for _, d := range l.devs {
-		d.be.SetEngines(&d.engines)
-		d.be.Notify(d.event)
+	for _, n := range numbers {
+		l.devs = append(l.devs, l.offer(n, c.Devices[n]))
 	}
 	return l
+}
+
+// offer makes what serves a device.
+func (l *Link) offer(n uint16, dev device.Device) *offered {
+	d := &offered{number: n, dev: dev}
+	dev.SetEngines(&d.engines)
+	starts, changes := session.NewBucket(l.cfg.Pace.Starts), session.NewBucket(l.cfg.Pace.Changes)
+	d.Server = msgdev.New(messages{l.s}, msgdev.Config{Link: l.cfg.Name, Number: n, Device: dev, Log: l.cfg.Log, Counters: &l.n.Devices,
+		Starts: &starts, Changes: &changes, Room: l.room, Far: func(a dma.Addr) bool { return a >= poolLink }})
+	return d
 }
 
 // Open opens the board, so that what is wrong with it shows before Run, which has to follow where
@@ -87,7 +108,7 @@ func (l *Link) Run(ctx context.Context) error {
 		return err // loops may still run
 	}
 	for _, d := range l.devs {
-		if cerr := d.be.Close(); cerr != nil && err == nil {
+		if cerr := d.dev.Close(); cerr != nil && err == nil {
 			err = cerr
 		}
 	}
@@ -99,9 +120,10 @@ func (l *Link) Status() status.Link {
 	s := l.s.Status()
 	for k, v := range status.Counters(linkCounters{
 		Requests: atomic.LoadUint64(&l.n.Requests), UnknownDev: atomic.LoadUint64(&l.n.UnknownDev),
-		Unknown: atomic.LoadUint64(&l.n.Unknown), DeviceResets: atomic.LoadUint64(&l.n.DeviceResets)}) {
+		Unknown: atomic.LoadUint64(&l.n.Unknown) + atomic.LoadUint64(&l.n.Devices.Unknown)}) {
 		s.Counters[k] = v
 	}
+	s.Counters["device_resets"] = atomic.LoadUint64(&l.n.Devices.DeviceResets)
 	if t := l.table.Load(); t != nil {
 		s.Regions = session.RegionStatus(t.Regions())
 	}
@@ -109,7 +131,7 @@ func (l *Link) Status() status.Link {
 	s.Devices = []status.Device{}
 	for _, d := range l.devs {
 		s.Devices = append(s.Devices, d.describe())
-		if d.pushes() {
+		if d.Pushes() {
 			s.Placement = "push"
 		}
 	}
@@ -117,18 +139,28 @@ func (l *Link) Status() status.Link {
 	return s
 }
 
-// memory returns how many bytes the agent has for rings and buffers, on the board and on this side, and how many devices share them.
-func (l *Link) memory() (board, pool uint64, devices int) {
+// room returns how many bytes the agent has for rings and buffers, and how many devices share them.
+func (l *Link) room() device.Room {
+	r := device.Room{Devices: len(l.devs)}
 	if t := l.table.Load(); t != nil {
-		for _, r := range t.Regions() {
-			if r.Addr == poolLink {
-				pool += r.Mem.Size()
+		for _, m := range t.Regions() {
+			if m.Addr == poolLink {
+				r.Pool += m.Mem.Size()
 			} else {
-				board += r.Mem.Size()
+				r.Board += m.Mem.Size()
 			}
 		}
 	}
-	return board, pool, len(l.devs)
+	return r
+}
+
+// describe describes a device for an operator.
+func (d *offered) describe() status.Device {
+	s := d.Status()
+	if atomic.LoadUint32(&d.undriven) != 0 && !d.Driven() {
+		s.Notes = append(s.Notes, undrivenNote)
+	}
+	return s
 }
 
 // handler is what the session sees of a Link.
@@ -137,7 +169,7 @@ type handler Link
 func (l *handler) Queues() []session.QueueID {
 	var qs []session.QueueID
 	for _, d := range l.devs {
-		for i := 0; i < d.be.Queues(); i++ {
+		for i := 0; i < d.dev.Queues(); i++ {
 			qs = append(qs, session.QueueID{Dev: d.number, Queue: i})
 		}
 	}
@@ -201,7 +233,7 @@ func (l *handler) Up() {
 	(*Link)(l).linkUp()
 	src := newEngineSource(l.s.Board(), l.cfg.DMA, l.cfg.Log, l.cfg.Name, parts, l.runaway)
 	for _, d := range l.devs {
-		d.be.SetMemory(&l.table)
+		d.dev.SetMemory(&l.table)
 		d.engines.src = src
 	}
 }
@@ -210,11 +242,11 @@ func (l *handler) Up() {
 func (l *handler) Down() {
 	(*Link)(l).linkDown()
 	for _, d := range l.devs {
-		d.reset()
+		d.Reset()
 	}
 }
 
-func (l *handler) device(n uint16) *served {
+func (l *handler) device(n uint16) *offered {
 	for _, d := range l.devs {
 		if d.number == n {
 			return d
@@ -230,7 +262,7 @@ func (l *handler) Message(h virtiomsg.Header, m *virtiomsg.Slot) {
 	if h.Bus() {
 		answer, err = l.bus(h, m)
 	} else if d := l.device(h.Dev); d != nil {
-		answer, err = d.message(h, m)
+		answer, err = d.Message(h, m)
 	} else {
 		atomic.AddUint64(&l.n.UnknownDev, 1)
 		l.cfg.Log.Warn("a message for a device that does not exist", "link", l.cfg.Name, "message", h.String())
@@ -251,28 +283,22 @@ func (l *handler) Message(h virtiomsg.Header, m *virtiomsg.Slot) {
 	}
 }
 
-// Wait implements session.Pacer: starts of a device take the kernel's lock of all network
-// configuration, so a driver that asks for them without end waits.
+// Wait implements session.Pacer.
 func (l *handler) Wait(h virtiomsg.Header, m *virtiomsg.Slot) time.Duration {
-	if h.Bus() || h.ID != virtiomsg.SetDeviceStatus {
+	if h.Bus() {
 		return 0
 	}
-	d := l.device(h.Dev)
-	if d == nil {
-		return 0
+	if d := l.device(h.Dev); d != nil {
+		return d.Wait(h, m)
 	}
-	s, err := virtiomsg.DecodeSetDeviceStatus(m)
-	if err != nil || !d.starting(s) {
-		return 0
-	}
-	return d.starts.Wait(time.Now())
+	return 0
 }
 
 // Malformed takes the device that a senseless message is for out of service; without one, the link.
 func (l *handler) Malformed(m *virtiomsg.Slot, err error) {
 	h, _ := m.Header()
 	if d := l.device(h.Dev); d != nil && !h.Bus() {
-		d.needsReset(err)
+		d.NeedsReset(err)
 		return
 	}
 	l.cfg.Log.Warn("a message makes no sense", "link", l.cfg.Name, "error", err)
@@ -294,7 +320,7 @@ func (l *handler) Tick() {
 		return
 	}
 	for _, d := range l.devs {
-		d.events()
+		d.Tick()
 	}
 	(*Link)(l).tellUndriven()
 }
@@ -332,4 +358,17 @@ func (l *handler) bus(h virtiomsg.Header, m *virtiomsg.Slot) (answer bool, err e
 	atomic.AddUint64(&l.n.Unknown, 1)
 	l.cfg.Log.Debug("an unknown message", "link", l.cfg.Name, "message", h.String())
 	return false, nil
+}
+
+// messages is a session as the servers of its devices see it.
+type messages struct{ *session.Session }
+
+// Call implements msgdev.Link.
+func (m messages) Call(dev uint16, queue int) doorbell.Ringer {
+	return m.Ringer(session.QueueID{Dev: dev, Queue: queue})
+}
+
+// Kicked implements msgdev.Link.
+func (m messages) Kicked(dev uint16, queue int) doorbell.Waiter {
+	return m.Waiter(session.QueueID{Dev: dev, Queue: queue})
 }

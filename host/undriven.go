@@ -1,9 +1,8 @@
 package host
 
 import (
+	"sync/atomic"
 	"time"
-
-	"github.com/boardlink/boardlink/virtio"
 )
 
 // undrivenAfter is how long a link is up when a device that the agent has not touched is told of.
@@ -19,14 +18,10 @@ func (l *Link) tellUndriven() {
 		return
 	}
 	for _, d := range l.devs {
-		if d.ran || d.undriven {
-			continue
-		}
-		d.stateMu.Lock()
-		d.undriven = d.status == 0
-		d.stateMu.Unlock()
-		if d.undriven {
-			l.cfg.Log.Warn(undrivenNote, "link", l.cfg.Name, "device", d.number, "interface", d.be.Status().Interface)
+		if d.Driven() {
+			atomic.StoreUint32(&d.undriven, 0)
+		} else if atomic.CompareAndSwapUint32(&d.undriven, 0, 1) {
+			l.cfg.Log.Warn(undrivenNote, "link", l.cfg.Name, "device", d.number, "interface", d.dev.Status().Interface)
 		}
 	}
 }
@@ -35,28 +30,14 @@ func (l *Link) tellUndriven() {
 func (l *Link) linkUp() {
 	l.upSince = time.Now()
 	for _, d := range l.devs {
-		d.ran = false
-		d.stateMu.Lock()
-		d.undriven = false
-		d.stateMu.Unlock()
+		d.Fresh()
+		atomic.StoreUint32(&d.undriven, 0)
 	}
 }
 
 func (l *Link) linkDown() {
 	l.upSince = time.Time{}
 	for _, d := range l.devs {
-		d.stateMu.Lock()
-		d.undriven = false // nobody is there who could
-		d.stateMu.Unlock()
-	}
-}
-
-// driven notes that the driver has written a device status.
-func (d *served) driven(s uint32) {
-	if s&virtio.StatusDriver != 0 {
-		d.ran = true
-		d.stateMu.Lock()
-		d.undriven = false
-		d.stateMu.Unlock()
+		atomic.StoreUint32(&d.undriven, 0) // nobody is there who could
 	}
 }

@@ -277,7 +277,9 @@ func (n *Net) SetQueue(i int, q device.QueueConfig) error {
 }
 
 // Start implements device.Device. One pair is in use, until the driver asks for more by the control queue (virtio 1.2, 5.1.6.5.5).
-func (n *Net) Start() error {
+func (n *Net) Start() error { return withCause(n.start()) }
+
+func (n *Net) start() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.stop != nil {
@@ -448,7 +450,7 @@ func (n *Net) run(p tunbridge.Pump) {
 	notify := n.notify
 	n.mu.Unlock()
 	if notify != nil {
-		notify(device.Event{Broken: err})
+		notify(device.Event{Broken: withCause(err)})
 	}
 }
 
