@@ -9,7 +9,6 @@ import (
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/pci"
-	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
 	"github.com/boardlink/boardlink/vring"
@@ -119,76 +118,6 @@ func (n *Net) Interface() *tunbridge.Iface { return n.ifc }
 
 // DeviceID implements device.Device.
 func (n *Net) DeviceID() uint32 { return virtio.IDNet }
-
-// possible returns what this build and this kernel can do.
-func (n *Net) possible() virtio.Features {
-	f := virtio.FeaturesOf(virtio.Version1, virtio.EventIdx, virtio.IndirectDesc, virtio.RingPacked, virtio.InOrder,
-		virtio.NetMrgRxbuf, virtio.NetMTU, virtio.NetStatus)
-	if n.cfg.BoardMAC != (tunbridge.MAC{}) && n.ifc.Type() == tunbridge.TAP {
-		f.Set(virtio.NetMAC)
-	}
-	if n.ifc.Type() == tunbridge.TUN {
-		f.Set(virtio.NetRawIP)
-	}
-	if len(n.pairs) > 1 {
-		f.Set(virtio.NetMQ)
-		f.Set(virtio.NetCtrlVQ)
-	}
-	return f.Or(virtio.FeaturesFromMask(tunbridge.OffloadFeatures(n.ifc.OffloadSupported())))
-}
-
-// Features implements device.Device: what is possible and not denied. Bits that depend on
-// a denied one are left out too (virtio 1.2, 5.1.3.1).
-func (n *Net) Features() virtio.Features {
-	f := virtio.WithoutOrphans(n.possible().Without(n.cfg.Deny))
-	if !f.Has(virtio.NetMQ) {
-		f.Clear(virtio.NetCtrlVQ) // the number of pairs is all that it is for here
-	}
-	return f
-}
-
-// maxPairs returns max_virtqueue_pairs.
-func (n *Net) maxPairs() int {
-	if n.Features().Has(virtio.NetMQ) {
-		return len(n.pairs)
-	}
-	return 1
-}
-
-// SetFeatures implements device.Device.
-func (n *Net) SetFeatures(f virtio.Features) error {
-	if bad := f.Without(n.Features()); bad != (virtio.Features{}) {
-		return fmt.Errorf("%s: the driver accepts what was not offered: %s", n.cfg.Name, bad)
-	}
-	if !f.Has(virtio.Version1) {
-		return fmt.Errorf("%s: the driver does not accept version_1: legacy drivers are not served", n.cfg.Name)
-	}
-	if raw := n.ifc.Type() == tunbridge.TUN; f.Has(virtio.NetRawIP) != raw {
-		return fmt.Errorf("%s: this end is a tun device (raw IP), the board's a tap: give both ends the same --link", n.cfg.Name)
-	}
-	if err := virtio.CheckNet(f); err != nil {
-		return fmt.Errorf("%s: the driver accepts %w", n.cfg.Name, err)
-	}
-	n.mu.Lock()
-	n.acked = f
-	n.mu.Unlock()
-	return nil
-}
-
-// Config implements device.Device.
-func (n *Net) Config() []byte {
-	l := n.linkState()
-	b := virtio.NetConfig{MAC: [6]byte(n.cfg.BoardMAC), LinkUp: l.up, MaxQueuePairs: uint16(n.maxPairs()), MTU: uint16(l.mtu)}.Encode()
-	return b[:]
-}
-
-// Queues implements device.Device: those of all pairs, and the control queue where there are several.
-func (n *Net) Queues() int {
-	if m := n.maxPairs(); m > 1 {
-		return virtio.NetQueueCtrl(m) + 1
-	}
-	return 2
-}
 
 // QueueMax implements device.Device.
 func (n *Net) QueueMax(i int) uint16 {
@@ -500,52 +429,6 @@ func (n *Net) reset() {
 func (n *Net) Close() error {
 	n.Stop()
 	return n.ifc.Close()
-}
-
-// Status implements device.Device.
-func (n *Net) Status() status.Device {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	s := status.Device{Name: n.cfg.Name, Type: "net", Number: n.cfg.Number,
-		Interface: n.ifc.Name(), LinkType: n.ifc.Type().String(), MTU: n.ifc.MTU(), Carrier: n.carrier,
-		Offload: tunbridge.DeviceOffload(n.acked.Mask()).String(),
-		Offered: n.possible().Names(), Allowed: n.Features().Names(), Negotiated: n.acked.Names(),
-		Pairs: n.inUse, MaxPairs: n.maxPairs(),
-		Counters: map[string]uint64{"starts": n.starts, "broken": n.broken, "remade": uint64(n.ifc.Remakes())}}
-	if len(n.pairs) > 1 {
-		for k, v := range status.Counters(n.ctl.load()) {
-			s.Counters[k] = v
-		}
-	}
-	if n.ifc.Type() == tunbridge.TAP {
-		s.MAC = n.ifc.MAC().String()
-	}
-	if n.lastErr != nil {
-		s.LastError = n.lastErr.Error()
-	}
-	for i := range n.pairs {
-		s.Queues = append(s.Queues, n.pairs[i].rx.describe(2*i, virtio.NetQueueName(2*i, len(n.pairs))),
-			n.pairs[i].tx.describe(2*i+1, virtio.NetQueueName(2*i+1, len(n.pairs))))
-	}
-	if len(n.pairs) > 1 {
-		s.Queues = append(s.Queues, n.ctrl.describe(virtio.NetQueueCtrl(n.maxPairs()), "ctrl"))
-	}
-	n.engines.Describe(&s)
-	return s
-}
-
-func (q *netQueue) describe(index int, name string) status.Queue {
-	qs := status.Queue{Index: index, Name: name, Ready: q.set, Size: q.cfg.Size}
-	if q.q != nil {
-		st := q.q.State()
-		qs.Avail, qs.Used = st.Avail, st.Used
-		qs.Ring = status.Counters(q.q.Stats().Load())
-	}
-	qs.Pump = make(map[string]uint64)
-	q.stats.Each(func(name string, v uint64) { qs.Pump[name] = v })
-	qs.Doorbell = status.Counters(q.bells.Snapshot())
-	q.bus.Describe(&qs, q.stats.Frames())
-	return qs
 }
 
 // SetEngines implements device.Device.
