@@ -24,9 +24,10 @@ type Program struct {
 // Link is one board's link as this side sees it.
 type Link struct {
 	Name      string            `json:"name"`
-	Board     string            `json:"board"` // "loopback:/run/a.sock"
-	State     string            `json:"state"` // "up", or what it waits for
-	Since     string            `json:"since"` // of the state, RFC 3339
+	Board     string            `json:"board"`            // "loopback:/run/a.sock"
+	State     string            `json:"state"`            // one of the states of docs/architecture.md: "up", "waiting for the peer"
+	Reason    string            `json:"reason,omitempty"` // what led to the state, where it tells: "no heartbeat"
+	Since     string            `json:"since"`            // of the state, RFC 3339
 	Epoch     uint32            `json:"epoch"`
 	PeerEpoch uint32            `json:"peer_epoch"`
 	LastError string            `json:"last_error,omitempty"`

@@ -106,6 +106,14 @@ func (p printer) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
+// stateOf returns the state of a link, with what led to it.
+func stateOf(l *status.Link) string {
+	if l.Reason == "" {
+		return l.State
+	}
+	return l.State + ": " + l.Reason
+}
+
 func (c *statusCmd) print(s *streams, p *status.Program) {
 	w := tabwriter.NewWriter(printer{s.out}, 0, 8, 2, ' ', 0)
 	defer w.Flush()
@@ -114,7 +122,7 @@ func (c *statusCmd) print(s *streams, p *status.Program) {
 		fmt.Fprintf(w, "  log\t%d lines lost: standard error was not read in time\n", p.LogLost)
 	}
 	for _, l := range p.Links {
-		fmt.Fprintf(w, "link %s\t%s: %s (since %s)\n", l.Name, l.Board, l.State, l.Since)
+		fmt.Fprintf(w, "link %s\t%s: %s (since %s)\n", l.Name, l.Board, stateOf(&l), l.Since)
 		if l.LastError != "" {
 			fmt.Fprintf(w, "  error\t%s\n", l.LastError)
 		}
