@@ -9,7 +9,8 @@ import (
 const undrivenAfter = 3 * time.Second
 
 // undrivenNote says what to do about a device that the agent leaves alone.
-const undrivenNote = "the agent does not drive this device: give the agent a --net for it as well, or take it away here"
+const undrivenNote = "the agent does not drive this device: give the agent a --net for it as well, or take it away here; " +
+	"where it has one, its log says what keeps it from its interface"
 
 // tellUndriven logs once, while the link is up, which devices the agent leaves alone: else a device too many would
 // show nowhere.

@@ -343,12 +343,10 @@ type Local struct {
 }
 
 func openAgent(arg string, o board.Options) (*Board, error) {
-	// The agent's argument is key=value only.
-	a, err := fn.ParseArg(Name, ","+arg, "immr", "window", "bus", "irq", "memory")
+	a, err := fn.ParseKeys(Name, arg, "immr", "window", "bus", "irq", "memory")
 	if err != nil {
 		return nil, err
 	}
-	a.Spec = Name + ":" + arg
 	is, ok1 := a.Get("immr")
 	ws, ok2 := a.Get("window")
 	if !ok1 || !ok2 {

@@ -24,6 +24,7 @@ func TestArguments(t *testing.T) {
 		{"0000:00:04.0,target=x", board.Host, "target"},
 		{"0000:00:04.0,target=0x123", board.Host, "target"},
 		{"0000:00:04.0,interrupts=maybe", board.Host, "interrupts"},
+		{"", board.Agent, "board mpc83xx:: on the board, immr=ADDRESS"},
 		{"0000:00:04.0", board.Agent, "key=value"},
 		{"immr=0xe0000000", board.Agent, "window"},
 		{"immr=0xe0000000+0x1000,window=0+0x10000", board.Agent, "messaging unit"},

@@ -37,10 +37,21 @@ type Arg struct {
 // ParseArg takes an argument apart. Keys other than the given ones, and repeated ones, are errors
 // that match board.ErrInput.
 func ParseArg(kind, arg string, keys ...string) (Arg, error) {
-	a := Arg{Spec: kind + ":" + arg, opts: map[string]string{}}
 	parts := strings.Split(arg, ",")
-	a.What = parts[0]
-	for _, p := range parts[1:] {
+	return parse(Arg{Spec: kind + ":" + arg, What: parts[0], opts: map[string]string{}}, parts[1:], keys)
+}
+
+// ParseKeys is ParseArg for an argument of options alone: "key=value,key=value". An empty one has none.
+func ParseKeys(kind, arg string, keys ...string) (Arg, error) {
+	var parts []string
+	if arg != "" {
+		parts = strings.Split(arg, ",")
+	}
+	return parse(Arg{Spec: kind + ":" + arg, opts: map[string]string{}}, parts, keys)
+}
+
+func parse(a Arg, parts, keys []string) (Arg, error) {
+	for _, p := range parts {
 		i := strings.IndexByte(p, '=')
 		if i < 0 {
 			return a, a.Bad("%q is not key=value; the keys are %s", p, strings.Join(keys, ", "))
