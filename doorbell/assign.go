@@ -1,65 +1,247 @@
 package doorbell
 
-// Assigned are the waiters of several users over fewer (or as many) doorbells.
+import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+)
+
+// Assigned are the ends of several users of fewer (or as many) doorbells. Users may come and go while others
+// sleep on theirs.
 type Assigned struct {
-	ends []end
-	fans []*Fanout
+	mu    sync.Mutex
+	bells []line
+	users []*End // by number; nil: gone
+	free  []int  // numbers of users that are gone
 }
 
-// end is a user's: a doorbell of its own, or a consumer's of a fan-out.
-type end struct {
+// line is one doorbell with its users.
+type line struct {
 	bell Waiter
-	fan  *Fanout
-	i    int
+	ends []*End
+	fan  *Fanout // nil: at most one user, who has the doorbell itself, or nothing to wait for
+}
+
+// End is a user's end of a doorbell: the doorbell itself, or, where others share it, an end of a Fanout. Which of both it is
+// changes as others come and go; a Sleeper follows.
+type End struct {
+	at    atomic.Value // *spot
+	line  int
+	taken uint32  // 1: Assigned.Waiter was called; with sync/atomic
+	own   *outlet // its end in fan-outs; kept for the next one, as a loop may still sleep on it
+}
+
+// spot is what an End stands for at present.
+type spot struct {
+	w    Waiter
+	fd   int
+	seen uint32 // 1: FD has been asked since; with sync/atomic
+}
+
+// FD implements Waiter.
+func (e *End) FD() int {
+	s := e.at.Load().(*spot)
+	if atomic.LoadUint32(&s.seen) == 0 {
+		atomic.StoreUint32(&s.seen, 1)
+	}
+	return s.fd
+}
+
+// Ack implements Waiter.
+func (e *End) Ack() (uint64, error) { return e.at.Load().(*spot).w.Ack() }
+
+// eventfd tells whether what the End stands for is an eventfd.
+func (e *End) eventfd() bool {
+	_, ok := e.at.Load().(*spot).w.(*Eventfd)
+	return ok
+}
+
+func (e *End) move(w Waiter) { e.at.Store(&spot{w: w, fd: w.FD()}) }
+
+// left tells that no sleep of the user on what the End stood for before can begin any more.
+func (e *End) left() bool {
+	return atomic.LoadUint32(&e.taken) == 0 || atomic.LoadUint32(&e.at.Load().(*spot).seen) != 0
+}
+
+// take gives the End an eventfd of its own, unless it has one.
+func (e *End) take() error {
+	if e.own != nil {
+		return nil
+	}
+	bell, err := NewEventfd()
+	if err != nil {
+		return err
+	}
+	e.own = &outlet{bell: bell, used: atomic.LoadUint32(&e.taken)}
+	return nil
 }
 
 // Assign gives each user the end of the doorbell it is to be woken by: users[i] is the
 // index in bells of user i's. A doorbell with one user is handed over as it is; one with several
 // is fanned out. Close the result after all users have stopped.
 func Assign(bells []Waiter, users []int) (*Assigned, error) {
-	count := make([]int, len(bells))
-	for _, b := range users {
-		count[b]++
+	a := &Assigned{bells: make([]line, len(bells))}
+	for i, b := range bells {
+		a.bells[i].bell = b
 	}
-	a := &Assigned{ends: make([]end, len(users))}
-	fan := make([]*Fanout, len(bells))
-	next := make([]int, len(bells))
-	for i, b := range users {
-		if count[b] == 1 || bells[b].FD() < 0 {
-			a.ends[i].bell = bells[b]
+	for _, b := range users {
+		e := &End{line: b}
+		e.move(bells[b])
+		a.bells[b].ends = append(a.bells[b].ends, e)
+		a.users = append(a.users, e)
+	}
+	for i := range a.bells {
+		l := &a.bells[i]
+		if len(l.ends) < 2 || l.bell.FD() < 0 {
 			continue
 		}
-		if fan[b] == nil {
-			f, err := NewFanout(bells[b], count[b])
-			if err != nil {
-				a.Close()
-				return nil, err
-			}
-			fan[b] = f
-			a.fans = append(a.fans, f)
+		if err := l.share(nil); err != nil {
+			a.Close()
+			return nil, err
 		}
-		a.ends[i] = end{fan: fan[b], i: next[b]}
-		next[b]++
 	}
 	return a, nil
 }
 
-// Waiter returns the end of user i. Where the doorbell is shared, the user is rung from the first call on.
-func (a *Assigned) Waiter(i int) Waiter {
-	if e := &a.ends[i]; e.fan != nil {
-		return e.fan.Waiter(e.i)
+// share fans the doorbell out to all its users. sleeper, if not nil, is the one of them that may sleep on it.
+func (l *line) share(sleeper *End) error {
+	outs := make([]*outlet, 0, len(l.ends))
+	for _, e := range l.ends {
+		if err := e.take(); err != nil {
+			return err
+		}
+		outs = append(outs, e.own)
 	}
-	return a.ends[i].bell
+	var moved func() bool
+	if sleeper != nil {
+		sleeper.move(sleeper.own.bell)
+		moved = sleeper.left
+	}
+	fan, err := startFanout(l.bell, outs, moved)
+	if err != nil {
+		if sleeper != nil {
+			sleeper.move(l.bell)
+		}
+		return err
+	}
+	l.fan = fan
+	for _, e := range l.ends {
+		if e != sleeper {
+			e.move(e.own.bell)
+		}
+	}
+	return nil
+}
+
+// Add adds a user of doorbell number bell of those that Assign was given, and returns its number.
+func (a *Assigned) Add(bell int) (user int, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if bell < 0 || bell >= len(a.bells) {
+		return 0, fmt.Errorf("doorbell: no doorbell %d: there are %d", bell, len(a.bells))
+	}
+	l := &a.bells[bell]
+	e := &End{line: bell}
+	e.move(l.bell)
+	before := l.ends
+	l.ends = append(l.ends[:len(l.ends):len(l.ends)], e)
+	switch {
+	case l.bell.FD() < 0:
+	case l.fan != nil:
+		if err = e.take(); err == nil {
+			e.move(e.own.bell)
+			l.fan.add(e.own)
+		}
+	case len(l.ends) == 2:
+		err = l.share(before[0])
+	}
+	if err != nil {
+		l.ends = before
+		if e.own != nil {
+			e.own.bell.Close()
+		}
+		return 0, err
+	}
+	if n := len(a.free); n > 0 {
+		user, a.free = a.free[n-1], a.free[:n-1]
+		a.users[user] = e
+		return user, nil
+	}
+	a.users = append(a.users, e)
+	return len(a.users) - 1, nil
+}
+
+// Remove takes a user out, whose loops have stopped. Its number may come back into use.
+func (a *Assigned) Remove(user int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	e := a.users[user]
+	if e == nil {
+		return
+	}
+	a.users[user], a.free = nil, append(a.free, user)
+	l := &a.bells[e.line]
+	var ends []*End
+	for _, o := range l.ends {
+		if o != e {
+			ends = append(ends, o)
+		}
+	}
+	l.ends = ends
+	if l.fan != nil {
+		l.fan.remove(e.own)
+		if len(ends) < 2 {
+			l.unshare()
+		}
+	}
+	if e.own != nil {
+		e.own.bell.Close()
+	}
+}
+
+// unshare gives the doorbell back to the one user that is left, who may sleep on its end of the fan-out.
+func (l *line) unshare() {
+	for _, e := range l.ends {
+		l.fan.remove(e.own)
+		atomic.StoreUint32(&e.own.gone, 0) // for the next time
+		e.move(l.bell)
+	}
+	l.fan.end()
+	l.fan = nil
+	for _, e := range l.ends {
+		e.own.bell.Ring()
+	}
+}
+
+// Waiter returns the end of a user. Where the doorbell is shared, the user is rung from the first call on.
+func (a *Assigned) Waiter(user int) Waiter {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	e := a.users[user]
+	atomic.StoreUint32(&e.taken, 1)
+	if e.own != nil {
+		atomic.StoreUint32(&e.own.used, 1)
+	}
+	return e
 }
 
 // Close stops the fan-outs. The doorbells themselves stay open.
 func (a *Assigned) Close() error {
-	var first error
-	for _, f := range a.fans {
-		if err := f.Close(); err != nil && first == nil {
-			first = err
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for i := range a.bells {
+		l := &a.bells[i]
+		if l.fan != nil {
+			l.fan.end() // closes the ends
+			l.fan = nil
+		} else {
+			for _, e := range l.ends {
+				if e.own != nil {
+					e.own.bell.Close()
+				}
+			}
 		}
+		l.ends = nil
 	}
-	a.fans = nil
-	return first
+	return nil
 }

@@ -1,23 +1,33 @@
 package doorbell
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // Fanout shares one Waiter among several consumers: a board with a single interrupt, or more queues
 // than vectors. A goroutine waits for the one doorbell and rings a local eventfd
 // of each consumer, who looks for work of its own (and often finds none: that counts as spurious there).
+// Consumers may come and go while it runs.
 type Fanout struct {
-	out  []*Eventfd
-	used []uint32 // 1: somebody has taken this end; with sync/atomic
-	stop *Eventfd
-	once sync.Once
-	done chan struct{}
+	outs    atomic.Value // []*outlet, by consumer; never written again once stored
+	stop    *Eventfd
+	closing uint32 // with sync/atomic
+	once    sync.Once
+	done    chan struct{}
 
-	mu  sync.Mutex
+	mu  sync.Mutex // guards changes of outs, and err
 	err error
+}
+
+// outlet is one consumer's end.
+type outlet struct {
+	bell *Eventfd // nil: there is nothing to be rung by
+	used uint32   // 1: somebody has taken this end; with sync/atomic
+	gone uint32   // 1: the consumer has left; with sync/atomic
 }
 
 // NewFanout shares w among n consumers, 1 <= n. It does not own w, which must stay open until
@@ -26,40 +36,82 @@ func NewFanout(w Waiter, n int) (*Fanout, error) {
 	if n < 1 {
 		return nil, fmt.Errorf("doorbell: fan-out to %d consumers", n)
 	}
-	f := &Fanout{done: make(chan struct{})}
+	outs := make([]*outlet, n)
+	for i := range outs {
+		outs[i] = new(outlet)
+	}
 	if w == nil || w.FD() < 0 {
-		f.out, f.used = make([]*Eventfd, n), make([]uint32, n)
+		f := &Fanout{done: make(chan struct{})}
+		f.outs.Store(outs)
 		close(f.done)
 		return f, nil
 	}
+	for i := range outs {
+		e, err := NewEventfd()
+		if err != nil {
+			closeOutlets(outs[:i])
+			return nil, err
+		}
+		outs[i].bell = e
+	}
+	f, err := startFanout(w, outs, nil)
+	if err != nil {
+		closeOutlets(outs)
+	}
+	return f, err
+}
+
+// startFanout begins to forward rings of w to outs. Where moved is not nil, a loop may still sleep on w itself: it is woken
+// first, and has until moved is true, or handOver is over, before its rings are taken from it.
+func startFanout(w Waiter, outs []*outlet, moved func() bool) (*Fanout, error) {
+	f := &Fanout{done: make(chan struct{})}
+	f.outs.Store(outs)
 	var err error
 	if f.stop, err = NewEventfd(); err != nil {
 		return nil, err
 	}
-	for i := 0; i < n; i++ {
-		e, err := NewEventfd()
-		if err != nil {
-			f.closeFDs()
-			return nil, err
+	s := NewSleeper(SleeperConfig{Doorbell: w, Stop: f.stop})
+	go func() {
+		defer close(f.done)
+		if moved != nil {
+			f.handOver(w, moved)
 		}
-		f.out = append(f.out, e)
-	}
-	f.used = make([]uint32, n)
-	go f.run(NewSleeper(SleeperConfig{Doorbell: w, Stop: f.stop}))
+		f.run(s)
+	}()
 	return f, nil
+}
+
+// handOverMax bounds how long a loop has to leave a doorbell that is fanned out from now on. One that does not sleep on it any
+// more never tells that it has left.
+const handOverMax = 200 * time.Millisecond
+
+// handOver wakes a loop that sleeps on w and lets it go before rings are taken: else the fan-out could take
+// one that the kernel has not woken the loop for yet. Where w is no eventfd that costs a ring, which the loop's poll
+// fallback makes good.
+func (f *Fanout) handOver(w Waiter, moved func() bool) {
+	r, ok := w.(Ringer)
+	if !ok || r.Ring() != nil {
+		return
+	}
+	for end := time.Now().Add(handOverMax); !moved() && atomic.LoadUint32(&f.closing) == 0 && time.Now().Before(end); {
+		time.Sleep(time.Millisecond)
+	}
 }
 
 // run forwards rings until stopped. It needs no poll fallback: each consumer has its own.
 func (f *Fanout) run(s *Sleeper) {
-	defer close(f.done)
 	for {
 		why, err := s.sleep(0, -1)
 		if err == nil && why&Rung != 0 {
-			for i, e := range f.out {
-				if atomic.LoadUint32(&f.used[i]) == 0 {
+			for _, o := range f.outs.Load().([]*outlet) {
+				if atomic.LoadUint32(&o.used) == 0 || atomic.LoadUint32(&o.gone) != 0 {
 					continue
 				}
-				if err = e.Ring(); err != nil {
+				if err = o.bell.Ring(); err != nil {
+					if errors.Is(err, ErrClosed) {
+						err = nil // the consumer has just left
+						continue
+					}
 					break
 				}
 			}
@@ -76,14 +128,37 @@ func (f *Fanout) run(s *Sleeper) {
 	}
 }
 
+// add adds a consumer with its end.
+func (f *Fanout) add(o *outlet) {
+	f.mu.Lock()
+	outs := f.outs.Load().([]*outlet)
+	f.outs.Store(append(outs[:len(outs):len(outs)], o))
+	f.mu.Unlock()
+}
+
+// remove takes a consumer out. Its end is its own to close: a ring of it may be under way.
+func (f *Fanout) remove(gone *outlet) {
+	f.mu.Lock()
+	var outs []*outlet
+	for _, o := range f.outs.Load().([]*outlet) {
+		if o != gone {
+			outs = append(outs, o)
+		}
+	}
+	f.outs.Store(outs)
+	f.mu.Unlock()
+	atomic.StoreUint32(&gone.gone, 1)
+}
+
 // Waiter returns the end of consumer i, 0 <= i < n. It is valid until Close, and rung from the first call on: an
 // end that nobody takes costs nothing.
 func (f *Fanout) Waiter(i int) Waiter {
-	atomic.StoreUint32(&f.used[i], 1)
-	if f.out[i] == nil {
+	o := f.outs.Load().([]*outlet)[i]
+	atomic.StoreUint32(&o.used, 1)
+	if o.bell == nil {
 		return None
 	}
-	return f.out[i]
+	return o.bell
 }
 
 // Err returns why forwarding ended by itself, nil while it works. The consumers then live on their
@@ -97,20 +172,28 @@ func (f *Fanout) Err() error {
 // Close ends the forwarding and gives the consumers' eventfds back; no loop may sleep on them any
 // more. A second Close does nothing.
 func (f *Fanout) Close() error {
+	f.end()
+	return nil
+}
+
+// end ends the forwarding, and closes the ends of the consumers that are left.
+func (f *Fanout) end() {
 	f.once.Do(func() {
 		if f.stop == nil {
 			return
 		}
+		atomic.StoreUint32(&f.closing, 1)
 		f.stop.Ring()
 		<-f.done
-		f.closeFDs()
+		f.stop.Close()
+		closeOutlets(f.outs.Load().([]*outlet))
 	})
-	return nil
 }
 
-func (f *Fanout) closeFDs() {
-	f.stop.Close()
-	for _, e := range f.out {
-		e.Close()
+func closeOutlets(outs []*outlet) {
+	for _, o := range outs {
+		if o.bell != nil {
+			o.bell.Close()
+		}
 	}
 }

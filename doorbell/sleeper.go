@@ -111,6 +111,7 @@ type Sleeper struct {
 	fds   [4]unix.PollFd // doorbell, stop, extra, second doorbell
 	ts    unix.Timespec
 	doors [2]Waiter
+	ends  [2]*End // doors whose descriptor may change
 	deaf  bool // a doorbell is missing
 	extra int32
 	name  string
@@ -144,6 +145,7 @@ func NewSleeper(cfg SleeperConfig) *Sleeper {
 		if d != nil {
 			s.fds[doorFDs[i]].Fd = int32(d.FD())
 			s.deaf = s.deaf || d.FD() < 0
+			s.ends[i], _ = d.(*End)
 		}
 	}
 	if cfg.Stop != nil {
@@ -212,6 +214,11 @@ func (s *Sleeper) poll(extra int16, d time.Duration) (Reason, error) {
 	if extra != 0 {
 		s.fds[2].Fd = s.extra
 	}
+	for i, e := range s.ends {
+		if e != nil {
+			s.fds[doorFDs[i]].Fd = int32(e.FD())
+		}
+	}
 	n, err := s.ppoll(d)
 	if err != nil {
 		return 0, fmt.Errorf("doorbell: ppoll: %w", err)
@@ -254,6 +261,9 @@ func (s *Sleeper) saturated(i int) bool {
 	}
 	for d, f := range doorFDs {
 		if f == i {
+			if e := s.ends[d]; e != nil {
+				return e.eventfd()
+			}
 			_, ok := s.doors[d].(*Eventfd)
 			return ok
 		}
