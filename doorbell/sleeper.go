@@ -112,7 +112,7 @@ type Sleeper struct {
 	ts    unix.Timespec
 	doors [2]Waiter
 	ends  [2]*End // doors whose descriptor may change
-	deaf  bool // a doorbell is missing
+	deaf  bool    // a doorbell is missing
 	extra int32
 	name  string
 	f     Fallback

@@ -40,11 +40,15 @@ func (s *Session) openBoard(ctx context.Context) (board.Board, error) {
 			}
 		}
 	}()
-	select {
-	case r := <-c:
-		return r.b, r.err
-	case <-ctx.Done():
-		return nil, ctx.Err()
+	for {
+		select {
+		case r := <-c:
+			return r.b, r.err
+		case <-s.posts.bell:
+			s.work()
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
 	}
 }
 
@@ -98,10 +102,7 @@ func (s *Session) open(ctx context.Context) error {
 
 // assign gives the control plane and each queue the end of its doorbell.
 func (s *Session) assign(b board.Board, self board.RingInfo) error {
-	vectors := self.Vectors
-	if vectors == 0 {
-		vectors = 1
-	}
+	vectors := vectorsOf(self)
 	bells := make([]doorbell.Waiter, vectors)
 	for v := range bells {
 		bells[v] = b.Waiter(uint32(v))

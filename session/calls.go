@@ -14,10 +14,14 @@ var ErrTimeout = errors.New("the other side does not answer")
 
 // Call sends a request and waits for its answer, for timeout at most. encode writes the
 // request with the token it is given into the slot, which then receives the answer. It fails with
-// virtiomsg.ErrDown when the link goes down meanwhile, or is to stop.
+// virtiomsg.ErrDown when the link goes down meanwhile, or is to stop, and with ErrRemoved when the other side removes the
+// device.
 func (s *Session) Call(bus bool, id uint8, dev uint16, timeout time.Duration, m *virtiomsg.Slot, encode func(token uint16)) error {
 	if s.ctx.Err() != nil {
 		return virtiomsg.ErrDown
+	}
+	if !bus && s.removed(dev) {
+		return ErrRemoved
 	}
 	token, err := s.requests.Begin(bus, id, dev)
 	if err != nil {
@@ -63,6 +67,9 @@ func (s *Session) Call(bus bool, id uint8, dev uint16, timeout time.Duration, m 
 					s.cfg.Log.Warn("the other side sends requests without end and does not answer", "link", s.cfg.Name)
 					s.Reset()
 					return virtiomsg.ErrDown
+				}
+				if !bus && virtiomsg.Removes(&in, dev) {
+					return ErrRemoved
 				}
 			case !s.requests.Match(h):
 				atomic.AddUint64(&s.n.Unexpected, 1)

@@ -59,18 +59,30 @@ func (s *Session) run(ctx context.Context) error {
 			waiting, pause = text, retryOpen
 		}
 		s.transition(Absent, "")
-		t := time.NewTimer(pause)
-		select {
-		case <-ctx.Done():
-			t.Stop()
+		if !s.pause(ctx, pause) {
 			s.transition(Stopped, "")
 			return nil
-		case <-t.C:
 		}
 		if pause *= 2; absent {
 			pause = retryOpen
 		} else if pause > maxRetryOpen {
 			pause = maxRetryOpen
+		}
+	}
+}
+
+// pause waits, without a board; false: ctx ended.
+func (s *Session) pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-s.posts.bell:
+			s.work()
+		case <-t.C:
+			return true
 		}
 	}
 }
@@ -131,6 +143,8 @@ func (s *Session) serve(ctx context.Context) (again bool) {
 			})
 		case <-s.wake:
 			s.safely(func() { s.handle(true) })
+		case <-s.posts.bell:
+			s.work()
 		}
 		if gone := s.gone(look); gone != nil {
 			// Let go at once: the kernel waits for it with an unplugging.

@@ -24,6 +24,9 @@ type Pace struct {
 	// Changes are changes of one device's configuration that are applied; the last one always is.
 	// Default: 2 at once, 10 a second.
 	Changes Rate
+	// Devices are looks for devices that the other side has added, each of which may be brought up then. Default: 16 at
+	// once, 5 a second.
+	Devices Rate
 }
 
 // The wait before a handshake with a peer that breaks the link again and again, at first and at most.
@@ -57,6 +60,7 @@ func (p Pace) Defaults() Pace {
 		{&p.Breaks, Rate{50 * time.Millisecond, 200}},
 		{&p.Starts, Rate{200 * time.Millisecond, 16}},
 		{&p.Changes, Rate{100 * time.Millisecond, 2}},
+		{&p.Devices, Rate{200 * time.Millisecond, 16}},
 	} {
 		if *f.r == (Rate{}) {
 			*f.r = f.def

@@ -134,6 +134,8 @@ type Session struct {
 	busy     bool      // inside a Handler: Up and Down wait
 	faulted  bool      // a bus error: look whether the board is there
 
+	posts posts // of Do
+
 	mu     sync.Mutex // guards what Status reads
 	state  State
 	why    string    // what led to it
@@ -154,7 +156,7 @@ func New(c Config) *Session {
 	c.Log = Limit(c.Log)
 	c.Pace = c.Pace.Defaults()
 	s := &Session{cfg: c, ctx: context.Background(), messages: NewBucket(c.Pace.Messages), breaks: NewBucket(c.Pace.Breaks),
-		wake: make(chan struct{}, 1), bells: new(doorbell.Counters), since: time.Now()}
+		wake: make(chan struct{}, 1), posts: posts{bell: make(chan struct{}, 1)}, bells: new(doorbell.Counters), since: time.Now()}
 	return s
 }
 
@@ -162,6 +164,7 @@ func New(c Config) *Session {
 // yet. That it is absent is no error: Run waits for it. Run has to follow, unless there was an error
 // and Config.Retry is not set. It returns nil early when ctx ends: Run does not wait then.
 func (s *Session) Open(ctx context.Context) error {
+	s.posts.begin()
 	err := s.open(ctx)
 	if err == nil || ctx.Err() != nil {
 		return nil
@@ -173,6 +176,9 @@ func (s *Session) Open(ctx context.Context) error {
 	}
 	if absent {
 		return nil
+	}
+	if !s.cfg.Retry {
+		s.posts.end(lifeNew)
 	}
 	return err
 }
@@ -186,6 +192,8 @@ func (s *Session) Open(ctx context.Context) error {
 //
 // A link that has not stopped some seconds after the end of ctx is left: the error is ErrStuck.
 func (s *Session) Run(ctx context.Context) error {
+	s.posts.begin()
+	defer s.posts.end(lifeEnded)
 	done := make(chan error, 1)
 	go func() { done <- s.run(ctx) }()
 	select {

@@ -25,3 +25,9 @@ func Supersedes(later, earlier *Slot) bool {
 	}
 	return *later == *earlier // nobody knows it
 }
+
+// Removes tells whether a message is the event that device number dev was removed.
+func Removes(m *Slot, dev uint16) bool {
+	var e DeviceEvent
+	return e.Decode(m) == nil && e.Dev == dev && e.State == DeviceRemoved
+}
