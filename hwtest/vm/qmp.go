@@ -237,16 +237,25 @@ func (m *VM) PullIvshmem(ctx context.Context, d Ivshmem) error {
 	if err := m.DeviceDel(ctx, d.ID); err != nil {
 		return err
 	}
-	// QEMU 7.2 closes the device's eventfds but goes on polling their numbers, with a handler that uses
-	// the freed device: it corrupts its heap as soon as something else is opened under such a number, for
-	// instance when the device is plugged in again. So these numbers are given to idle eventfds, for good.
-	for range d.vectors()*maxPeers + 8 {
+	if err := m.SettleIvshmem(ctx, d.vectors()); err != nil {
+		return err
+	}
+	_, err := m.QMP(ctx, "chardev-remove", map[string]any{"id": d.chardev()})
+	return err
+}
+
+// SettleIvshmem keeps QEMU alive after an ivshmem function with so many vectors was pulled out.
+//
+// QEMU 7.2 closes the device's eventfds but goes on polling their numbers, with a handler that uses
+// the freed device: it corrupts its heap as soon as something else is opened under such a number, for
+// instance when the device is plugged in again. So these numbers are given to idle eventfds, for good.
+func (m *VM) SettleIvshmem(ctx context.Context, vectors int) error {
+	for range vectors*maxPeers + 8 {
 		if err := m.qmp.occupy(ctx); err != nil {
 			return fmt.Errorf("machine %s: QMP getfd: %w", m.Name, err)
 		}
 	}
-	_, err := m.QMP(ctx, "chardev-remove", map[string]any{"id": d.chardev()})
-	return err
+	return nil
 }
 
 // maxPeers is how many clients of an ivshmem server a test is taken to have.
