@@ -284,7 +284,7 @@ func stages(fuzztime time.Duration) []stage {
 			limit: 25 * time.Minute, run: machinesStage},
 		{name: "race", what: "go test -race -short of the packages below cmd", needs: []string{"gcc"}, limit: 10 * time.Minute, run: raceStage},
 		{name: "fuzz", what: "every fuzz target for a moment", limit: 20*time.Minute + 100*fuzztime, run: func(r *run) { fuzzStage(r, fuzztime) }},
-		{name: "ports", what: "go build and go vet of everything for " + strings.Join(arches, " "), limit: 12 * time.Minute, run: portsStage},
+		{name: "ports", what: "go build of everything, and go vet of what is an architecture's own, for " + strings.Join(arches, " "), limit: 12 * time.Minute, run: portsStage},
 		{name: "foreign", what: "the tests of the packages below cmd on foreign machines: " + strings.Join(foreignNames(), " "),
 			needs: []string{"qemu-user"}, limit: 15 * time.Minute, run: foreignStage},
 		{name: "cross", what: "links between this machine and foreign ones, as either end",
