@@ -81,9 +81,6 @@ type Caps struct {
 	Channels int
 }
 
-// Hardware tells that something else than the processor copies.
-func (c Caps) Hardware() bool { return c.Channels > 0 }
-
 // EngineWaiter is the end of an engine's interrupt. The waiters of packages doorbell and pci have its
 // method set.
 type EngineWaiter interface {

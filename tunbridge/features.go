@@ -1,24 +1,22 @@
 package tunbridge
 
-import "strings"
+import (
+	"strings"
 
-// Feature bits of a network device, as masks (virtio 1.2, 5.1.3).
+	"github.com/boardlink/boardlink/virtio"
+)
+
+// Feature bits of a network device that speak of checksums and segmentation, as masks (virtio 1.2, 5.1.3).
 const (
-	NetFCSUM       uint64 = 1 << 0  // device handles packets with partial checksum
-	NetFGuestCSUM  uint64 = 1 << 1  // driver handles packets with partial checksum
-	NetFMTU        uint64 = 1 << 3  // the device advises a maximum MTU
-	NetFMAC        uint64 = 1 << 5  // the device gives a MAC address
-	NetFGuestTSO4  uint64 = 1 << 7  // driver receives TSOv4; needs GuestCSUM
-	NetFGuestTSO6  uint64 = 1 << 8  // driver receives TSOv6; needs GuestCSUM
-	NetFHostTSO4   uint64 = 1 << 11 // device receives TSOv4; needs CSUM
-	NetFHostTSO6   uint64 = 1 << 12 // device receives TSOv6; needs CSUM
-	NetFMrgRxbuf   uint64 = 1 << 15 // driver merges receive buffers
-	NetFStatus     uint64 = 1 << 16 // the configuration space has a status field
-	NetFCtrlVQ     uint64 = 1 << 17 // there is a control queue
-	NetFMQ         uint64 = 1 << 22 // several queue pairs; needs CtrlVQ
-	NetFGuestUSO4  uint64 = 1 << 54 // driver receives USOv4; needs GuestCSUM
-	NetFGuestUSO6  uint64 = 1 << 55 // driver receives USOv6; needs GuestCSUM
-	NetFHostUSO    uint64 = 1 << 56 // device receives USO; needs CSUM
+	NetFCSUM       uint64 = 1 << virtio.NetCSUM      // device handles packets with partial checksum
+	NetFGuestCSUM  uint64 = 1 << virtio.NetGuestCSUM // driver handles packets with partial checksum
+	NetFGuestTSO4  uint64 = 1 << virtio.NetGuestTSO4 // driver receives TSOv4; needs GuestCSUM
+	NetFGuestTSO6  uint64 = 1 << virtio.NetGuestTSO6 // driver receives TSOv6; needs GuestCSUM
+	NetFHostTSO4   uint64 = 1 << virtio.NetHostTSO4  // device receives TSOv4; needs CSUM
+	NetFHostTSO6   uint64 = 1 << virtio.NetHostTSO6  // device receives TSOv6; needs CSUM
+	NetFGuestUSO4  uint64 = 1 << virtio.NetGuestUSO4 // driver receives USOv4; needs GuestCSUM
+	NetFGuestUSO6  uint64 = 1 << virtio.NetGuestUSO6 // driver receives USOv6; needs GuestCSUM
+	NetFHostUSO    uint64 = 1 << virtio.NetHostUSO   // device receives USO; needs CSUM
 	netFDriverMask        = NetFCSUM | NetFHostTSO4 | NetFHostTSO6 | NetFHostUSO
 	netFDeviceMask        = NetFGuestCSUM | NetFGuestTSO4 | NetFGuestTSO6 | NetFGuestUSO4 | NetFGuestUSO6
 )

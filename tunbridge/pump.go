@@ -150,9 +150,6 @@ func (s *Stats) looked() { atomic.AddUint64(&s.n[cLooks], 1) }
 // Frames returns the number of frames moved.
 func (s *Stats) Frames() uint64 { return atomic.LoadUint64(&s.n[cFrames]) }
 
-// Rings returns the number of doorbells rung.
-func (s *Stats) Rings() uint64 { return atomic.LoadUint64(&s.n[cRings]) }
-
 // header is a virtio-net header in local memory (virtio 1.2, 5.1.6).
 type header [HeaderLen]byte
 

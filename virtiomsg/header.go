@@ -3,12 +3,7 @@ package virtiomsg
 import (
 	"encoding/binary"
 	"fmt"
-
-	"github.com/boardlink/boardlink/virtio"
 )
-
-// FeatureBits is how many feature bits a device can have.
-const FeatureBits = 32 * virtio.FeatureBlocks
 
 // Vector returns the doorbell vector, of vectors that the side to be rung has, that stands for a
 // queue of a device. Vector 0 is the control plane's: link page and FIFOs; with a single

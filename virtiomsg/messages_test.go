@@ -316,10 +316,10 @@ func TestRequests(t *testing.T) {
 			t.Errorf("%s matches", h)
 		}
 	}
-	if r.Stale != 6 || r.Waiting() != 1 {
-		t.Error(r.Stale, r.Waiting())
+	if r.Stale != 6 || r.n != 1 {
+		t.Error(r.Stale, r.n)
 	}
-	if !r.Match(good) || r.Match(good) || r.Waiting() != 0 || r.Stale != 7 {
+	if !r.Match(good) || r.Match(good) || r.n != 0 || r.Stale != 7 {
 		t.Error("an answer counts once")
 	}
 	tok, _ = r.Begin(true, BusPing, 0)
@@ -343,7 +343,7 @@ func TestRequests(t *testing.T) {
 	if _, err := r.Begin(true, BusPing, 0); err != ErrTooMany {
 		t.Error(err)
 	}
-	if n := r.Reset(); n != MaxRequests || r.Waiting() != 0 {
+	if n := r.Reset(); n != MaxRequests || r.n != 0 {
 		t.Error(n)
 	}
 }

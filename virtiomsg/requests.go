@@ -89,6 +89,3 @@ func (r *Requests) Reset() int {
 	r.n = 0
 	return n
 }
-
-// Waiting returns how many requests wait for their answers.
-func (r *Requests) Waiting() int { return r.n }

@@ -80,15 +80,10 @@ func Pin(cpu int) (unpin func(), err error) {
 	}, nil
 }
 
-// ThreadCPU returns the processor time of the calling thread; the goroutine has to be locked to it.
-func ThreadCPU() time.Duration { return cpuClock(unix.CLOCK_THREAD_CPUTIME_ID) }
-
 // ProcessCPU returns the processor time of this process, all its threads.
-func ProcessCPU() time.Duration { return cpuClock(unix.CLOCK_PROCESS_CPUTIME_ID) }
-
-func cpuClock(id int32) time.Duration {
+func ProcessCPU() time.Duration {
 	var ts unix.Timespec
-	if unix.ClockGettime(id, &ts) != nil {
+	if unix.ClockGettime(unix.CLOCK_PROCESS_CPUTIME_ID, &ts) != nil {
 		return 0
 	}
 	return time.Duration(ts.Nano())

@@ -50,9 +50,6 @@ func (h *Histogram) Record(d time.Duration) {
 	h.h.RecordValue(min(max(int64(d), 1), int64(time.Minute))) // cannot fail inside the range
 }
 
-// Merge adds what o has counted.
-func (h *Histogram) Merge(o *Histogram) { h.h.Merge(o.h) }
-
 // Reset forgets everything.
 func (h *Histogram) Reset() { h.h.Reset() }
 

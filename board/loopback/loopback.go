@@ -27,9 +27,6 @@ const (
 	BusAddr = share.BusAddr
 	// PoolAddr is the bus address of the pool.
 	PoolAddr = share.PoolAddr
-	// PoolMinSize is the least shared memory, in bytes, of which the upper half is the pool: memory
-	// that stands for the host's. Of less, all is the window.
-	PoolMinSize = share.PoolMinSize
 )
 
 const (

@@ -103,14 +103,6 @@ func (f *Function) Pull() {
 	}
 }
 
-// Plug puts it back.
-func (f *Function) Plug() {
-	atomic.StoreUint32(&f.pulled, 0)
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.gone = nil
-}
-
 // Open makes a function that was closed ready to be opened anew. It fails with an error that matches
 // pci.ErrAbsent while it is pulled, and pci.ErrBusy while it is open.
 func (f *Function) Open() (*Function, error) {

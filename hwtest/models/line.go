@@ -66,13 +66,6 @@ func (l *Line) Cut(on bool) {
 	l.cut = on
 }
 
-// Asserted tells the level.
-func (l *Line) Asserted() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.level
-}
-
 // Counters returns what was counted.
 func (l *Line) Counters() LineCounters {
 	return LineCounters{Taken: atomic.LoadUint64(&l.n.Taken), Lost: atomic.LoadUint64(&l.n.Lost)}
