@@ -141,21 +141,52 @@ func NewSleeper(cfg SleeperConfig) *Sleeper {
 	for i := range s.fds {
 		s.fds[i] = unix.PollFd{Fd: -1, Events: unix.POLLIN} // poll skips negative ones
 	}
-	for i, d := range s.doors {
-		if d != nil {
-			s.fds[doorFDs[i]].Fd = int32(d.FD())
-			s.deaf = s.deaf || d.FD() < 0
-			s.ends[i], _ = d.(*End)
-		}
-	}
 	if cfg.Stop != nil {
 		s.fds[1].Fd = int32(cfg.Stop.FD())
 	}
 	if cfg.HasExtra {
 		s.extra = int32(cfg.Extra)
 	}
+	s.hear()
 	s.cur, _ = s.limits()
 	return s
+}
+
+// hear takes over the descriptors of the doorbells.
+func (s *Sleeper) hear() {
+	s.deaf = false
+	for i, d := range s.doors {
+		s.fds[doorFDs[i]].Fd, s.fds[doorFDs[i]].Revents = -1, 0
+		if d != nil {
+			s.fds[doorFDs[i]].Fd = int32(d.FD())
+			s.deaf = s.deaf || d.FD() < 0
+		}
+		s.ends[i], _ = d.(*End)
+	}
+}
+
+// Replace gives the Sleeper other doorbells, with the meaning of SleeperConfig's Doorbell and Second, and another place
+// to count in; nil keeps the one that it has. The descriptors from before are not used any more. The time of
+// the next sleep stays, within the limits of the new doorbells. Like all methods it is for the Sleeper's goroutine.
+func (s *Sleeper) Replace(door, second Waiter, c *Counters) {
+	if door == nil {
+		door = None
+	}
+	if s.doors[0] != door || s.doors[1] != second {
+		s.lost, s.last = 0, 0
+	}
+	s.doors = [2]Waiter{door, second}
+	if c != nil {
+		s.c = c
+	}
+	s.hear()
+	min, max := s.limits()
+	if s.cur < min {
+		s.cur = min
+	}
+	if s.cur > max {
+		s.cur = max
+	}
 }
 
 // doorFDs are the places of the doorbells in Sleeper.fds.

@@ -3,9 +3,11 @@ package host
 import (
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/control/msgdev"
 	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/pci"
@@ -100,9 +102,10 @@ func newEngineSource(b board.Board, c DMAConfig, log session.Logger, link string
 	return s
 }
 
-// engineSet are the engines of one device. It implements device.Engines.
+// engineSet are the engines of one device. It implements msgdev.Engines.
 type engineSet struct {
 	src   *engineSource
+	mu    sync.Mutex           // held while engines are opened and closed: Describe reads what they change
 	queue map[int]*queueEngine // made once for a queue, so that its counters live as long as the model
 }
 
@@ -116,12 +119,14 @@ type queueEngine struct {
 	min   uint32
 }
 
-// Prepare implements device.Engines: it opens engines for the queues of a device that starts: for transmit queues first, as long as there are some. What
+// Prepare implements msgdev.Engines: it opens engines for the queues of a device that starts: for transmit queues first, as long as there are some. What
 // cannot be had is left to the processor.
-func (s *engineSet) Prepare(jobs []device.EngineJob) {
+func (s *engineSet) Prepare(jobs []msgdev.EngineJob) {
 	if s.src == nil {
 		return
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if s.queue == nil {
 		s.queue = map[int]*queueEngine{}
 	}
@@ -131,7 +136,7 @@ func (s *engineSet) Prepare(jobs []device.EngineJob) {
 		}
 		for _, j := range jobs {
 			j := j
-			if j.ToBoard != toBoard {
+			if j.ToDriver != toBoard {
 				continue
 			}
 			q := s.queue[j.Queue]
@@ -164,19 +169,19 @@ func (s *engineSet) Prepare(jobs []device.EngineJob) {
 }
 
 // open gives q an engine, unless the processor is faster.
-func (s *engineSource) open(q *queueEngine, j device.EngineJob) error {
+func (s *engineSource) open(q *queueEngine, j msgdev.EngineJob) error {
 	size := uint64(stageSize)
 	if n := 64 * uint64(j.Stage); n < size {
 		size = n // what all frames in flight can take
 	}
-	measure := !j.ToBoard && s.c.Min == 0 && s.sample.Len != 0
+	measure := !j.ToDriver && s.c.Min == 0 && s.sample.Len != 0
 	if measure && s.min == dma.Never && s.c.Mode == DMAAuto {
 		return nil
 	}
 	if s.next >= poolLink-stageStep {
 		s.next = stageLink
 	}
-	e, stage, err := s.b.Engine(board.EngineConfig{ToBoard: j.ToBoard, Window: s.window, Size: size, Link: s.next})
+	e, stage, err := s.b.Engine(board.EngineConfig{ToBoard: j.ToDriver, Window: s.window, Size: size, Link: s.next})
 	if err != nil {
 		return err
 	}
@@ -213,17 +218,21 @@ func (s *engineSource) open(q *queueEngine, j device.EngineJob) error {
 	return nil
 }
 
-// Engine implements device.Engines.
-func (s *engineSet) Engine(queue int) (*dma.Mover, dma.Span, bool) {
+// Engine implements msgdev.Engines.
+func (s *engineSet) Engine(queue int) *device.CopyEngine {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	q := s.queue[queue]
 	if q == nil || !q.open {
-		return nil, dma.Span{}, false
+		return nil
 	}
-	return q.mover, q.stage, true
+	return &device.CopyEngine{Mover: q.mover, Staging: q.stage}
 }
 
-// Release implements device.Engines: then the engines they touch nothing any more, or may not use the bus any more, and the link is lost. The pumps have ended.
+// Release implements msgdev.Engines: then the engines they touch nothing any more, or may not use the bus any more, and the link is lost. The pumps have ended.
 func (s *engineSet) Release() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for _, q := range s.queue {
 		s.src.close(q)
 	}
@@ -253,8 +262,10 @@ func (s *engineSource) close(q *queueEngine) {
 	}
 }
 
-// Describe implements device.Engines: it adds the counters of the queues that had an engine once, and their sums to the device's.
+// Describe adds the counters of the queues that had an engine once, and their sums to the device's.
 func (s *engineSet) Describe(d *status.Device) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for i := range d.Queues {
 		q := s.queue[d.Queues[i].Index]
 		if q == nil || !q.used {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/control/msgdev"
 	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/mmio"
@@ -114,10 +115,10 @@ type quiet struct{ *lines }
 
 func (quiet) Debug(string, ...interface{}) {}
 
-func jobs(pairs int) []device.EngineJob {
-	var l []device.EngineJob
+func jobs(pairs int) []msgdev.EngineJob {
+	var l []msgdev.EngineJob
 	for i := 0; i < 2*pairs; i++ {
-		l = append(l, device.EngineJob{Queue: i, Name: fmt.Sprintf("q%d", i), ToBoard: i%2 == 0, Stage: tunbridge.StagingMin(tunbridge.MaxFrame(1500, false))})
+		l = append(l, msgdev.EngineJob{Queue: i, QueueInfo: device.QueueInfo{Name: fmt.Sprintf("q%d", i), ToDriver: i%2 == 0, Stage: tunbridge.StagingMin(tunbridge.MaxFrame(1500, false))}})
 	}
 	return l
 }
@@ -155,10 +156,10 @@ func TestEngines(t *testing.T) {
 				var got []int
 				var min uint32
 				for i := 0; i < 2*c.pairs; i++ {
-					if m, stage, ok := s.Engine(i); ok {
-						got, min = append(got, i), m.Min()
-						if stage.Len < jobs(1)[0].Stage {
-							t.Errorf("%d bytes of staging memory", stage.Len)
+					if e := s.Engine(i); e != nil {
+						got, min = append(got, i), e.Mover.Min()
+						if e.Staging.Len < jobs(1)[0].Stage {
+							t.Errorf("%d bytes of staging memory", e.Staging.Len)
 						}
 					}
 				}
@@ -225,8 +226,7 @@ func TestEnginesRefused(t *testing.T) {
 		return s
 	}
 	got := func(s *engineSet) bool {
-		_, _, ok := s.Engine(1)
-		return ok
+		return s.Engine(1) != nil
 	}
 	b := &timedBoard{win: dma.Region{Mem: ram}, free: 2, size: 4096}
 	if s := set(b, all); got(s) || b.closed != 2 {

@@ -89,10 +89,9 @@ func NewLink(c Config) *Link {
 // offer makes what serves a device.
 func (l *Link) offer(n uint16, dev device.Device) *offered {
 	d := &offered{number: n, dev: dev}
-	dev.SetEngines(&d.engines)
 	starts, changes := session.NewBucket(l.cfg.Pace.Starts), session.NewBucket(l.cfg.Pace.Changes)
 	d.Server = msgdev.New(messages{l.s}, msgdev.Config{Link: l.cfg.Name, Number: n, Device: dev, Log: l.cfg.Log, Counters: &l.n.Devices,
-		Starts: &starts, Changes: &changes, Room: l.room, Far: func(a dma.Addr) bool { return a >= poolLink }})
+		Table: &l.table, Engines: &d.engines, Starts: &starts, Changes: &changes, Room: l.room, Far: func(a dma.Addr) bool { return a >= poolLink }})
 	return d
 }
 
@@ -157,6 +156,7 @@ func (l *Link) room() device.Room {
 // describe describes a device for an operator.
 func (d *offered) describe() status.Device {
 	s := d.Status()
+	d.engines.Describe(&s)
 	if atomic.LoadUint32(&d.undriven) != 0 && !d.Driven() {
 		s.Notes = append(s.Notes, undrivenNote)
 	}
@@ -233,7 +233,6 @@ func (l *handler) Up() {
 	(*Link)(l).linkUp()
 	src := newEngineSource(l.s.Board(), l.cfg.DMA, l.cfg.Log, l.cfg.Name, parts, l.runaway)
 	for _, d := range l.devs {
-		d.dev.SetMemory(&l.table)
 		d.engines.src = src
 	}
 }

@@ -14,9 +14,11 @@ import (
 type half interface {
 	Pump
 	shared() *common
-	// begin is called once, before all others; end once, after all others, also where begin failed.
+	// begin is called before all others, and again after ground.
 	begin() error
-	end()
+	// ground ends a batch for good, also after an error and before begin: what was done is completed, the rest given back to the ring,
+	// nothing is in flight, and no memory of the peer is remembered.
+	ground()
 	// step moves a batch, if there is anything to move: ring is how many chains it took from the ring, iface how many
 	// frames from the interface. It reads the interface only where mayRead is set, until common.dry or common.starved is.
 	step(mayRead bool) (ring, iface int, err error)
@@ -31,7 +33,7 @@ type half interface {
 // yieldPeriod is how many polls of the rings go with one poll of the descriptors and one yield of the processor.
 const yieldPeriod = 32
 
-// A loop moves the frames of a queue pair, both ways, on one goroutine: what goes out by the interface often has
+// A Loop moves the frames of a queue pair, both ways, on one goroutine: what goes out by the interface often has
 // its answer there at once, so that one thread wakes up instead of two.
 //
 // Its policies are types of their own, each with a switch in LoopConfig.Off: busyPoll, speculative, batchEnd, and
@@ -39,9 +41,10 @@ const yieldPeriod = 32
 //
 //	move what the rings and the interface hold, one batch each; nothing: busy-poll for a budget;
 //	nothing: arm the notifications, check once more, sleep
-type loop struct {
+type Loop struct {
 	name    string
 	stop    *Stop
+	box     *mailbox // nil: the pumps stay, and stop ends the loop
 	ifc     *Iface
 	sleeper *doorbell.Sleeper
 	out     half // ring to interface; may be nil
@@ -59,47 +62,85 @@ type loop struct {
 	stats   *Stats
 }
 
-// NewLoop returns the loop of a queue pair: two pumps of one side, with the same interface and the same Stop, one each way, or one alone. It runs
+// NewLoop returns the loop of a queue pair whose pumps stay: two of one side, with the same interface and the same Stop, one each way, or one alone. It runs
 // them on one goroutine; they are not to be run by themselves.
 func NewLoop(c LoopConfig, pumps ...Pump) (Pump, error) {
-	l := &loop{cpu: c.CPU}
-	l.busy.set(c.BusyPoll)
-	l.spec.off, l.end.off = c.Off&SpeculativeReads != 0, c.Off&BatchEnds != 0
+	l := newLoop(c)
 	for _, p := range pumps {
 		h, ok := p.(half)
 		if !ok {
 			return nil, fmt.Errorf("tunbridge: a loop of %T: it has to be made of pumps", p)
 		}
-		place := &l.out
-		if h.shared().reads {
-			place = &l.in
+		c := h.shared()
+		if l.ifc != nil && (c.ifc != l.ifc || c.stop != l.stop) {
+			return nil, fmt.Errorf("tunbridge: %s and %s are of different interfaces or devices", l.name, c.name)
 		}
-		if *place != nil {
-			return nil, fmt.Errorf("tunbridge: %s and %s go the same way", (*place).shared().name, h.shared().name)
+		l.name, l.stop, l.ifc = c.name, c.stop, c.ifc
+		if err := l.put(h); err != nil {
+			return nil, err
 		}
-		*place = h
 	}
-	first := l.in
-	if l.out != nil {
-		first = l.out
-	}
-	if first == nil {
+	if l.first() == nil {
 		return nil, fmt.Errorf("tunbridge: a loop without pumps")
 	}
-	c1 := first.shared()
-	l.name, l.stop, l.ifc, l.across, l.stats = c1.name, c1.stop, c1.ifc, c1.across, c1.stats
-	var second doorbell.Waiter
-	if l.in != nil && l.out != nil {
-		c2 := l.in.shared()
-		if c2.ifc != c1.ifc || c2.stop != c1.stop {
-			return nil, fmt.Errorf("tunbridge: %s and %s are of different interfaces or devices", c1.name, c2.name)
-		}
-		second = c2.wait
-		l.across = l.across || c2.across
-	}
-	l.sleeper = doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: c1.wait, Second: second, Stop: c1.stop.Bell(),
-		Extra: c1.ifc.FD(), HasExtra: true, ExtraName: c1.ifc.Name(), Fallback: c1.fallback, Counters: c1.bells, Doze: c.Off&Dozing == 0})
+	c1 := l.first().shared()
+	l.name = c1.name
+	l.makeSleeper(c1.fallback, c)
+	l.wire()
 	return l, nil
+}
+
+func newLoop(c LoopConfig) *Loop {
+	l := &Loop{cpu: c.CPU}
+	l.busy.set(c.BusyPoll)
+	l.spec.off, l.end.off = c.Off&SpeculativeReads != 0, c.Off&BatchEnds != 0
+	return l
+}
+
+// put gives a half its place.
+func (l *Loop) put(h half) error {
+	place := &l.out
+	if h.shared().reads {
+		place = &l.in
+	}
+	if *place != nil {
+		return fmt.Errorf("tunbridge: %s and %s go the same way", (*place).shared().name, h.shared().name)
+	}
+	*place = h
+	return nil
+}
+
+// first returns the half whose counters are those of the loop, nil where there is none.
+func (l *Loop) first() half {
+	if l.out != nil {
+		return l.out
+	}
+	return l.in
+}
+
+// makeSleeper makes the loop able to sleep; wire gives it doorbells.
+func (l *Loop) makeSleeper(f doorbell.Fallback, c LoopConfig) {
+	l.sleeper = doorbell.NewSleeper(doorbell.SleeperConfig{Stop: l.stop.Bell(), Extra: l.ifc.FD(), HasExtra: true, ExtraName: l.ifc.Name(),
+		Fallback: f, Doze: c.Off&Dozing == 0})
+}
+
+// wire makes doorbells and counters those of the halves that are there.
+func (l *Loop) wire() {
+	first := l.first()
+	if first == nil {
+		return
+	}
+	c1 := first.shared()
+	l.stats, l.across = c1.stats, c1.across
+	var second doorbell.Waiter
+	if l.out != nil && l.in != nil {
+		c2 := l.in.shared()
+		second, l.across = c2.wait, l.across || c2.across
+		if second == nil {
+			second = doorbell.None
+		}
+	}
+	l.sleeper.Replace(c1.wait, second, c1.bells)
 }
 
 // alone runs one pump by itself.
@@ -111,8 +152,11 @@ func alone(h half) error {
 	return l.Run()
 }
 
-// Run implements Pump.
-func (l *loop) Run() (err error) {
+// Run implements Pump, for a loop of NewLoop.
+func (l *Loop) Run() error { return l.run() }
+
+// run moves frames until Stop is raised or, with a mailbox, no pump is left.
+func (l *Loop) run() (err error) {
 	defer l.sleeper.Done()
 	if len(l.cpu) > 0 {
 		// Never unlocked: the thread ends with the goroutine that calls Run, or stays on its processors with it.
@@ -125,18 +169,20 @@ func (l *loop) Run() (err error) {
 			return fmt.Errorf("%s: run on processors %v: %w", l.name, l.cpu, err)
 		}
 	}
-	for _, h := range [...]half{l.out, l.in} {
-		if h == nil {
+	defer l.ground()
+	if err := l.begin(); err != nil {
+		return err
+	}
+	for l.first() != nil {
+		if l.stop.Raised() {
+			if !l.attend() {
+				return nil
+			}
+			if err := l.begin(); err != nil {
+				return err
+			}
 			continue
 		}
-		defer h.shared().flush()
-		defer h.end()
-		if err := h.begin(); err != nil {
-			return err
-		}
-	}
-	l.ready = l.in != nil // what came before the loop
-	for !l.stop.Raised() {
 		ring, iface, err := l.step()
 		if err == nil {
 			err = l.fault()
@@ -144,7 +190,7 @@ func (l *loop) Run() (err error) {
 		if err != nil {
 			return err
 		}
-		if ring > 0 || iface > 0 {
+		if ring > 0 || iface > 0 || l.first() == nil {
 			continue
 		}
 		if l.out != nil && l.out.shared().flying {
@@ -172,18 +218,41 @@ func (l *loop) Run() (err error) {
 	return nil
 }
 
-// fault returns what the peer did to a doorbell of the loop, nil if it was nothing.
-func (l *loop) fault() error {
+// begin begins, or goes on after ground.
+func (l *Loop) begin() error {
 	for _, h := range [...]half{l.out, l.in} {
-		if h != nil && h.shared().fault != nil {
-			return h.shared().fault
+		if h == nil {
+			continue
+		}
+		if err := h.begin(); err != nil {
+			if err = l.broke(h, err); err != nil {
+				return err
+			}
+		}
+	}
+	l.ready = l.in != nil // what came before
+	l.landed = 0
+	l.end.polled(false)
+	return nil
+}
+
+// fault returns what the peer did to a doorbell of the loop, nil if it was nothing.
+func (l *Loop) fault() error {
+	for _, h := range [...]half{l.out, l.in} {
+		if h == nil || h.shared().fault == nil {
+			continue
+		}
+		err := h.shared().fault
+		h.shared().fault = nil
+		if err = l.broke(h, err); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
 // poll looks at the descriptors. What the doorbells tell of has to be looked for after it.
-func (l *loop) poll() (doorbell.Reason, error) {
+func (l *Loop) poll() (doorbell.Reason, error) {
 	why, err := l.sleeper.Look(l.events())
 	if err != nil {
 		return 0, l.cannotWait(err)
@@ -197,7 +266,7 @@ func (l *loop) poll() (doorbell.Reason, error) {
 
 // cannotWait explains why the descriptors cannot be waited for. A tun descriptor reports POLLERR once its interface
 // is removed.
-func (l *loop) cannotWait(err error) error {
+func (l *Loop) cannotWait(err error) error {
 	var fe *doorbell.FDError
 	if errors.As(err, &fe) && fe.FD == l.ifc.FD() && fe.Revents&unix.POLLERR != 0 {
 		return fmt.Errorf("%s: wait for a frame from %s: %w", l.name, l.ifc.Name(), ErrGone)
@@ -206,10 +275,12 @@ func (l *loop) cannotWait(err error) error {
 }
 
 // step moves a batch each way. The ring first: what is written to the interface may have its answer there when that is read.
-func (l *loop) step() (ring, iface int, err error) {
+func (l *Loop) step() (ring, iface int, err error) {
 	if l.out != nil {
 		if ring, _, err = l.out.step(false); err != nil {
-			return ring, 0, err
+			if err = l.broke(l.out, err); err != nil {
+				return ring, 0, err
+			}
 		}
 		ring += l.landed
 		l.landed = 0
@@ -234,7 +305,7 @@ func (l *loop) step() (ring, iface int, err error) {
 	r, f, err := l.in.step(l.ready || speculate)
 	l.inTook = r
 	if err != nil {
-		return ring + r, f, err
+		return ring + r, f, l.broke(l.in, err)
 	}
 	if l.ready || speculate {
 		if speculate && f == 0 && in.dry {
@@ -255,10 +326,13 @@ func (l *loop) step() (ring, iface int, err error) {
 
 // await waits a moment for the frames that a DMA engine moves. Where that takes longer, the other direction does not wait for it: an
 // engine may be stuck until its transfer is aborted.
-func (l *loop) await() (err error) {
+func (l *Loop) await() (err error) {
 	if !l.end.predicted { // a frame that may have been left must not wait
-		if l.landed, err = l.out.await(); err != nil || l.landed > 0 {
-			return err
+		if l.landed, err = l.out.await(); err != nil {
+			return l.broke(l.out, err)
+		}
+		if l.landed > 0 {
+			return nil
 		}
 	}
 	_, err = l.poll()
@@ -266,8 +340,8 @@ func (l *loop) await() (err error) {
 }
 
 // events are what the loop waits for at the interface: nothing while there is no room for a frame.
-func (l *loop) events() int16 {
-	if l.in == nil || l.in.shared().starved {
+func (l *Loop) events() int16 {
+	if l.in == nil || l.in.shared().starved || l.in.shared().muted {
 		return 0
 	}
 	return doorbell.In
@@ -275,7 +349,7 @@ func (l *loop) events() int16 {
 
 // pollBudget returns how long to busy-poll now. Not at all where there is no room for a frame and the other side
 // rings once it has made much: it has the work of a whole ring, and may need this processor for it.
-func (l *loop) pollBudget() time.Duration {
+func (l *Loop) pollBudget() time.Duration {
 	if l.busy.fixed == 0 && l.in != nil && l.in.shared().starved && l.in.shared().patient {
 		return 0
 	}
@@ -286,7 +360,7 @@ func (l *loop) pollBudget() time.Duration {
 //
 // It yields the processor first and once every yieldPeriod polls: the kernel often places both ends, and the
 // process that waits for their answer, on one processor.
-func (l *loop) pollBusily(d time.Duration) (bool, error) {
+func (l *Loop) pollBusily(d time.Duration) (bool, error) {
 	end := time.Now().Add(d)
 	for i := 0; !l.stop.Raised(); i++ {
 		yield := i%yieldPeriod == 0
@@ -320,8 +394,12 @@ func (l *loop) pollBusily(d time.Duration) (bool, error) {
 
 // sleep asks to be notified, looks once more, and sleeps until the doorbell rings, the interface has a frame, the fallback polls,
 // or Stop is raised.
-func (l *loop) sleep() error {
-	armed, starved := true, l.in != nil && l.in.shared().starved
+func (l *Loop) sleep() error {
+	if l.first() == nil {
+		return nil
+	}
+	in := l.in
+	armed, starved := true, in != nil && in.shared().starved
 	var why doorbell.Reason
 	for _, h := range [...]half{l.out, l.in} {
 		if h == nil {
@@ -329,7 +407,7 @@ func (l *loop) sleep() error {
 		}
 		pending, err := h.arm()
 		if err != nil {
-			return err
+			return l.broke(h, err) // the other one's notification is armed: that costs a doorbell at most
 		}
 		if pending {
 			armed = false
@@ -369,7 +447,7 @@ func (l *loop) sleep() error {
 	switch {
 	case !starved || l.inTook == 0 || l.outTook > 0:
 		l.sleeper.Found(l.outTook > 0)
-	case why&doorbell.Timeout == 0 || l.inTook >= l.in.shared().asked:
+	case why&doorbell.Timeout == 0 || l.inTook >= in.shared().asked:
 		l.sleeper.Found(true)
 	default:
 		// Some of the chains, and not yet as many as the doorbell was asked for: nothing was lost, and there is no reason to sleep

@@ -92,7 +92,7 @@ type fakeHalf struct {
 
 func (f *fakeHalf) Run() error          { return nil }
 func (f *fakeHalf) begin() error        { return nil }
-func (f *fakeHalf) end()                {}
+func (f *fakeHalf) ground()             {}
 func (f *fakeHalf) arm() (bool, error)  { return false, nil }
 func (f *fakeHalf) disarm()             {}
 func (f *fakeHalf) shared() *common     { return &f.common }
@@ -122,7 +122,7 @@ func TestLoopReadsSpeculatively(t *testing.T) {
 		}
 		return 0, 0
 	}
-	l := &loop{out: out, in: in}
+	l := &Loop{out: out, in: in}
 	run := func(n int) (reads int) {
 		in.reads = nil
 		for i := 0; i < n; i++ {
@@ -188,7 +188,7 @@ func TestLoopPredictsBatchEnds(t *testing.T) {
 			}
 			return 0, got
 		}
-		l := &loop{in: in}
+		l := &Loop{in: in}
 		total, batches := 0, 0
 		for round := 0; round < 200; round++ {
 			for _, n := range c.batches {
@@ -238,7 +238,7 @@ func TestLoopPredictsNotWhileBusy(t *testing.T) {
 		}
 		return 0, got
 	}
-	l := &loop{out: out, in: in}
+	l := &Loop{out: out, in: in}
 	step := func(arrive int) int {
 		frames += arrive
 		if _, _, err := l.step(); err != nil {
@@ -262,7 +262,7 @@ func TestLoopPredictsNotWhileBusy(t *testing.T) {
 // A loop without room for a frame does not look on where it will be told of much room: the other side has the work, and may have no processor.
 func TestLoopPollBudget(t *testing.T) {
 	in := &fakeHalf{}
-	l := &loop{in: in}
+	l := &Loop{in: in}
 	l.busy.budget[sent] = MaxBusyPoll
 	l.busy.last = sent
 	if d := l.pollBudget(); d != MaxBusyPoll {
@@ -384,7 +384,7 @@ func TestLoopRescues(t *testing.T) {
 		n := new(doorbell.Counters)
 		in := &fakeHalf{common: common{starved: true, asked: c.asked}, next: func(bool) (int, int) { return c.in, 0 }}
 		out := &fakeHalf{next: func(bool) (int, int) { return c.out, 0 }}
-		l := &loop{out: out, in: in, stats: new(Stats), sleeper: doorbell.NewSleeper(doorbell.SleeperConfig{
+		l := &Loop{out: out, in: in, stats: new(Stats), sleeper: doorbell.NewSleeper(doorbell.SleeperConfig{
 			Doorbell: bell, Fallback: doorbell.Fallback{Min: time.Millisecond, Max: time.Millisecond}, Counters: n})}
 		if c.rung {
 			bell.Ring()
@@ -445,7 +445,7 @@ func TestLoopWhileFlying(t *testing.T) {
 		}
 		return 0
 	}
-	l := &loop{out: out, in: in, stop: stop, stats: new(Stats), sleeper: doorbell.NewSleeper(doorbell.SleeperConfig{
+	l := &Loop{out: out, in: in, stop: stop, stats: new(Stats), sleeper: doorbell.NewSleeper(doorbell.SleeperConfig{
 		Stop: stop.Bell(), Extra: ready.FD(), HasExtra: true})}
 	if err := l.Run(); err != nil {
 		t.Fatal(err)

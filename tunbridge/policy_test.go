@@ -89,7 +89,7 @@ func TestLoopPoliciesOff(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l := p.(*loop)
+		l := p.(*Loop)
 		if l.spec.off != (off&SpeculativeReads != 0) || l.end.off != (off&BatchEnds != 0) {
 			t.Errorf("Off %b: speculative reads off %v, batch ends off %v", off, l.spec.off, l.end.off)
 		}

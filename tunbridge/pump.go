@@ -9,6 +9,7 @@ import (
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/mmio"
+	"github.com/boardlink/boardlink/vring"
 	"golang.org/x/sys/unix"
 )
 
@@ -183,6 +184,7 @@ type common struct {
 	vnet     bool // the interface speaks virtio-net headers
 	across   bool
 	reads    bool // from the interface, to the ring
+	muted    bool // frames from the ring are dropped, and none is read from the interface
 	iov      []unix.Iovec
 	staging  []byte
 	hdr      *header
@@ -216,6 +218,8 @@ type PumpConfig struct {
 	// Wait is this side's end of the queue's doorbell, Ring the peer's.
 	Wait doorbell.Waiter
 	Ring doorbell.Ringer
+	// Muted: see Change.
+	Muted bool
 	// MaxFrame is the largest frame in bytes, header included: see MaxFrameToDriver and
 	// MaxFrameToDevice. Longer ones are dropped and counted (oversize).
 	MaxFrame int
@@ -263,6 +267,7 @@ func newCommon(c PumpConfig) common {
 		most:     c.MaxFollow,
 		vnet:     c.Iface.HeaderLen() != 0,
 		across:   c.Across,
+		muted:    c.Muted,
 		staging:  make([]byte, c.MaxFrame+1),
 		hdr:      new(header),
 	}
@@ -297,6 +302,33 @@ func (c *common) ring() {
 func (c *common) flush() { c.stats.flush(&c.d) }
 
 func (c *common) shared() *common { return c }
+
+// Change is what a pump of the device side may be given while its loop runs. Nil fields stay as they are.
+type Change struct {
+	Queue vring.Device    // goes on where the one before has stopped
+	Wait  doorbell.Waiter // this side's end of the doorbell
+	Ring  doorbell.Ringer // the peer's
+	// Mute, if not nil, tells whether frames from the ring are to be given back unsent, and the interface is to be left unread.
+	Mute *bool
+}
+
+// DevicePump is a pump of the device side, which can be attached to a Loop of OpenLoop.
+type DevicePump interface {
+	half
+	change(Change)
+}
+
+func (c *common) change(n Change) {
+	if n.Wait != nil {
+		c.wait = n.Wait
+	}
+	if n.Ring != nil {
+		c.ringer = n.Ring
+	}
+	if n.Mute != nil {
+		c.muted = *n.Mute
+	}
+}
 
 // await is that of a half which never has frames in flight.
 func (c *common) await() (int, error) { return 0, nil }

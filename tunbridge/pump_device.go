@@ -14,9 +14,12 @@ type DeviceTX struct {
 	common
 	q    vring.Device
 	b    vring.Batch
-	used []vring.Used
-	fly  *txFlight // nil without a Mover
+	next int          // first chain in b that is neither written, nor dropped, nor in flight
+	used []vring.Used // what was written or dropped, and is not completed
+	fly  *txFlight    // nil without a Mover
 }
+
+var _, _ DevicePump = (*DeviceTX)(nil), (*DeviceRX)(nil)
 
 // NewDeviceTX returns the pump of a transmit queue.
 func NewDeviceTX(c PumpConfig, q vring.Device) *DeviceTX {
@@ -35,7 +38,19 @@ func (p *DeviceTX) begin() error {
 	return nil
 }
 
-func (p *DeviceTX) end() { p.ground() }
+// ground lets all that is in flight land. What has not gone out is popped again by whoever goes on.
+func (p *DeviceTX) ground() {
+	rest := len(p.b.Chains) - p.next + p.landAll()
+	p.settle(p.q, &p.used, rest)
+	p.b, p.next = vring.Batch{}, 0
+}
+
+func (p *DeviceTX) change(c Change) {
+	if c.Queue != nil {
+		p.q = c.Queue
+	}
+	p.common.change(c)
+}
 
 func (p *DeviceTX) step(bool) (ring, iface int, err error) {
 	ring, err = p.drain()
@@ -51,38 +66,47 @@ func (p *DeviceTX) drain() (int, error) {
 	if p.fly != nil {
 		return p.drainMoved()
 	}
-	p.b.Chains, p.b.Spans = p.b.Chains[:0], p.b.Spans[:0]
-	n, qerr := p.q.Pop(&p.b, batchFrames)
+	return p.direct(p.pop(batchFrames))
+}
+
+// pop takes at most max chains from the ring.
+func (p *DeviceTX) pop(max int) (int, error) {
+	p.b.Chains, p.b.Spans, p.next = p.b.Chains[:0], p.b.Spans[:0], 0
+	return p.q.Pop(&p.b, max)
+}
+
+// direct writes the frames of n chains that were popped, before the ring broke where qerr is not nil.
+func (p *DeviceTX) direct(n int, qerr error) (int, error) {
 	bytes := 0
-	for i := 0; i < n; i++ {
-		c := &p.b.Chains[i]
+	for p.next < n {
+		c := &p.b.Chains[p.next]
 		if err := p.frame(c); err != nil {
-			return i, err
+			return p.next, err
 		}
 		p.used = append(p.used, vring.Used{ID: c.ID, Count: c.Count})
-		if bytes += int(c.ReadLen); bytes >= batchBytes {
+		p.next++
+		if bytes += int(c.ReadLen); bytes >= batchBytes && qerr == nil {
 			// Do not let the driver run dry while a large batch goes out.
 			if err := p.complete(); err != nil {
-				return i, err
+				return p.next, err
 			}
 			bytes = 0
 		}
 	}
-	if err := p.complete(); err != nil {
-		return n, err
+	if qerr != nil {
+		return n, qerr // ground completes them
 	}
-	return n, qerr
+	return n, p.complete()
 }
 
 func (p *DeviceTX) complete() error {
 	if len(p.used) == 0 {
 		return nil
 	}
-	err := p.q.Complete(p.used)
-	p.used = p.used[:0]
-	if err != nil {
+	if err := p.q.Complete(p.used); err != nil {
 		return err
 	}
+	p.used = p.used[:0]
 	p.d[cBatches]++
 	if p.q.NeedCall() {
 		p.ring()
@@ -95,7 +119,7 @@ func (p *DeviceTX) complete() error {
 // into buffers (virtio 1.2, 2.7.4.1).
 func (p *DeviceTX) frame(c *vring.Chain) error {
 	total := int(c.ReadLen)
-	if !p.passes(total) {
+	if p.muted || !p.passes(total) {
 		return nil // give the buffer back
 	}
 	spans := p.b.Spans[c.First : int(c.First)+int(c.Readable)]
@@ -185,12 +209,46 @@ func (p *DeviceRX) begin() error {
 	return nil
 }
 
-func (p *DeviceRX) end() {
-	p.land()
-	p.q.Unpop(len(p.b.Chains) - p.next)
+// ground gives the buffers back that hold no frame.
+func (p *DeviceRX) ground() {
+	rest := len(p.b.Chains) - p.next
+	if p.land() != nil {
+		// The engine may go on writing to them: nothing that it was to write counts as a frame.
+		rest += len(p.used)
+		p.used = p.used[:0]
+	}
+	p.settle(p.q, &p.used, rest)
+	p.b, p.next, p.room = vring.Batch{}, 0, 0
+	p.starved, p.dry, p.lacked = false, false, 0
+}
+
+func (p *DeviceRX) change(c Change) {
+	if c.Queue != nil {
+		p.q = c.Queue
+	}
+	p.common.change(c)
+}
+
+// settle ends a batch of q: what was used is completed, the other rest chains are given back. It works on a broken queue too; one that
+// refuses even that has an owner who broke it.
+func (c *common) settle(q vring.Device, used *[]vring.Used, rest int) {
+	if len(*used) == 0 && rest == 0 {
+		return
+	}
+	call, err := q.Settle(*used, rest)
+	if err == nil && len(*used) > 0 {
+		c.d[cBatches]++
+	}
+	*used = (*used)[:0]
+	if call {
+		c.ring()
+	}
 }
 
 func (p *DeviceRX) step(mayRead bool) (ring, iface int, err error) {
+	if p.muted {
+		return 0, 0, nil
+	}
 	if p.starved {
 		before := p.room
 		ok, err := p.gather()
@@ -256,11 +314,10 @@ func (p *DeviceRX) publish() error {
 			return err
 		}
 	}
-	err := p.q.Complete(p.used)
-	p.used = p.used[:0]
-	if err != nil {
+	if err := p.q.Complete(p.used); err != nil {
 		return err
 	}
+	p.used = p.used[:0]
 	p.d[cBatches]++
 	if p.q.NeedCall() {
 		p.ring()
@@ -494,6 +551,7 @@ func (p *DeviceRX) readStaged(room int) (int, error) {
 	}
 	staging[10], staging[11] = byte(k), byte(k>>8)
 	src := staging[:n]
+	first, whole := p.next, len(p.used)
 	for i := 0; i < k; i++ {
 		c := &p.b.Chains[p.next]
 		done := 0
@@ -508,6 +566,7 @@ func (p *DeviceRX) readStaged(room int) (int, error) {
 			if p.mover == nil {
 				s.CopyIn(0, src[:m])
 			} else if err := p.moveOut(s, at, m); err != nil {
+				p.next, p.used = first, p.used[:whole] // no frame
 				return 0, err
 			}
 			src = src[m:]

@@ -121,7 +121,7 @@ func (p *DriverTX) begin() error {
 	return nil
 }
 
-func (p *DriverTX) end() {}
+func (p *DriverTX) ground() {}
 
 func (p *DriverTX) step(mayRead bool) (ring, iface int, err error) {
 	// Descriptors are taken back when they run short: both the device's writes and our reads of them come in larger
@@ -344,7 +344,7 @@ func (p *DriverRX) begin() error {
 	return p.publish()
 }
 
-func (p *DriverRX) end() {}
+func (p *DriverRX) ground() {}
 
 func (p *DriverRX) step(bool) (ring, iface int, err error) {
 	ring, err = p.drain()

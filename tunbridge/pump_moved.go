@@ -76,8 +76,7 @@ func (p *DeviceTX) drainMoved() (int, error) {
 	popped, qerr := 0, error(nil)
 	if p.mover.Runaway() == nil {
 		if k := f.can(); k > 0 {
-			p.b.Chains, p.b.Spans = p.b.Chains[:0], p.b.Spans[:0]
-			popped, qerr = p.q.Pop(&p.b, k)
+			popped, qerr = p.pop(k)
 		}
 	} else if f.first == f.nxt {
 		// The engine may write the staging memory at any time: it is not used again.
@@ -87,12 +86,9 @@ func (p *DeviceTX) drainMoved() (int, error) {
 	if popped > 0 && f.first == f.nxt && !p.moveAll && p.allRAM(popped) {
 		return p.direct(popped, qerr)
 	}
-	for i := 0; i < popped; i++ {
-		if err := p.launch(&p.b.Chains[i]); err != nil {
-			return popped, err
-		}
+	if err := p.launchAll(popped); err != nil {
+		return popped, err
 	}
-	p.mover.Start()
 	moved, err := p.arrived()
 	if err == nil {
 		err = qerr
@@ -144,26 +140,23 @@ func (p *DeviceTX) allRAM(n int) bool {
 	return true
 }
 
-// direct is drain for n chains that were popped already.
-func (p *DeviceTX) direct(n int, qerr error) (int, error) {
-	for i := 0; i < n; i++ {
-		c := &p.b.Chains[i]
-		if err := p.frame(c); err != nil {
-			return i, err
+// launchAll starts the way of n chains that were popped.
+func (p *DeviceTX) launchAll(n int) error {
+	for p.next < n {
+		p.next++
+		if err := p.launch(&p.b.Chains[p.next-1]); err != nil {
+			return err
 		}
-		p.used = append(p.used, vring.Used{ID: c.ID, Count: c.Count})
 	}
-	if err := p.complete(); err != nil {
-		return n, err
-	}
-	return n, qerr
+	p.mover.Start()
+	return nil
 }
 
 // launch queues the bytes of one chain, header and all: one read across the bus less.
 func (p *DeviceTX) launch(c *vring.Chain) error {
 	f := p.fly
 	total := int(c.ReadLen)
-	if !p.passes(total) {
+	if p.muted || !p.passes(total) {
 		t := f.put(0, 0)
 		t.used = vring.Used{ID: c.ID, Count: c.Count}
 		return nil
@@ -205,14 +198,12 @@ func (p *DeviceTX) arrive(t *txFrame) error {
 	return p.write(len(b) - HeaderLen)
 }
 
-// ground lets all that is in flight land, publishes what went out and gives the other chains back: the next pump pops
-// them again.
-func (p *DeviceTX) ground() {
+// landAll waits until nothing is in flight any more, and returns how many chains were: they are popped again.
+func (p *DeviceTX) landAll() int {
 	f := p.fly
 	if f == nil {
-		return
+		return 0
 	}
-	p.complete() // an error is the queue's, which is broken then
 	last := uint64(0)
 	for i := f.first; i != f.nxt; i++ {
 		if t := f.frames[i&f.mask].ticket; t > last {
@@ -220,8 +211,10 @@ func (p *DeviceTX) ground() {
 		}
 	}
 	p.mover.Wait(last)
-	p.q.Unpop(int(f.nxt - f.first))
-	f.first = f.nxt
+	n := int(f.nxt - f.first)
+	f.first, f.head, f.tail = f.nxt, 0, 0
+	p.flying = false
+	return n
 }
 
 // stageHasRoom tells whether one more frame fits into the staging memory.

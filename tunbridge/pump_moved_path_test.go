@@ -91,16 +91,13 @@ func TestMovedPumpEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	// As in drainMoved, up to where it would wait.
-	k, err := p.dev.Pop(&tx.b, tx.fly.can())
+	k, err := tx.pop(tx.fly.can())
 	if err != nil || k != 3 {
 		t.Fatalf("popped %d, %v", k, err)
 	}
-	for i := 0; i < k; i++ {
-		if err := tx.launch(&tx.b.Chains[i]); err != nil {
-			t.Fatal(err)
-		}
+	if err := tx.launchAll(k); err != nil {
+		t.Fatal(err)
 	}
-	m.Start()
 	if err := tx.Run(); err != nil { // the Stop is raised: it only ends
 		t.Fatal(err)
 	}

@@ -124,6 +124,10 @@ type Device interface {
 	ArmKick() (pending bool, err error)
 	// DisarmKick asks not to be kicked: to be used while awake.
 	DisarmKick()
+	// Settle ends a batch for good, also that of a queue that broke: it completes used and gives the last rest chains
+	// that were popped back, as Complete and Unpop do, and tells whether the driver wants to be called. A broken
+	// queue stays broken; its State is then one to go on from once the driver has mended what broke it.
+	Settle(used []Used, rest int) (call bool, err error)
 	State() State
 	Broken() error
 	Stats() *Stats

@@ -12,6 +12,7 @@ import (
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/virtio"
 	"github.com/boardlink/boardlink/virtiomsg"
+	"github.com/boardlink/boardlink/vring"
 )
 
 // errOrder: the driver does things in an order that virtio 1.2, 3.1.1 does not allow.
@@ -73,7 +74,48 @@ func (d *Server) setStatus(s uint32) {
 }
 
 // stop stops the loops. Should they not, status and log of the link tell.
-func (d *Server) stop() { d.l.Stopping(func() { d.dev.Stop() }) }
+func (d *Server) stop() {
+	d.l.Stopping(func() {
+		d.dev.Reset(time.Time{}) // without a deadline it does not give up
+		if d.c.Engines != nil {
+			d.c.Engines.Release()
+		}
+	})
+	d.queues = nil
+}
+
+// start starts the queues that the driver has set up, and the device.
+func (d *Server) start() error {
+	var jobs []EngineJob
+	n := d.dev.Queues()
+	for i := 0; i < n; i++ {
+		if _, ok := d.queues[i]; !ok {
+			continue
+		}
+		if info := d.dev.Queue(i); info.Stage > 0 {
+			jobs = append(jobs, EngineJob{Queue: i, QueueInfo: info})
+		}
+	}
+	if d.c.Engines != nil {
+		d.c.Engines.Prepare(jobs)
+	}
+	for i := 0; i < n; i++ {
+		r, ok := d.queues[i]
+		if !ok {
+			continue
+		}
+		if d.c.Engines != nil {
+			r.Copy = d.c.Engines.Engine(i)
+		}
+		if err := d.dev.StartQueue(i, r, vring.State{}); err != nil {
+			return err
+		}
+		if err := d.dev.EnableQueue(i, true, time.Time{}); err != nil {
+			return err
+		}
+	}
+	return d.dev.SetRunning(true, time.Time{})
+}
 
 // NeedsReset takes the device out of service until the driver resets it (virtio 1.2, 2.1.2).
 func (d *Server) NeedsReset(err error) {
@@ -126,7 +168,7 @@ func (d *Server) driverStatus(s uint32) {
 	s |= d.status
 	fresh := s &^ d.status
 	if fresh&virtio.StatusFeaturesOK != 0 {
-		if err := d.dev.SetFeatures(d.driver); err != nil {
+		if err := d.dev.SetFeatures(d.driver, device.Options{}); err != nil {
 			s &^= virtio.StatusFeaturesOK
 			d.stateMu.Lock()
 			d.lastErr = err.Error()
@@ -153,7 +195,7 @@ func (d *Server) driverStatus(s uint32) {
 			err = fmt.Errorf("DRIVER_OK without FEATURES_OK: %w", errOrder)
 		} else {
 			d.c.Starts.Take(time.Now(), 1)
-			err = d.dev.Start()
+			err = d.start()
 		}
 		if err != nil {
 			d.setStatus(s &^ virtio.StatusDriverOK)
@@ -184,8 +226,21 @@ func (d *Server) setQueue(q *virtiomsg.VQueue) error {
 	d.stateMu.Lock()
 	d.push = d.c.Far(dma.Addr(q.Desc))
 	d.stateMu.Unlock()
-	return d.dev.SetQueue(int(q.Index), device.QueueConfig{Size: uint16(q.Size), Desc: dma.Addr(q.Desc), Driver: dma.Addr(q.Driver), Device: dma.Addr(q.Device),
-		Kick: d.l.Kicked(d.c.Number, int(q.Index)), Call: d.l.Call(d.c.Number, int(q.Index))})
+	i := int(q.Index)
+	info := d.dev.Queue(i)
+	if info.Max == 0 {
+		return fmt.Errorf("%s: there is no queue %d with the features that the driver accepted", info.Name, i)
+	}
+	areas, err := device.Translate(d.c.Table.Load(), info, uint16(q.Size), d.driver.Has(virtio.RingPacked),
+		dma.Addr(q.Desc), dma.Addr(q.Driver), dma.Addr(q.Device))
+	if err != nil {
+		return err
+	}
+	if d.queues == nil {
+		d.queues = map[int]device.Resources{}
+	}
+	d.queues[i] = device.Resources{Size: uint16(q.Size), Areas: areas, Table: d.c.Table, Kick: d.l.Kicked(d.c.Number, i), Call: d.l.Call(d.c.Number, i)}
+	return nil
 }
 
 // Pushes tells that the driver, which runs, has put queues into this side's memory.

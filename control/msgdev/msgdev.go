@@ -61,9 +61,30 @@ type Config struct {
 	Counters *Counters
 	// Starts limits starts of the model, Changes changes of the driver's end that the model is told of.
 	Starts, Changes Limiter
+	// Table translates the addresses that the driver gives, while the link is up.
+	Table *dma.TableRef
+	// Engines are the copy engines for the device's queues; nil: there are none.
+	Engines Engines
 	// Room says how much memory the driver's side has; Far whether an address lies in this side's.
 	Room func() device.Room
 	Far  func(dma.Addr) bool
+}
+
+// EngineJob is a queue that may use a copy engine.
+type EngineJob struct {
+	Queue int
+	device.QueueInfo
+}
+
+// Engines hands out copy engines for the queues of one device. What cannot be had is left to the
+// processor. The Server calls it on the link's goroutine.
+type Engines interface {
+	// Prepare opens engines for the queues of a device that starts.
+	Prepare(jobs []EngineJob)
+	// Engine returns what Prepare opened for a queue; nil: the processor copies.
+	Engine(queue int) *device.CopyEngine
+	// Release closes all engines: then they touch no memory any more. The queues have stopped.
+	Release()
 }
 
 // Server serves one device model. Its methods belong to the link's goroutine, but for Status, Pushes and Driven.
@@ -72,13 +93,14 @@ type Server struct {
 	c   Config
 	dev device.Device
 
-	driver  virtio.Features // what the driver has written so far
-	gen     uint32          // configuration generation
-	told    bool            // a ConfigEvent has to be sent: one for all that has changed
-	gaveUp  bool            // the driver did, which was logged; until it runs
-	logged  string          // the refusal of features that was logged; until it runs
-	linkUp  bool            // the driver's end, as it told last
-	shownUp bool            // and as the model knows it
+	driver  virtio.Features          // what the driver has written so far
+	queues  map[int]device.Resources // that the driver has set up
+	gen     uint32                   // configuration generation
+	told    bool                     // a ConfigEvent has to be sent: one for all that has changed
+	gaveUp  bool                     // the driver did, which was logged; until it runs
+	logged  string                   // the refusal of features that was logged; until it runs
+	linkUp  bool                     // the driver's end, as it told last
+	shownUp bool                     // and as the model knows it
 
 	stateMu sync.Mutex // guards what Status, Pushes and Driven read
 	push    bool       // the driver put a queue's descriptor area into this side's memory
@@ -187,7 +209,7 @@ func (d *Server) Message(h virtiomsg.Header, m *virtiomsg.Slot) (answer bool, er
 		}
 		r := virtiomsg.VQueue{Index: i}
 		if uint64(i) < uint64(d.dev.Queues()) {
-			r.MaxSize = uint32(d.dev.QueueMax(int(i)))
+			r.MaxSize = uint32(d.dev.Queue(int(i)).Max)
 		}
 		r.EncodeResponse(m, h.Dev, h.Token)
 	case virtiomsg.SetVQueue:

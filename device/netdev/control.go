@@ -6,8 +6,10 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
 	"github.com/boardlink/boardlink/vring"
@@ -40,8 +42,81 @@ type control struct {
 	bells    *doorbell.Counters
 	n        *controlCounters
 
+	done chan struct{} // closed when its goroutine has ended; nil where none was started
+
 	paced time.Time // when the whole burst is there again
 	inUse int       // pairs, by the last change; 0: none yet
+
+	answered bool // the last command
+}
+
+// startControl starts the goroutine that serves the control queue. It goes on with the pace of the one before. ops is held.
+func (n *Net) startControl() error {
+	stop, err := tunbridge.NewStop()
+	if err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	q := &n.ctrl
+	c := &control{name: n.queueName(virtio.NetQueueCtrl(n.negotiated())), q: q.q, max: n.negotiated(), set: n.setPairs, stop: stop,
+		wait: q.r.Kick, call: q.r.Call, fallback: n.cfg.Fallback, bells: q.bells, n: &n.ctl, done: make(chan struct{})}
+	if old := n.control; old != nil {
+		c.paced, c.inUse = old.paced, old.inUse
+	}
+	n.control = c
+	index := virtio.NetQueueCtrl(n.negotiated())
+	go func() {
+		defer close(c.done)
+		var err error
+		if fault := pci.Guard(func() { err = c.Run() }); fault != nil {
+			err = fault
+		}
+		if err == nil {
+			return
+		}
+		n.mu.Lock()
+		q.err = err
+		n.mu.Unlock()
+		n.tellBroken(index, err)
+	}()
+	return nil
+}
+
+// stopControl ends that goroutine. It wants ops, which its caller does not hold.
+func (n *Net) stopControl(deadline time.Time) error {
+	n.mu.Lock()
+	c := n.control
+	n.mu.Unlock()
+	if c == nil || c.stop == nil {
+		return nil
+	}
+	c.stop.Raise()
+	if deadline.IsZero() {
+		<-c.done
+	} else {
+		t := time.NewTimer(time.Until(deadline))
+		defer t.Stop()
+		select {
+		case <-c.done:
+		case <-t.C:
+			return fmt.Errorf("%s: %w", c.name, device.ErrStuck)
+		}
+	}
+	c.stop.Close()
+	c.stop = nil
+	return nil
+}
+
+// pauseControl ends the goroutine if queue i is the control queue.
+func (n *Net) pauseControl(i int, deadline time.Time) error {
+	n.mu.Lock()
+	is := n.queue(i) == &n.ctrl
+	n.mu.Unlock()
+	if !is {
+		return nil
+	}
+	return n.stopControl(deadline)
 }
 
 // controlCounters are updated with sync/atomic.
@@ -54,7 +129,7 @@ func (c *controlCounters) load() controlCounters {
 	return controlCounters{atomic.LoadUint64(&c.ControlCommands), atomic.LoadUint64(&c.ControlRefused)}
 }
 
-// Run implements tunbridge.Pump.
+// Run serves the queue until stop is raised. A command that was not answered then is the driver's again.
 func (c *control) Run() error {
 	s := doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: c.wait, Stop: c.stop.Bell(), Fallback: c.fallback, Counters: c.bells})
 	var b vring.Batch
@@ -64,6 +139,10 @@ func (c *control) Run() error {
 		s.Found(n > 0)
 		if n > 0 {
 			if serr := c.serve(&b, &b.Chains[0]); serr != nil {
+				c.q.Settle(nil, c.open())
+				if serr == errStopped {
+					return nil
+				}
 				return serr
 			}
 		}
@@ -85,14 +164,25 @@ func (c *control) Run() error {
 	return nil
 }
 
+// open returns how many commands are popped and not answered.
+func (c *control) open() int {
+	if c.answered {
+		return 0
+	}
+	return 1
+}
+
 // serve answers one command.
 func (c *control) serve(b *vring.Batch, ch *vring.Chain) error {
 	spans := b.Spans[ch.First:]
+	c.answered = false
 	if ch.Writable == 0 {
 		return fmt.Errorf("%s: descriptor %d: %w", c.name, ch.ID, errNoAck)
 	}
 	ack := [1]byte{virtio.NetCtrlOK}
-	if c.command(spans[:ch.Readable], ch.ReadLen) != nil {
+	if err := c.command(spans[:ch.Readable], ch.ReadLen); err == errStopped {
+		return err
+	} else if err != nil {
 		ack[0] = virtio.NetCtrlErr
 		atomic.AddUint64(&c.n.ControlRefused, 1)
 	} else {
@@ -102,6 +192,7 @@ func (c *control) serve(b *vring.Batch, ch *vring.Chain) error {
 	if err := c.q.Complete([]vring.Used{{ID: ch.ID, Count: ch.Count, Len: 1}}); err != nil {
 		return err
 	}
+	c.answered = true
 	if c.q.NeedCall() {
 		// One that is lost is made good by the driver's polling; one that the driver made block is its fault.
 		if err := c.call.Ring(); errors.Is(err, doorbell.ErrBlocked) {
@@ -134,7 +225,7 @@ func (c *control) command(spans []dma.Span, length uint32) error {
 		c.paced = now
 	}
 	if d := c.paced.Sub(now) - (controlBurst-1)*controlPace; d > 0 && c.stop.Wait(d) {
-		return errStopped // nobody is to see the answer any more
+		return errStopped
 	}
 	c.paced = c.paced.Add(controlPace)
 	if err := c.set(pairs); err != nil {

@@ -5,6 +5,8 @@ import (
 	"fmt"
 
 	"github.com/boardlink/boardlink/device"
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
 )
@@ -53,7 +55,7 @@ func withCause(err error) error {
 	switch {
 	case errors.Is(err, tunbridge.ErrGone):
 		return &device.Error{Cause: device.CauseEnd, Err: err}
-	case errors.Is(err, tunbridge.ErrFault):
+	case errors.Is(err, tunbridge.ErrFault), errors.Is(err, pci.ErrGone), errors.Is(err, dma.ErrRunaway):
 		return &device.Error{Cause: device.CauseMemory, Err: err}
 	}
 	return err

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"testing"
+	"time"
 	"unsafe"
 
 	"github.com/boardlink/boardlink/board"
@@ -15,6 +16,7 @@ import (
 	"github.com/boardlink/boardlink/trial/netns"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
+	"github.com/boardlink/boardlink/vring"
 	"golang.org/x/sys/unix"
 )
 
@@ -55,17 +57,22 @@ func TestStartFaults(t *testing.T) {
 	table.Store(tab)
 	start := func() (err error) {
 		t.Helper()
-		n.SetMemory(&table)
-		if err := n.SetFeatures(virtio.FeaturesOf(virtio.Version1)); err != nil {
+		if err := n.SetFeatures(virtio.FeaturesOf(virtio.Version1), device.Options{}); err != nil {
 			t.Fatal(err)
 		}
-		for i := 0; i < 2; i++ {
-			at := dma.Addr(base + 0x4000*i)
-			if err := n.SetQueue(i, device.QueueConfig{Size: 16, Desc: at, Driver: at + 0x1000, Device: at + 0x2000, Kick: doorbell.None, Call: board.Silent}); err != nil {
-				t.Fatal(err)
+		if fault := pci.Guard(func() {
+			for i := 0; i < 2 && err == nil; i++ {
+				at := dma.Addr(base + 0x4000*i)
+				areas, terr := device.Translate(table.Load(), n.Queue(i), 16, false, at, at+0x1000, at+0x2000)
+				if terr != nil {
+					t.Fatal(terr)
+				}
+				err = n.StartQueue(i, device.Resources{Size: 16, Areas: areas, Table: &table, Kick: doorbell.None, Call: board.Silent}, vring.State{})
 			}
-		}
-		if fault := pci.Guard(func() { err = n.Start() }); fault != nil {
+			if err == nil {
+				err = n.SetRunning(true, time.Time{})
+			}
+		}); fault != nil {
 			err = fault
 		}
 		return err
@@ -85,7 +92,9 @@ func TestStartFaults(t *testing.T) {
 		if err := start(); !errors.Is(err, pci.ErrGone) {
 			t.Fatalf("start without memory: %v", err)
 		}
-		n.Stop()
+		if err := n.Reset(time.Time{}); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if after := open(); after != before {
 		t.Errorf("%d descriptors are open, %d were before", after, before)

@@ -3,6 +3,7 @@ package netdev
 import (
 	"fmt"
 
+	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
 )
@@ -43,7 +44,7 @@ func (n *Net) maxPairs() int {
 }
 
 // SetFeatures implements device.Device.
-func (n *Net) SetFeatures(f virtio.Features) error {
+func (n *Net) SetFeatures(f virtio.Features, o device.Options) error {
 	if bad := f.Without(n.Features()); bad != (virtio.Features{}) {
 		return fmt.Errorf("%s: the driver accepts what was not offered: %s", n.cfg.Name, bad)
 	}
@@ -53,13 +54,32 @@ func (n *Net) SetFeatures(f virtio.Features) error {
 	if raw := n.ifc.Type() == tunbridge.TUN; f.Has(virtio.NetRawIP) != raw {
 		return fmt.Errorf("%s: this end is a tun device (raw IP), the board's a tap: give both ends the same --link", n.cfg.Name)
 	}
-	if err := virtio.CheckNet(f); err != nil {
+	whole := f
+	if o.ControlElsewhere && f.Has(virtio.NetMQ) {
+		whole.Set(virtio.NetCtrlVQ)
+	}
+	if err := virtio.CheckNet(whole); err != nil {
 		return fmt.Errorf("%s: the driver accepts %w", n.cfg.Name, err)
 	}
+	n.ops.Lock()
+	defer n.ops.Unlock()
 	n.mu.Lock()
-	n.acked = f
-	n.mu.Unlock()
+	defer n.mu.Unlock()
+	if n.anyStarted() {
+		return fmt.Errorf("%s: features written: %w", n.cfg.Name, device.ErrStarted)
+	}
+	n.acked, n.options = f, o
 	return nil
+}
+
+// anyStarted tells whether a queue is started. mu is held.
+func (n *Net) anyStarted() bool {
+	for i := range n.pairs {
+		if n.pairs[i].rx.started || n.pairs[i].tx.started {
+			return true
+		}
+	}
+	return n.ctrl.started
 }
 
 // Config implements device.Device.

@@ -44,7 +44,7 @@ func (n *Net) SetPeerLink(up bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.peerDown = !up
-	if n.stop == nil || n.carrier == up {
+	if !n.running || n.carrier == up {
 		return
 	}
 	if err := n.ifc.SetCarrier(up); err != nil {
@@ -59,7 +59,7 @@ func (n *Net) SetPeerLink(up bool) {
 func (n *Net) Remake() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.stop != nil {
+	if n.busy {
 		return fmt.Errorf("%s: %w", n.cfg.Name, tunbridge.ErrInUse)
 	}
 	err := n.ifc.Remake()

@@ -34,12 +34,11 @@ func (n *Net) Status() status.Device {
 	if len(n.pairs) > 1 {
 		s.Queues = append(s.Queues, n.ctrl.describe(virtio.NetQueueCtrl(n.maxPairs()), "ctrl"))
 	}
-	n.engines.Describe(&s)
 	return s
 }
 
 func (q *netQueue) describe(index int, name string) status.Queue {
-	qs := status.Queue{Index: index, Name: name, Ready: q.set, Size: q.cfg.Size}
+	qs := status.Queue{Index: index, Name: name, Ready: q.started, Size: q.size}
 	if q.q != nil {
 		st := q.q.State()
 		qs.Avail, qs.Used = st.Avail, st.Used

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/dma"
@@ -34,15 +35,18 @@ var features = virtio.FeaturesOf(virtio.Version1, virtio.EventIdx)
 
 // Device is the model.
 type Device struct {
-	mu     sync.Mutex // guards what follows
+	mu     sync.Mutex // guards key
 	key    byte
-	table  *dma.TableRef
-	acked  virtio.Features
-	queue  *device.QueueConfig
-	q      *vring.SplitDevice
-	stop   *doorbell.Eventfd
-	done   chan struct{}
 	notify func(device.Event)
+
+	acked   virtio.Features
+	queue   *device.Resources // nil: the queue is not started
+	q       *vring.SplitDevice
+	enabled uint32 // atomic
+	running bool
+	stop    *doorbell.Eventfd // nil: the queue does not move
+	done    chan struct{}
+	err     error // what ended it; read it when done is closed
 }
 
 var _ device.Device = (*Device)(nil)
@@ -54,7 +58,7 @@ func (d *Device) DeviceID() uint32 { return id }
 func (d *Device) Features() virtio.Features { return features }
 
 // SetFeatures implements device.Device.
-func (d *Device) SetFeatures(f virtio.Features) error {
+func (d *Device) SetFeatures(f virtio.Features, _ device.Options) error {
 	if bad := f.Without(features); bad != (virtio.Features{}) {
 		return fmt.Errorf("echo: the driver accepts what was not offered: %s", bad)
 	}
@@ -83,44 +87,105 @@ func (d *Device) WriteConfig(off uint32, b []byte) error {
 // Queues implements device.Device.
 func (d *Device) Queues() int { return 1 }
 
-// QueueMax implements device.Device.
-func (d *Device) QueueMax(int) uint16 { return queueSize }
-
-// SetMemory implements device.Device.
-func (d *Device) SetMemory(t *dma.TableRef) { d.table = t }
-
-// SetEngines implements device.Device.
-func (d *Device) SetEngines(device.Engines) {}
-
-// SetQueue implements device.Device.
-func (d *Device) SetQueue(_ int, q device.QueueConfig) error {
-	if q.Size == 0 || q.Size > queueSize {
-		return fmt.Errorf("echo: a queue of %d descriptors: 1 to %d are possible", q.Size, queueSize)
+// Queue implements device.Device.
+func (d *Device) Queue(i int) device.QueueInfo {
+	info := device.QueueInfo{Name: "echo0"}
+	if i == 0 {
+		info.Max = queueSize
 	}
-	d.queue = &q
+	return info
+}
+
+// StartQueue implements device.Device.
+func (d *Device) StartQueue(_ int, r device.Resources, s vring.State) (err error) {
+	if d.queue != nil {
+		return fmt.Errorf("echo: %w", device.ErrStarted)
+	}
+	if d.q, err = d.ring(&r, s); err != nil {
+		return err
+	}
+	d.queue, d.err = &r, nil
+	return d.start()
+}
+
+// ring makes the device side of the queue.
+func (d *Device) ring(r *device.Resources, s vring.State) (*vring.SplitDevice, error) {
+	return vring.NewSplitDevice(vring.Config{Name: "echo", Size: r.Size, Desc: r.Areas.Desc, Driver: r.Areas.Driver, Device: r.Areas.Device,
+		Table: r.Table, State: s, EventIdx: d.acked.Has(virtio.EventIdx)})
+}
+
+// EnableQueue implements device.Device: what comes while the queue is disabled comes back empty.
+func (d *Device) EnableQueue(_ int, on bool, _ time.Time) error {
+	v := uint32(0)
+	if on {
+		v = 1
+	}
+	atomic.StoreUint32(&d.enabled, v)
 	return nil
 }
 
-// Start implements device.Device.
-func (d *Device) Start() error {
+// ChangeQueue implements device.Device.
+func (d *Device) ChangeQueue(_ int, c device.Change, deadline time.Time) (err error) {
+	if d.queue == nil {
+		return fmt.Errorf("echo: %w", device.ErrStopped)
+	}
+	if err := d.rest(deadline); err != nil {
+		return err
+	}
+	r := *d.queue
+	if c.Kick != nil {
+		r.Kick = c.Kick
+	}
+	if c.Call != nil {
+		r.Call = c.Call
+	}
+	if c.Areas != nil {
+		r.Areas = *c.Areas
+		if d.q, err = d.ring(&r, d.q.State()); err != nil {
+			return err
+		}
+	}
+	d.queue = &r
+	return d.start()
+}
+
+// StopQueue implements device.Device.
+func (d *Device) StopQueue(_ int, deadline time.Time) (device.Stopped, error) {
+	if d.queue == nil {
+		return device.Stopped{}, fmt.Errorf("echo: %w", device.ErrStopped)
+	}
+	if err := d.rest(deadline); err != nil {
+		return device.Stopped{}, err
+	}
+	s := device.Stopped{State: d.q.State(), Err: d.err}
+	d.queue, d.q = nil, nil
+	return s, nil
+}
+
+// SetRunning implements device.Device.
+func (d *Device) SetRunning(on bool, deadline time.Time) error {
+	if d.running = on; !on {
+		return d.rest(deadline)
+	}
 	if d.queue == nil {
 		return fmt.Errorf("echo: DRIVER_OK without a queue")
 	}
-	t := d.table.Load()
-	descLen, driverLen, deviceLen := vring.SplitSizes(d.queue.Size)
-	c := vring.Config{Name: "echo", Size: d.queue.Size, Table: d.table, State: d.queue.State, EventIdx: d.acked.Has(virtio.EventIdx)}
-	var err error
-	if c.Desc, err = device.Area(t, c.Name, "descriptor", d.queue.Desc, descLen, dma.DeviceRead); err != nil {
+	return d.start()
+}
+
+// Reset implements device.Device.
+func (d *Device) Reset(deadline time.Time) error {
+	if err := d.rest(deadline); err != nil {
 		return err
 	}
-	if c.Driver, err = device.Area(t, c.Name, "driver", d.queue.Driver, driverLen, dma.DeviceRead); err != nil {
-		return err
-	}
-	if c.Device, err = device.Area(t, c.Name, "device", d.queue.Device, deviceLen, dma.DeviceWrite); err != nil {
-		return err
-	}
-	if d.q, err = vring.NewSplitDevice(c); err != nil {
-		return err
+	d.running, d.queue, d.q, d.acked = false, nil, nil, virtio.Features{}
+	return d.EnableQueue(0, false, deadline)
+}
+
+// start lets the queue move.
+func (d *Device) start() (err error) {
+	if !d.running || d.queue == nil || d.stop != nil || d.err != nil {
+		return nil
 	}
 	if d.stop, err = doorbell.NewEventfd(); err != nil {
 		return err
@@ -130,35 +195,64 @@ func (d *Device) Start() error {
 	return nil
 }
 
-func (d *Device) run(q *vring.SplitDevice, c *device.QueueConfig, stop *doorbell.Eventfd, done chan struct{}) {
-	defer close(done)
-	var err error
-	if fault := pci.Guard(func() { err = d.serve(q, c, stop) }); fault != nil {
-		err = fault
+// rest waits until the queue does not move any more.
+func (d *Device) rest(deadline time.Time) error {
+	if d.stop == nil {
+		return nil
 	}
-	if err != nil {
-		d.notify(device.Event{Broken: err})
+	d.stop.Ring()
+	if deadline.IsZero() {
+		<-d.done
+	} else {
+		t := time.NewTimer(time.Until(deadline))
+		defer t.Stop()
+		select {
+		case <-d.done:
+		case <-t.C:
+			return fmt.Errorf("echo: %w", device.ErrStuck)
+		}
+	}
+	d.stop.Close()
+	d.stop = nil
+	return nil
+}
+
+func (d *Device) run(q *vring.SplitDevice, c *device.Resources, stop *doorbell.Eventfd, done chan struct{}) {
+	defer close(done)
+	if fault := pci.Guard(func() { d.err = d.serve(q, c, stop) }); fault != nil {
+		d.err = fault
+	}
+	if d.err != nil {
+		d.notify(device.Event{Broken: d.err})
 	}
 }
 
-func (d *Device) serve(q *vring.SplitDevice, c *device.QueueConfig, stop *doorbell.Eventfd) error {
+func (d *Device) serve(q *vring.SplitDevice, c *device.Resources, stop *doorbell.Eventfd) error {
 	s := doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: c.Kick, Stop: stop})
 	var b vring.Batch
+	var used [queueSize]vring.Used
 	for {
 		b.Chains, b.Spans = b.Chains[:0], b.Spans[:0]
 		n, err := q.Pop(&b, queueSize)
 		s.Found(n > 0)
 		for i := 0; i < n; i++ {
-			if err := q.Complete([]vring.Used{d.answer(&b, &b.Chains[i])}); err != nil {
-				return err
+			used[i] = d.answer(&b, &b.Chains[i])
+		}
+		if n > 0 {
+			call, serr := q.Settle(used[:n], 0)
+			if call {
+				c.Call.Ring() // one that is lost is made good by the driver's polling
+			}
+			if err == nil {
+				err = serr
 			}
 		}
 		if err != nil {
 			return err
 		}
 		if n > 0 {
-			if q.NeedCall() {
-				c.Call.Ring() // one that is lost is made good by the driver's polling
+			if r, _ := s.Look(0); r&doorbell.Stopped != 0 {
+				return nil
 			}
 			continue
 		}
@@ -177,6 +271,9 @@ func (d *Device) serve(q *vring.SplitDevice, c *device.QueueConfig, stop *doorbe
 // answer fills the writable part of a chain with what its readable part holds.
 func (d *Device) answer(b *vring.Batch, c *vring.Chain) vring.Used {
 	var buf [maxBytes]byte
+	if atomic.LoadUint32(&d.enabled) == 0 {
+		return vring.Used{ID: c.ID, Count: c.Count}
+	}
 	key := d.Config()[0]
 	spans := b.Spans[c.First:]
 	have := uint32(0)
@@ -205,19 +302,6 @@ func (d *Device) answer(b *vring.Batch, c *vring.Chain) vring.Used {
 	return vring.Used{ID: c.ID, Count: c.Count, Len: used}
 }
 
-// Stop implements device.Device.
-func (d *Device) Stop() []vring.State {
-	states := make([]vring.State, 1)
-	if d.stop != nil {
-		d.stop.Ring()
-		<-d.done
-		d.stop.Close()
-		states[0] = d.q.State()
-	}
-	d.stop, d.queue, d.q = nil, nil, nil
-	return states
-}
-
 // Notify implements device.Device.
 func (d *Device) Notify(f func(device.Event)) { d.notify = f }
 
@@ -225,10 +309,7 @@ func (d *Device) Notify(f func(device.Event)) { d.notify = f }
 func (d *Device) Status() status.Device { return status.Device{Name: "echo0", Type: "echo"} }
 
 // Close implements device.Device.
-func (d *Device) Close() error {
-	d.Stop()
-	return nil
-}
+func (d *Device) Close() error { return d.Reset(time.Time{}) }
 
 // Driver sends requests without end, one at a time, and compares what comes back.
 type Driver struct {
