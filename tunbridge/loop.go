@@ -173,7 +173,7 @@ func (l *Loop) run() (err error) {
 	if err := l.begin(); err != nil {
 		return err
 	}
-	for l.first() != nil {
+	for {
 		if l.stop.Raised() {
 			if !l.attend() {
 				return nil
@@ -182,6 +182,9 @@ func (l *Loop) run() (err error) {
 				return err
 			}
 			continue
+		}
+		if l.first() == nil {
+			return nil
 		}
 		ring, iface, err := l.step()
 		if err == nil {
@@ -215,7 +218,6 @@ func (l *Loop) run() (err error) {
 			return err
 		}
 	}
-	return nil
 }
 
 // begin begins, or goes on after ground.

@@ -200,6 +200,9 @@ func (l *Loop) live(gone chan struct{}) {
 			b.mu.Unlock()
 			return
 		}
+		if len(b.posted) > 0 {
+			l.stop.Raise() // a fault may have torn attend out before it took them
+		}
 		b.mu.Unlock()
 	}
 }
