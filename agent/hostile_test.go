@@ -66,6 +66,8 @@ type rig struct {
 	placement      string
 	pace           session.Pace
 	slots          uint32 // of the FIFOs; 0: as many as there is room for
+	drivers        map[uint32]agent.Maker
+	shares         int
 	// answered, if set, changes an honest answer before it is sent; false sends none.
 	answered func(h virtiomsg.Header, m *virtiomsg.Slot) bool
 }
@@ -102,7 +104,7 @@ func newRig(t *testing.T, change func(*rig)) *rig {
 		t.Fatal(err)
 	}
 	r.link = agent.NewLink(agent.Config{Name: "a", Board: spec, Placement: r.placement, Devices: []driver.Driver{n}, Log: r.log,
-		Beat: 10 * time.Millisecond, LostBeats: 200, Pace: r.pace, Slots: r.slots})
+		Beat: 10 * time.Millisecond, LostBeats: 200, Pace: r.pace, Slots: r.slots, Drivers: r.drivers, Shares: r.shares})
 	ctx, cancel := context.WithCancel(context.Background())
 	r.stop = cancel
 	go func() { r.done <- r.link.Run(ctx) }()

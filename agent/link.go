@@ -10,15 +10,11 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board"
-	"github.com/boardlink/boardlink/control/msgdrv"
 	"github.com/boardlink/boardlink/dma"
-	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/driver"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
-	"github.com/boardlink/boardlink/tunbridge"
-	"github.com/boardlink/boardlink/virtio"
 	"github.com/boardlink/boardlink/virtiomsg"
 )
 
@@ -27,12 +23,6 @@ const (
 	offAgentToHost = 1 * virtiomsg.PageSize
 	offHostToAgent = 2 * virtiomsg.PageSize
 	offHeap        = 3 * virtiomsg.PageSize // rings and buffers, to the end of the window
-)
-
-// A device that does not come up is tried again after retryMin, then twice as long, up to retryMax.
-const (
-	retryMin = 50 * time.Millisecond
-	retryMax = 5 * time.Second
 )
 
 // Config describes the agent's end of a link.
@@ -46,7 +36,13 @@ type Config struct {
 	Placement string
 	// Devices are what this side drives, where the host offers it.
 	Devices []driver.Driver
-	Log     session.Logger
+	// Drivers make drivers for further devices that the host offers, by virtio device id. Such a driver belongs to
+	// the Link, which closes it when the host removes the device.
+	Drivers map[uint32]Maker
+	// Shares is into how many equal parts the memory is divided, of which each device gets one: how many devices there can be at a
+	// time. 0, or fewer than Devices, means as many as Devices.
+	Shares int
+	Log    session.Logger
 	// Beat, LostBeats, NoInterrupts, Pace: see session.Config.
 	Beat         time.Duration
 	LostBeats    int
@@ -61,12 +57,20 @@ type Config struct {
 type Link struct {
 	n linkCounters // first: 64-bit alignment
 
-	cfg    Config
-	s      *session.Session
-	region *dma.Region // the heap, in the board's memory
-	devs   []*device
+	cfg Config
+	s   *session.Session
+
+	// The session's goroutine only.
+	region  *dma.Region // the heap, in the board's memory
+	shares  *driver.Shares
+	pairs   int             // at most so many queue pairs for a device whose number the operator did not choose; 0: any
+	search  bool            // devices may have come that this side does not know
+	passed  map[uint16]bool // device numbers that are not driven, so that they are not looked at again
+	full    bool            // a device goes without memory, which was logged
+	looking session.Bucket
 
 	mu   sync.Mutex
+	devs []*device   // by number; see setDevices
 	pool *dma.Region // the host's memory, across the bus; nil in placement window
 }
 
@@ -77,25 +81,9 @@ type linkCounters struct {
 	Broken    uint64 // queues in which the host broke the rules
 	Changes   uint64 // changed configurations that were applied
 	Damped    uint64 // changes of a configuration that were left to the next one to apply
-}
-
-// device is one device's place on the link.
-type device struct {
-	l       *Link
-	n       driver.Driver
-	index   int // its share of the heap
-	up      bool
-	absent  bool // told that the host does not offer it
-	next    time.Time
-	since   time.Time // up
-	backoff time.Duration
-	failed  chan error // of its loops
-	toldUp  bool       // what the host was told of the interface
-	logged  string     // the last error that was logged
-	unmet   []string   // what was unmet when the device came up last
-	changed bool       // the host has told of a configuration that was not read yet
-	changes session.Bucket
-	short   string // what is left out for want of room, as it was logged
+	Added     uint64 // devices that were driven because the host offers them
+	Removed   uint64 // of these, how many the host removed
+	Searches  uint64 // looks for devices that the host has added
 }
 
 // NewLink returns the end of a link; Run runs it.
@@ -104,12 +92,18 @@ func NewLink(c Config) *Link {
 	if c.Slots == 0 || c.Slots > virtiomsg.MaxSlots {
 		c.Slots = virtiomsg.MaxSlots
 	}
-	l := &Link{cfg: c}
+	l := &Link{cfg: c, looking: session.NewBucket(c.Pace.Devices)}
 	ds := append([]driver.Driver(nil), c.Devices...)
 	sort.Slice(ds, func(i, j int) bool { return ds[i].Number() < ds[j].Number() })
-	for i, n := range ds {
-		l.devs = append(l.devs, &device{l: l, n: n, index: i, failed: make(chan error, n.Doorbells()+1),
-			changes: session.NewBucket(c.Pace.Changes)})
+	shares := c.Shares
+	if shares < len(ds) {
+		shares = len(ds)
+	}
+	l.shares = driver.NewShares(shares)
+	for _, n := range ds {
+		d := l.place(n)
+		d.index, _ = l.shares.Take() // there is one for each
+		l.devs = append(l.devs, d)
 	}
 	c.Options.Side = board.Agent
 	l.s = session.New(session.Config{Name: c.Name, Spec: c.Board, Options: c.Options, Log: c.Log,
@@ -131,7 +125,7 @@ func (l *Link) Run(ctx context.Context) error {
 	if errors.Is(err, session.ErrStuck) {
 		return err // loops may still run
 	}
-	for _, d := range l.devs {
+	for _, d := range l.devices() {
 		if cerr := d.n.Close(); cerr != nil && err == nil {
 			err = cerr
 		}
@@ -145,7 +139,8 @@ func (l *Link) Status() status.Link {
 	for k, v := range status.Counters(linkCounters{
 		BringUps: atomic.LoadUint64(&l.n.BringUps), Failures: atomic.LoadUint64(&l.n.Failures),
 		HostReset: atomic.LoadUint64(&l.n.HostReset), Broken: atomic.LoadUint64(&l.n.Broken),
-		Changes: atomic.LoadUint64(&l.n.Changes), Damped: atomic.LoadUint64(&l.n.Damped)}) {
+		Changes: atomic.LoadUint64(&l.n.Changes), Damped: atomic.LoadUint64(&l.n.Damped),
+		Added: atomic.LoadUint64(&l.n.Added), Removed: atomic.LoadUint64(&l.n.Removed), Searches: atomic.LoadUint64(&l.n.Searches)}) {
 		s.Counters[k] = v
 	}
 	s.Placement = "window"
@@ -156,7 +151,7 @@ func (l *Link) Status() status.Link {
 	}
 	l.mu.Unlock()
 	s.Devices = []status.Device{}
-	for _, d := range l.devs {
+	for _, d := range l.devices() {
 		s.Devices = append(s.Devices, d.n.Status())
 	}
 	session.SumBus(&s)
@@ -169,53 +164,9 @@ type handler Link
 func (l *handler) Queues() []session.QueueID {
 	var qs []session.QueueID
 	for _, d := range l.devs {
-		// Not the control queue, whose number depends on the host: it has one answer to wait for, and polls.
-		for i := 0; i < d.n.Doorbells(); i++ {
-			qs = append(qs, session.QueueID{Dev: d.n.Number(), Queue: i})
-		}
+		qs = append(qs, d.listQueues()...)
 	}
 	return qs
-}
-
-// limitPairs lowers the number of pairs of devices for which the operator did not choose it, so that further pairs do not share the
-// doorbells of the first ones, where those have them to themselves.
-func (l *handler) limitPairs(vectors uint32) {
-	most := 1
-	for _, d := range l.devs {
-		if n, chosen := d.n.Pairs(); !chosen && n > most {
-			most = n
-		}
-	}
-	best := l.alone(vectors, 1)
-	for most > 1 && l.alone(vectors, most) < best {
-		most--
-	}
-	l.alone(vectors, most)
-}
-
-// alone sets the number of pairs where the operator did not choose it, and returns how many queues of first pairs have a vector to
-// themselves then.
-func (l *handler) alone(vectors uint32, pairs int) int {
-	users := map[uint32]int{}
-	for _, d := range l.devs {
-		n, chosen := d.n.Pairs()
-		if !chosen && n > pairs {
-			n = pairs
-		}
-		d.n.LimitPairs(n)
-		for q := 0; q < 2*n; q++ {
-			users[virtiomsg.Vector(d.n.Number(), uint32(q), vectors)]++
-		}
-	}
-	own := 0
-	for _, d := range l.devs {
-		for q := uint32(0); q < 2; q++ {
-			if users[virtiomsg.Vector(d.n.Number(), q, vectors)] == 1 {
-				own++
-			}
-		}
-	}
-	return own
 }
 
 // Declare implements session.Handler: everything behind the FIFOs is for rings and buffers.
@@ -253,8 +204,9 @@ func (l *handler) Up() {
 	l.mu.Lock()
 	l.pool = r
 	l.mu.Unlock()
+	l.search, l.full, l.passed = true, false, nil
 	for _, d := range l.devs {
-		d.next, d.backoff, d.absent = time.Time{}, 0, false
+		d.next, d.backoff, d.met = time.Time{}, 0, false
 	}
 }
 
@@ -299,247 +251,4 @@ func (l *handler) Down() {
 		pci.Guard(func() { l.pool.Mem.Load32(0) }) // where the bus is gone, nothing lands any more
 		l.pool.Account.AddFlushReads(1)
 	}
-}
-
-// Tick takes broken devices down and brings up what is not up.
-func (l *handler) Tick() {
-	for _, d := range l.devs {
-		select {
-		case err := <-d.failed:
-			if errors.Is(err, pci.ErrGone) || errors.Is(err, tunbridge.ErrFault) {
-				l.s.Fault(err)
-				return
-			}
-			if d.up && errors.Is(err, tunbridge.ErrGone) {
-				d.down() // whoever looks after the interface tells of it
-				d.later()
-			} else if d.up {
-				atomic.AddUint64(&l.n.Broken, 1)
-				d.l.cfg.Log.Warn("device broken, resetting it", "link", l.cfg.Name, "device", d.n.Name(), "error", err)
-				d.down()
-				d.later()
-			}
-		default:
-		}
-		if d.up && d.changed {
-			if l.reconfigure(d); !l.s.Up() {
-				return
-			}
-		}
-		d.tellLink()
-		if d.n.Remade() {
-			d.next, d.backoff = time.Time{}, 0
-		}
-		if d.up || time.Now().Before(d.next) {
-			continue
-		}
-		err := d.bringUp()
-		if err == nil {
-			atomic.AddUint64(&l.n.BringUps, 1)
-			continue
-		}
-		d.down()
-		if errors.Is(err, virtiomsg.ErrDown) {
-			return // the link went down under us
-		}
-		if errors.Is(err, session.ErrTimeout) {
-			// What the host does with our memory is not known any more.
-			l.s.Reset()
-		}
-		atomic.AddUint64(&l.n.Failures, 1)
-		d.later()
-		d.n.Failed(err)
-		if s := sameError(err); s != d.logged {
-			d.logged = s
-			l.cfg.Log.Warn("device does not come up", "link", l.cfg.Name, "device", d.n.Name(), "error", err, "again_in", d.backoff.String())
-		}
-	}
-}
-
-// sameError returns what is the same whenever the same thing fails: without tokens.
-func sameError(err error) string {
-	var m *virtiomsg.MessageError
-	if errors.As(err, &m) {
-		c := *m
-		c.Header.Token = 0
-		return c.Error()
-	}
-	return err.Error()
-}
-
-// later puts the next attempt off: the further, the sooner the device broke down again.
-func (d *device) later() {
-	if !d.since.IsZero() && time.Since(d.since) > retryMax {
-		d.backoff = 0
-	}
-	d.since = time.Time{}
-	d.backoff *= 2
-	if d.backoff < retryMin {
-		d.backoff = retryMin
-	}
-	if d.backoff > retryMax {
-		d.backoff = retryMax
-	}
-	d.next = time.Now().Add(d.backoff)
-}
-
-func (d *device) down() {
-	d.l.s.Stopping(d.n.Down)
-	d.up, d.changed = false, false
-	for {
-		select {
-		case <-d.failed:
-		default:
-			return
-		}
-	}
-}
-
-func (d *device) bringUp() error {
-	t := msgdrv.New(messages{d.l.s}, d.n.Number(), d.n.Name())
-	there, err := t.Exists()
-	if err != nil {
-		return err
-	}
-	if !there {
-		return fmt.Errorf("%s: the host offers no device %d", d.n.Name(), d.n.Number())
-	}
-	if err := t.Check(d.n.DeviceID()); err != nil {
-		return err
-	}
-	// The device is reset before anything is allocated: it knows none of this memory.
-	near := d.share(d.l.region)
-	m := driver.Layout{Near: near, Far: near, Devices: len(d.l.devs)}
-	if d.l.pool != nil {
-		m.Far = d.share(d.l.pool)
-	}
-	if err := d.n.Up(t, m, d.broken); err != nil {
-		return err
-	}
-	d.up, d.since, d.logged, d.changed, d.toldUp = true, time.Now(), "", false, true // as the host takes it after a reset
-	d.tellWarning()
-	d.tellLink()
-	d.l.cfg.Log.Info("device up", "link", d.l.cfg.Name, "device", d.n.Name(), "interface", d.n.Joined())
-	d.tellUnmet()
-	if s := d.n.ShortOf(); s != d.short {
-		if d.short = s; s != "" {
-			d.l.cfg.Log.Warn("the memory is small", "link", d.l.cfg.Name, "device", d.n.Name(), "note", s)
-		}
-	}
-	return nil
-}
-
-// share returns the device's part of a region.
-func (d *device) share(r *dma.Region) *driver.Memory {
-	return driver.Share(r, d.index, len(d.l.devs))
-}
-
-// broken is told by the loops.
-func (d *device) broken(err error) {
-	select {
-	case d.failed <- err:
-	default:
-	}
-	d.l.s.Wake()
-}
-
-// Message takes the host's events.
-func (l *handler) Message(h virtiomsg.Header, m *virtiomsg.Slot) {
-	if h.Bus() {
-		switch h.ID {
-		case virtiomsg.BusPing:
-			data, err := virtiomsg.DecodePing(m)
-			if err != nil {
-				l.Malformed(m, err)
-				return
-			}
-			virtiomsg.EncodePong(m, h.Token, data)
-			l.s.Send(m)
-		case virtiomsg.BusEventDevice:
-			var e virtiomsg.DeviceEvent
-			if err := e.Decode(m); err != nil {
-				l.Malformed(m, err)
-				return
-			}
-			for _, d := range l.devs {
-				if d.n.Number() != e.Dev {
-					continue
-				}
-				if e.State == virtiomsg.DeviceRemoved && d.up {
-					d.down()
-					d.later()
-				}
-				if soon := time.Now().Add(retryMin); e.State == virtiomsg.DeviceReady && d.next.After(soon) {
-					d.next = soon // not at once: a host may send this without end
-				}
-			}
-		}
-		return
-	}
-	if h.ID != virtiomsg.EventConfig {
-		return // EVENT_USED: the doorbell or the poll fallback tells the same
-	}
-	var e virtiomsg.ConfigEvent
-	if err := e.Decode(m); err != nil {
-		l.Malformed(m, err)
-		return
-	}
-	for _, d := range l.devs {
-		if d.n.Number() != h.Dev || !d.up {
-			continue
-		}
-		if e.Status&virtio.StatusNeedsReset != 0 {
-			atomic.AddUint64(&l.n.HostReset, 1)
-			l.cfg.Log.Warn("the host asks for a reset of the device", "link", l.cfg.Name, "device", d.n.Name())
-			d.down()
-			d.later()
-			continue
-		}
-		if d.changed {
-			atomic.AddUint64(&l.n.Damped, 1)
-		}
-		d.changed = true
-		l.reconfigure(d)
-	}
-}
-
-// reconfigure applies a configuration that has changed, unless that has been done too often lately:
-// then Tick does it, once for all that has changed until then. Who listens to the interface hears of
-// each change.
-func (l *handler) reconfigure(d *device) {
-	now := time.Now()
-	if d.changes.Wait(now) > 0 {
-		return
-	}
-	d.changes.Take(now, 1)
-	d.changed = false
-	atomic.AddUint64(&l.n.Changes, 1)
-	t := msgdrv.New(messages{l.s}, d.n.Number(), d.n.Name())
-	err := d.n.Reconfigure(t)
-	d.tellWarning()
-	if err != nil && !errors.Is(err, virtiomsg.ErrDown) {
-		if errors.Is(err, session.ErrTimeout) {
-			l.s.Reset() // as in Tick
-		}
-		l.cfg.Log.Warn("the device's new configuration cannot be used", "link", l.cfg.Name, "device", d.n.Name(), "error", err)
-	}
-}
-
-// Malformed implements session.Handler: a host that talks nonsense is shaken hands with anew.
-func (l *handler) Malformed(m *virtiomsg.Slot, err error) {
-	l.cfg.Log.Warn("a message makes no sense", "link", l.cfg.Name, "error", err)
-	l.s.Reset()
-}
-
-// messages is a session as the transports of its devices see it.
-type messages struct{ *session.Session }
-
-// Kick implements msgdrv.Link.
-func (m messages) Kick(dev uint16, queue int) doorbell.Ringer {
-	return m.Ringer(session.QueueID{Dev: dev, Queue: queue})
-}
-
-// Called implements msgdrv.Link.
-func (m messages) Called(dev uint16, queue int) doorbell.Waiter {
-	return m.Waiter(session.QueueID{Dev: dev, Queue: queue})
 }

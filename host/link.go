@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sort"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -44,55 +46,40 @@ type Link struct {
 
 	cfg   Config
 	s     *session.Session
-	devs  []*offered // by number
 	table dma.TableRef
-	wild  error // an engine could not be stopped; the session's goroutine only
 
-	upSince time.Time // zero: the link is down; the session's goroutine only
+	// The session's goroutine only.
+	wild    error           // an engine could not be stopped
+	up      bool            // devices are expected to be driven
+	engines *engineSource   // of the board that is open, while the link is up; nil: it has none
+	notices []notice        // what the agent was not told yet, oldest first
+	gone    map[uint16]bool // removed since the link came up: requests may still be under way
+
+	mu   sync.Mutex // guards changes of devs
+	devs []*offered // by number
 }
 
 type linkCounters struct {
 	Requests   uint64 // answered
 	UnknownDev uint64 // messages for devices that do not exist
 	Unknown    uint64 // messages of the bus that are not known here
-	Devices    msgdev.Counters
-}
-
-// offered is a device of the link.
-type offered struct {
-	*msgdev.Server
-	number   uint16
-	dev      device.Device
-	engines  engineSet // for dev
-	undriven uint32    // atomic; 1: the driver leaves the device alone, which was logged
+	// DeviceEvents are those that told the agent of added and removed devices.
+	DeviceEvents uint64
+	Devices      msgdev.Counters
 }
 
 // NewLink returns the end of a link; Run runs it.
 func NewLink(c Config) *Link {
 	c.Log, c.Pace = session.Limit(c.Log), c.Pace.Defaults()
 	l := &Link{cfg: c}
-	var numbers []uint16
-	for n := 0; n < 1<<16; n++ {
-		if _, ok := c.Devices[uint16(n)]; ok {
-			numbers = append(numbers, uint16(n))
-		}
-	}
 	c.Options.Side = board.Host
 	l.s = session.New(session.Config{Name: c.Name, Spec: c.Board, Options: c.Options, Log: c.Log,
 		Beat: c.Beat, LostBeats: c.LostBeats, NoInterrupts: c.NoInterrupts, Retry: c.Retry, Pace: c.Pace, Handler: (*handler)(l)})
-	for _, n := range numbers {
-		l.devs = append(l.devs, l.offer(n, c.Devices[n]))
+	for n, dev := range c.Devices {
+		l.devs = append(l.devs, l.offer(n, dev))
 	}
+	sort.Slice(l.devs, func(i, j int) bool { return l.devs[i].number < l.devs[j].number })
 	return l
-}
-
-// offer makes what serves a device.
-func (l *Link) offer(n uint16, dev device.Device) *offered {
-	d := &offered{number: n, dev: dev}
-	starts, changes := session.NewBucket(l.cfg.Pace.Starts), session.NewBucket(l.cfg.Pace.Changes)
-	d.Server = msgdev.New(messages{l.s}, msgdev.Config{Link: l.cfg.Name, Number: n, Device: dev, Log: l.cfg.Log, Counters: &l.n.Devices,
-		Table: &l.table, Engines: &d.engines, Starts: &starts, Changes: &changes, Room: l.room, Far: func(a dma.Addr) bool { return a >= poolLink }})
-	return d
 }
 
 // Open opens the board, so that what is wrong with it shows before Run, which has to follow where
@@ -106,7 +93,7 @@ func (l *Link) Run(ctx context.Context) error {
 	if errors.Is(err, session.ErrStuck) {
 		return err // loops may still run
 	}
-	for _, d := range l.devs {
+	for _, d := range l.devices() {
 		if cerr := d.dev.Close(); cerr != nil && err == nil {
 			err = cerr
 		}
@@ -118,7 +105,7 @@ func (l *Link) Run(ctx context.Context) error {
 func (l *Link) Status() status.Link {
 	s := l.s.Status()
 	for k, v := range status.Counters(linkCounters{
-		Requests: atomic.LoadUint64(&l.n.Requests), UnknownDev: atomic.LoadUint64(&l.n.UnknownDev),
+		Requests: atomic.LoadUint64(&l.n.Requests), UnknownDev: atomic.LoadUint64(&l.n.UnknownDev), DeviceEvents: atomic.LoadUint64(&l.n.DeviceEvents),
 		Unknown: atomic.LoadUint64(&l.n.Unknown) + atomic.LoadUint64(&l.n.Devices.Unknown)}) {
 		s.Counters[k] = v
 	}
@@ -128,7 +115,7 @@ func (l *Link) Status() status.Link {
 	}
 	s.Placement = "window"
 	s.Devices = []status.Device{}
-	for _, d := range l.devs {
+	for _, d := range l.devices() {
 		s.Devices = append(s.Devices, d.describe())
 		if d.Pushes() {
 			s.Placement = "push"
@@ -169,9 +156,7 @@ type handler Link
 func (l *handler) Queues() []session.QueueID {
 	var qs []session.QueueID
 	for _, d := range l.devs {
-		for i := 0; i < d.dev.Queues(); i++ {
-			qs = append(qs, session.QueueID{Dev: d.number, Queue: i})
-		}
+		qs = append(qs, d.queues()...)
 	}
 	return qs
 }
@@ -231,9 +216,9 @@ func (l *handler) Up() {
 	l.table.Store(t)
 	l.wild = nil
 	(*Link)(l).linkUp()
-	src := newEngineSource(l.s.Board(), l.cfg.DMA, l.cfg.Log, l.cfg.Name, parts, l.runaway)
+	l.engines = newEngineSource(l.s.Board(), l.cfg.DMA, l.cfg.Log, l.cfg.Name, parts, l.runaway)
 	for _, d := range l.devs {
-		d.engines.src = src
+		d.engines.src = l.engines
 	}
 }
 
@@ -243,13 +228,12 @@ func (l *handler) Down() {
 	for _, d := range l.devs {
 		d.Reset()
 	}
+	l.engines, l.notices, l.gone = nil, nil, nil
 }
 
 func (l *handler) device(n uint16) *offered {
-	for _, d := range l.devs {
-		if d.number == n {
-			return d
-		}
+	if i, ok := (*Link)(l).find(n); ok {
+		return l.devs[i]
 	}
 	return nil
 }
@@ -264,7 +248,11 @@ func (l *handler) Message(h virtiomsg.Header, m *virtiomsg.Slot) {
 		answer, err = d.Message(h, m)
 	} else {
 		atomic.AddUint64(&l.n.UnknownDev, 1)
-		l.cfg.Log.Warn("a message for a device that does not exist", "link", l.cfg.Name, "message", h.String())
+		tell := l.cfg.Log.Warn
+		if l.gone[h.Dev] {
+			tell = l.cfg.Log.Debug
+		}
+		tell("a message for a device that does not exist", "link", l.cfg.Name, "message", h.String())
 		return
 	}
 	if err != nil {
@@ -321,6 +309,7 @@ func (l *handler) Tick() {
 	for _, d := range l.devs {
 		d.Tick()
 	}
+	(*Link)(l).tellAgent()
 	(*Link)(l).tellUndriven()
 }
 

@@ -64,19 +64,25 @@ func (t *Transport) Exists() (bool, error) {
 	return r.Has(t.dev), nil
 }
 
-// Check reports a device that has another virtio device id.
-func (t *Transport) Check(id uint32) error {
+// ID returns the virtio device id of the device.
+func (t *Transport) ID() (uint32, error) {
 	if err := t.call(virtiomsg.GetDeviceInfo, func(token uint16) { virtiomsg.EncodeGetDeviceInfo(&t.m, t.dev, token) }); err != nil {
-		return err
+		return 0, err
 	}
 	var r virtiomsg.DeviceInfo
 	if err := r.Decode(&t.m); err != nil {
-		return err
+		return 0, err
 	}
-	if r.DeviceID != id {
-		return fmt.Errorf("%s: device %d of the host has virtio device id %d, not %d", t.name, t.dev, r.DeviceID, id)
+	return r.DeviceID, nil
+}
+
+// Check reports a device that has another virtio device id.
+func (t *Transport) Check(id uint32) error {
+	got, err := t.ID()
+	if err == nil && got != id {
+		err = fmt.Errorf("%s: device %d of the host has virtio device id %d, not %d", t.name, t.dev, got, id)
 	}
-	return nil
+	return err
 }
 
 // Features implements driver.Transport.

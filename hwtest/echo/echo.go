@@ -24,7 +24,7 @@ import (
 )
 
 const (
-	id        = 0xfff0 // no device of the specification
+	ID        = 0xfff0 // virtio device id: no device of the specification
 	configLen = 2      // le8 key, which the driver writes; le8 reserved
 	queueSize = 16
 	maxBytes  = 128 // of a request
@@ -52,7 +52,7 @@ type Device struct {
 var _ device.Device = (*Device)(nil)
 
 // DeviceID implements device.Device.
-func (d *Device) DeviceID() uint32 { return id }
+func (d *Device) DeviceID() uint32 { return ID }
 
 // Features implements device.Device.
 func (d *Device) Features() virtio.Features { return features }
@@ -313,26 +313,32 @@ func (d *Device) Close() error { return d.Reset(time.Time{}) }
 
 // Driver sends requests without end, one at a time, and compares what comes back.
 type Driver struct {
+	echoed uint64 // answers, atomic; first: 64-bit alignment
+
+	Dev uint16 // device number
 	Key byte
 
-	echoed uint64 // answers, atomic
+	closed uint32 // atomic
 	stop   *doorbell.Eventfd
 	done   chan struct{}
 }
 
 var _ driver.Driver = (*Driver)(nil)
 
-// Echoed returns how many answers came, each of them right.
+// Echoed returns how many answers came, each of them right. Any goroutine may call it.
 func (d *Driver) Echoed() uint64 { return atomic.LoadUint64(&d.echoed) }
+
+// Closed tells whether Close was called. Any goroutine may call it.
+func (d *Driver) Closed() bool { return atomic.LoadUint32(&d.closed) != 0 }
 
 // Name implements driver.Driver.
 func (d *Driver) Name() string { return "echo0" }
 
 // Number implements driver.Driver.
-func (d *Driver) Number() uint16 { return 7 }
+func (d *Driver) Number() uint16 { return d.Dev }
 
 // DeviceID implements driver.Driver.
-func (d *Driver) DeviceID() uint32 { return id }
+func (d *Driver) DeviceID() uint32 { return ID }
 
 // Joined implements driver.Driver.
 func (d *Driver) Joined() string { return "nothing" }
@@ -500,10 +506,13 @@ func (d *Driver) ShortOf() string { return "" }
 func (d *Driver) Unmet() []string { return nil }
 
 // Status implements driver.Driver.
-func (d *Driver) Status() status.Device { return status.Device{Name: "echo0", Type: "echo", Number: 7} }
+func (d *Driver) Status() status.Device {
+	return status.Device{Name: "echo0", Type: "echo", Number: d.Dev}
+}
 
 // Close implements driver.Driver.
 func (d *Driver) Close() error {
+	atomic.StoreUint32(&d.closed, 1)
 	d.Down()
 	return nil
 }

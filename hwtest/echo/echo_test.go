@@ -34,7 +34,7 @@ func TestEcho(t *testing.T) {
 					l := host.NewLink(host.Config{Name: "h", Board: spec, Devices: map[uint16]device.Device{7: &echo.Device{}}, Log: &log, Beat: beat, LostBeats: 200})
 					go func() { done <- l.Run(ctx) }()
 				} else {
-					drv = &echo.Driver{Key: key}
+					drv = &echo.Driver{Dev: 7, Key: key}
 					l := agent.NewLink(agent.Config{Name: "a", Board: spec, Placement: placement, Devices: []driver.Driver{drv}, Log: &log, Beat: beat, LostBeats: 200})
 					go func() { done <- l.Run(ctx) }()
 				}
