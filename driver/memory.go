@@ -60,8 +60,10 @@ type Shares struct {
 // NewShares divides memory into n parts, 1 <= n.
 func NewShares(n int) *Shares { return &Shares{taken: make([]bool, n), free: n} }
 
-// Len returns the number of parts, Free how many of them nobody has.
-func (s *Shares) Len() int  { return len(s.taken) }
+// Len returns the number of parts.
+func (s *Shares) Len() int { return len(s.taken) }
+
+// Free returns how many parts nobody has.
 func (s *Shares) Free() int { return s.free }
 
 // Take hands out the first part that is free, by its index (see Share). The error is ErrNoShare.
