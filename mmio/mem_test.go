@@ -131,6 +131,9 @@ func TestBytesInMemory(t *testing.T) {
 				if v := r.Load64(8); v != 0xfffefdfcfbfaf9f8 {
 					t.Errorf("RAM.Load64: %#x", v)
 				}
+				if v, w := r.Load64Pair(0); v != m.Load64(0) || w != 0xfffefdfcfbfaf9f8 {
+					t.Errorf("RAM.Load64Pair: %#x, %#x", v, w)
+				}
 				if v := r.Consume32(20); v != 0x07060504 {
 					t.Errorf("RAM.Consume32: %#x", v)
 				}
@@ -213,6 +216,7 @@ func accessors(m mmio.Mem) map[string]struct {
 		all["RAM.Load16"] = acc{2, func(o uint64) { r.Load16(o) }}
 		all["RAM.Load32"] = acc{4, func(o uint64) { r.Load32(o) }}
 		all["RAM.Load64"] = acc{8, func(o uint64) { r.Load64(o) }}
+		all["RAM.Load64Pair"] = acc{16, func(o uint64) { r.Load64Pair(o) }}
 		all["RAM.Store16"] = acc{2, func(o uint64) { r.Store16(o, 0) }}
 		all["RAM.Store32"] = acc{4, func(o uint64) { r.Store32(o, 0) }}
 		all["RAM.Store64"] = acc{8, func(o uint64) { r.Store64(o, 0) }}
@@ -251,7 +255,7 @@ func TestMisalignedPiece(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, name := range []string{"Load32", "Load64", "Store32", "Store64", "Consume32", "Publish32", "RAM.Load32", "RAM.Store64"} {
+		for _, name := range []string{"Load32", "Load64", "Store32", "Store64", "Consume32", "Publish32", "RAM.Load32", "RAM.Load64Pair", "RAM.Store64"} {
 			a, ok := accessors(m)[name]
 			if ok && panics(func() { a.do(0) }) == "" {
 				t.Errorf("%s: %s at a misaligned address did not panic", p.name, name)

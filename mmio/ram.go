@@ -66,6 +66,16 @@ func (r RAM) Load64(off uint64) uint64 {
 	return le64(*(*uint64)(unsafe.Add(r.base, off)))
 }
 
+// Load64Pair returns the little-endian 64 bits at off, and the next 64: two loads, one check.
+// off must be a multiple of 16; the base need be aligned to 8 bytes only.
+func (r RAM) Load64Pair(off uint64) (uint64, uint64) {
+	if off&8 != 0 || r.bad(off|8, 7) {
+		panic(Fault{off, r.size, 16})
+	}
+	p := unsafe.Add(r.base, off)
+	return le64(*(*uint64)(p)), le64(*(*uint64)(unsafe.Add(p, 8)))
+}
+
 // Store16 writes 16 bits, little-endian, at off.
 func (r RAM) Store16(off uint64, v uint16) {
 	if r.bad(off, 1) {

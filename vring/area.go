@@ -125,11 +125,14 @@ func (a *area) writeRing(src []byte, pos, n, size, width uint64) {
 	a.copyIn(ringHead+pos*width, src[:n*width])
 }
 
-// flush adds what was transferred to the region's account.
+// flush adds what was transferred to the region's account, where it has one.
 func (a *area) flush() {
-	if a.account == nil {
-		return
+	if a.account != nil {
+		a.flushAccount()
 	}
+}
+
+func (a *area) flushAccount() {
 	if a.reads != 0 {
 		a.account.AddReads(a.reads, a.readBytes)
 		a.reads, a.readBytes = 0, 0

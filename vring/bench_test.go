@@ -155,3 +155,34 @@ func BenchmarkPingPong(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkPop is the device side's Pop alone: a batch is popped and given back.
+func BenchmarkPop(b *testing.B) {
+	for _, r := range vringtest.Rings {
+		for _, m := range []vringtest.Memory{vringtest.Memories[1], vringtest.Memories[3]} {
+			for _, c := range []struct {
+				name            string
+				batch, bufs     int
+				inOrder, tables bool
+			}{{"batch1", 1, 1, false, false}, {"batch64", 64, 1, false, false}, {"inorder", 64, 1, true, false}, {"chain2", 64, 2, false, false}, {"indirect2", 64, 2, false, true}} {
+				b.Run(fmt.Sprintf("%s/%s/%s", r.Name, m.Name, c.name), func(b *testing.B) {
+					rig := vringtest.NewRig(b, vringtest.Params{Ring: r, Memory: m, EventIdx: true, InOrder: c.inOrder, Indirect: c.tables}, 256, 65536)
+					drv, dev := rig.Pair(b)
+					if n, err := drv.Add(requests(rig, c.batch, c.bufs)); err != nil || n != c.batch {
+						b.Fatal(n, err)
+					}
+					var bt vring.Batch
+					b.ReportAllocs()
+					for b.Loop() {
+						bt.Chains, bt.Spans = bt.Chains[:0], bt.Spans[:0]
+						if n, err := dev.Pop(&bt, c.batch); err != nil || n != c.batch {
+							b.Fatal(n, err)
+						}
+						dev.Unpop(c.batch)
+					}
+					b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(c.batch*c.bufs), "ns/buffer")
+				})
+			}
+		}
+	}
+}

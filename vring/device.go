@@ -47,6 +47,47 @@ func (q *deviceSide) heat(r *dma.Region) {
 	q.hot, q.hotAddr, q.hotSize, q.hotAccess = r, uint64(r.Addr), r.Mem.Size(), r.Access
 }
 
+// oneMore makes room for a chain, which is written in place: a copy would wait for the stores of its fields.
+func oneMore(chains []Chain) []Chain {
+	if len(chains) == cap(chains) {
+		chains = append(chains, Chain{})[:len(chains)]
+	}
+	return chains[:len(chains)+1]
+}
+
+// access returns what the device does with a buffer.
+func access(flags uint16) dma.Access {
+	if flags&descWrite != 0 {
+		return dma.DeviceWrite
+	}
+	return dma.DeviceRead
+}
+
+// inHot tells whether a buffer lies in the region that was used last, as most do.
+func (q *deviceSide) inHot(addr uint64, n uint32, need dma.Access) bool {
+	off := addr - q.hotAddr
+	return off < q.hotSize && uint64(n) <= q.hotSize-off && n != 0 && q.hotAccess&need != 0
+}
+
+// translate appends the spans of the only buffer of a chain, whose descriptor is at.
+func (q *deviceSide) translate(spans []dma.Span, c *Chain, at uint16, addr uint64, n uint32, need dma.Access) ([]dma.Span, *Error) {
+	spans, err := q.table.Translate(spans, dma.Addr(addr), n, need)
+	if err != nil {
+		return spans, q.untranslatable(at, at, dma.Addr(addr), n, err)
+	}
+	q.heat(spans[c.First].Region)
+	return spans, nil
+}
+
+// only sets the sums of a chain of one buffer of n bytes in the given number of spans.
+func (c *Chain) only(n uint32, flags uint16, spans int) {
+	if flags&descWrite != 0 {
+		c.WriteLen, c.Writable = n, uint16(spans)
+	} else {
+		c.ReadLen, c.Readable = n, uint16(spans)
+	}
+}
+
 // buffer appends the spans of one buffer of chain c.
 func (q *deviceSide) buffer(b *Batch, c *Chain, at uint16, addr dma.Addr, length uint32, flags uint16) *Error {
 	need := dma.DeviceRead

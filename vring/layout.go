@@ -50,3 +50,16 @@ func availEventOff(n uint16) uint64 { return ringHead + usedSize*uint64(n) }
 func needEvent(event, new, old uint16) bool {
 	return new-event-1 < new-old
 }
+
+// splitDesc is a descriptor of a split ring, or of an indirect table, as it was read: once.
+type splitDesc struct {
+	addr uint64
+	rest uint64 // le32 len, le16 flags, le16 next
+}
+
+func (d splitDesc) len() uint32   { return uint32(d.rest) }
+func (d splitDesc) flags() uint16 { return uint16(d.rest >> 32) }
+func (d splitDesc) next() uint16  { return uint16(d.rest >> 48) }
+
+// alone tells whether it is a chain of one buffer.
+func (d splitDesc) alone() bool { return d.flags()&(descNext|descIndirect) == 0 }

@@ -21,9 +21,9 @@ import (
 // can: who finds the flags set finds the rest, which was written before them. Where it cannot, flags and id are
 // one word of 32 bits, and read first.
 type packed struct {
-	words     []uint64 // flags, ids, lengths as scanned
-	event     uint32   // own event suppression word, as written
-	unsettled bool     // it may not have reached the other side since it was written
+	words     []packedWord // flags, ids, lengths as scanned
+	event     uint32       // own event suppression word, as written
+	unsettled bool         // it may not have reached the other side since it was written
 
 	since   uint32 // descriptors made available, or used, since NeedKick, NeedCall
 	anyhow  bool   // the first batch after a restart notifies
@@ -75,6 +75,16 @@ func usedMark(at uint16) uint16 {
 	}
 	return 0
 }
+
+// packedWord is the second half of a packed descriptor, as it was read: once.
+type packedWord uint64 // le32 len, le16 id, le16 flags
+
+func (w packedWord) len() uint32   { return uint32(w) }
+func (w packedWord) id() uint16    { return uint16(w >> 32) }
+func (w packedWord) flags() uint16 { return uint16(w >> 48) }
+
+// alone tells whether it is that of a chain of one buffer.
+func (w packedWord) alone() bool { return w.flags()&(descNext|descIndirect) == 0 }
 
 // setupPacked checks what both sides of a packed queue need.
 func (q *ring) setupPacked(c *Config) error {
@@ -163,7 +173,7 @@ func (q *ring) tail(off uint64) uint64 {
 // scan reads the flags, ids and lengths of descriptors from position at on, as long as they
 // are marked (as used, else as available), to words, and returns their number. Then their addresses, and
 // what they stand for, may be read.
-func (q *ring) scan(p *packed, words []uint64, at uint16, used bool) int {
+func (q *ring) scan(p *packed, words []packedWord, at uint16, used bool) int {
 	n, pos, wrap := 0, int(at&^wrapBit), at&wrapBit
 	direct, ram := q.desc.direct, q.desc.ram
 	for n < len(words) {
@@ -184,7 +194,7 @@ func (q *ring) scan(p *packed, words []uint64, at uint16, used bool) int {
 				if w&(descMark<<48) != mark {
 					break
 				}
-				lap[k] = w
+				lap[k] = packedWord(w)
 				off += descSize
 			}
 		} else {
@@ -199,7 +209,7 @@ func (q *ring) scan(p *packed, words []uint64, at uint16, used bool) int {
 				} else if w = q.tail(off); w&(descMark<<48) != mark {
 					break
 				}
-				lap[k] = w
+				lap[k] = packedWord(w)
 				off += descSize
 			}
 		}

@@ -78,7 +78,7 @@ func allocPackedDriver(c *Config) (*PackedDriver, error) {
 	size := int(c.Size)
 	q.slots = make([]packedSlot, size)
 	q.ids = make([]uint16, size)
-	q.p.words = make([]uint64, size)
+	q.p.words = make([]packedWord, size)
 	if q.inOrder {
 		q.order = make([]uint16, size)
 	}
@@ -310,12 +310,12 @@ func (q *PackedDriver) Reap(done []Completion) (int, error) {
 			break
 		}
 		for _, w := range words {
-			id, length := uint16(w>>32), uint32(w)
+			id, length := w.id(), w.len()
 			if int(id) >= len(slots) || slots[id].count == 0 {
 				bad = &Error{Code: ErrUsedID, Index: at &^ wrapBit, Value: uint64(id)}
 				break
 			}
-			if w&(descWrite<<48) == 0 {
+			if w.flags()&descWrite == 0 {
 				length = 0 // reserved, not a length (virtio 1.2, 2.8.4)
 			}
 			s := &slots[id]
@@ -400,13 +400,13 @@ func (q *PackedDriver) reapInOrder(done []Completion) (int, error) {
 }
 
 // runOf returns how many chains a used descriptor at position at completes, and the length of the last.
-func (q *PackedDriver) runOf(w uint64, at uint16) (run int, length uint32, bad *Error) {
-	id := uint16(w >> 32)
+func (q *PackedDriver) runOf(w packedWord, at uint16) (run int, length uint32, bad *Error) {
+	id := w.id()
 	if int(id) >= len(q.slots) || q.slots[id].count == 0 {
 		return 0, 0, &Error{Code: ErrUsedID, Index: at &^ wrapBit, Value: uint64(id)}
 	}
-	if w&(descWrite<<48) != 0 {
-		length = uint32(w)
+	if w.flags()&descWrite != 0 {
+		length = w.len()
 	}
 	if limit := q.slots[id].writable; length > limit {
 		return 0, 0, &Error{Code: ErrUsedLen, Index: at &^ wrapBit, Head: id, Value: uint64(length), Limit: uint64(limit)}
