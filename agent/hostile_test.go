@@ -367,11 +367,9 @@ func TestPool(t *testing.T) {
 			r := newRig(t, func(r *rig) { r.placement = "auto" })
 			p := good
 			c.change(&p)
-			d := r.Link.Self()
+			d := r.Declared
 			d.Pool = []virtiomsg.PoolRegion{p}
-			if _, err := r.Link.Redeclare(d); err != nil {
-				t.Fatal(err)
-			}
+			r.Redeclare(d)
 			r.waitRunning()
 			in := r.queues[0].Desc >= uint64(p.Link)
 			if in != c.push || (r.link.Status().Placement == "push") != c.push {
@@ -384,13 +382,11 @@ func TestPool(t *testing.T) {
 	}
 	// Too small for anything: the device cannot come up, and says so.
 	r := newRig(t, func(r *rig) { r.placement = "auto" })
-	d := r.Link.Self()
+	d := r.Declared
 	p := good
 	p.Size = 64
 	d.Pool = []virtiomsg.PoolRegion{p}
-	if _, err := r.Link.Redeclare(d); err != nil {
-		t.Fatal(err)
-	}
+	r.Redeclare(d)
 	r.Until(20*time.Second, "the agent fails", func() bool { return r.count("failures") >= 2 })
 	if e := r.dev().LastError; !strings.Contains(e, "pool") {
 		t.Errorf("error %q", e)

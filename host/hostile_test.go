@@ -1062,7 +1062,7 @@ func TestRingMethod(t *testing.T) { onBoards(t, testRingMethod) }
 
 func testRingMethod(t *testing.T, r *rig) {
 	r.bringUp(plain)
-	good := r.Link.Self()
+	good := r.Declared
 	for _, ring := range []board.RingInfo{
 		{Method: board.RingRegister, Vectors: 4, Addr: 0x1000},
 		{Method: board.RingBoard, Vectors: 4},

@@ -24,7 +24,7 @@ func TestInFlight(t *testing.T) {
 			t.Parallel()
 			_, spec := peer.NewBoard(t, testboard.PairOptions{})
 			r := newRig(t, spec)
-			d := r.Link.Self()
+			d := r.Declared
 			d.SlotsAgentToHost, d.SlotsHostToAgent = slots, slots
 			r.Redeclare(d)
 			r.bringUp(plain)

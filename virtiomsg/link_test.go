@@ -52,7 +52,7 @@ func expectEvent(t testing.TB, l *Link, want Event) {
 	t.Helper()
 	got, err := l.Poll(false)
 	if err != nil || got != want {
-		t.Fatalf("%s: Poll returned %s, %v; want %s", l.Side(), got, err, want)
+		t.Fatalf("%s: Poll returned %s, %v; want %s", l.side, got, err, want)
 	}
 }
 
@@ -132,7 +132,7 @@ func TestRings(t *testing.T) {
 				}
 				rung(t, a, h)
 				if !a.Up() || !h.Up() {
-					t.Fatalf("not up again after the %s's reset", l[i].Side())
+					t.Fatalf("not up again after the %s's reset", l[i].side)
 				}
 				if r := l[1-i].Reason(); r != ReasonRestarted {
 					t.Errorf("the other side says: %s", r)
@@ -167,7 +167,7 @@ func TestLostHeartbeat(t *testing.T) {
 			t.Fatal("not lost")
 		}
 	}
-	if h.Released() {
+	if h.released {
 		t.Error("the agent may still run its loops")
 	}
 	if err := h.Quiesced(); err != nil {
@@ -245,7 +245,7 @@ func TestStop(t *testing.T) {
 				t.Fatal(err)
 			}
 			rung(t, a, h)
-			b, err := ReadBlock(win, l.Side())
+			b, err := ReadBlock(win, l.side)
 			if err != nil || b.Epoch != 0 || b.Echo != 0 || b.State != StateStopped {
 				t.Fatalf("after the stop the block shows %+v, %v", b, err)
 			}
@@ -340,8 +340,8 @@ func TestGone(t *testing.T) {
 		} else if ev, err := h.Poll(true); ev != EventQuiesce || !errors.Is(err, ErrLinkGone) {
 			t.Fatal(ev, err)
 		}
-		if h.Reason() != ReasonGone || !errors.Is(h.Err(), ErrLinkGone) {
-			t.Error(h.Reason(), h.Err())
+		if h.Reason() != ReasonGone || !errors.Is(h.err, ErrLinkGone) {
+			t.Error(h.Reason(), h.err)
 		}
 		if err := h.Quiesced(); err != nil {
 			t.Fatal(err)
@@ -359,8 +359,8 @@ func TestGone(t *testing.T) {
 		if !a.Up() || !h.Up() || a.PeerEpoch() != h.Epoch() || h.PeerEpoch() != a.Epoch() {
 			t.Fatalf("fault %v: not up again: %v %v", fault, a.Up(), h.Up())
 		}
-		if h.Err() != nil {
-			t.Error(h.Err())
+		if h.err != nil {
+			t.Error(h.err)
 		}
 		exchange(t, a, h, 2*MaxSlots) // nobody is left behind in the old session
 	}
@@ -464,24 +464,21 @@ func TestStaleEcho(t *testing.T) {
 	}
 }
 
-func TestRedeclare(t *testing.T) {
-	a, h, _ := up(t)
-	d := a.Self()
+// TestAnotherDeclaration: the next process of a side may declare another memory layout, and another way to ring it.
+func TestAnotherDeclaration(t *testing.T) {
+	_, h, _ := up(t)
+	w, _ := newWindow(0x4000)
+	w.Mem = h.window.Mem
+	d := agentDeclaration()
 	d.Ring.Peer = 99
 	d.FIFOAgentToHost, d.FIFOHostToAgent = d.FIFOHostToAgent, d.FIFOAgentToHost
 	bad := d
 	bad.FIFOAgentToHost = 12
-	if _, err := a.Redeclare(bad); !errors.Is(err, ErrAlign) {
+	if _, err := NewLink(LinkConfig{Window: w, Side: board.Agent, Self: bad}); !errors.Is(err, ErrAlign) {
 		t.Fatal(err)
 	}
-	if !a.Up() {
-		t.Fatal("a bad declaration took the link down")
-	}
-	was, err := a.Redeclare(d)
-	if err != nil || !was {
-		t.Fatal(was, err)
-	}
-	if err := a.Quiesced(); err != nil {
+	a := mustLink(t, LinkConfig{Window: w, Side: board.Agent, Self: d, LostTicks: 3})
+	if err := a.Start(); err != nil {
 		t.Fatal(err)
 	}
 	rung(t, a, h)
@@ -526,15 +523,15 @@ func TestBadPeer(t *testing.T) {
 			t.Fatal("said again:", ev, err)
 		}
 	}
-	if h.Err() == nil || h.Stats().PageErrors != 1 {
-		t.Error(h.Err(), h.Stats())
+	if h.err == nil || h.Stats().PageErrors != 1 {
+		t.Error(h.err, h.Stats())
 	}
 	// Once it is replaced by a good one, all is well.
 	a2 := mustLink(t, LinkConfig{Window: mustWindow(a), Side: board.Agent, Self: agentDeclaration()})
 	a2.Start()
 	rung(t, a2, h)
-	if !a2.Up() || !h.Up() || h.Err() != nil {
-		t.Error("not up", h.Err())
+	if !a2.Up() || !h.Up() || h.err != nil {
+		t.Error("not up", h.err)
 	}
 }
 
@@ -550,7 +547,7 @@ func TestPoolOverlap(t *testing.T) {
 	h.Start()
 	for _, l := range []*Link{a, h} {
 		if _, err := l.Poll(false); !errors.Is(err, ErrOverlap) {
-			t.Errorf("%s: %v", l.Side(), err)
+			t.Errorf("%s: %v", l.side, err)
 		}
 	}
 }
@@ -734,7 +731,7 @@ func TestTwoGoroutines(t *testing.T) {
 				sent, got = 0, 0
 			}
 			if time.Now().After(deadline) {
-				done <- errors.New(l.Side().String() + ": no end")
+				done <- errors.New(l.side.String() + ": no end")
 				return
 			}
 			if !l.Up() {
@@ -923,7 +920,7 @@ func TestWiped(t *testing.T) {
 					for ; !up(); ticks++ {
 						if ticks == 20 {
 							t.Fatalf("across %v, block %d wiped to %x after %d polls: not up within %d ticks: the agent's error %v, the host's %v",
-								across, which, with, when, ticks, links[0].Err(), links[1].Err())
+								across, which, with, when, ticks, links[0].err, links[1].err)
 						}
 						for _, l := range links {
 							poll(l, true)
@@ -989,9 +986,8 @@ func TestCanRing(t *testing.T) {
 	}
 	d := hostDeclaration()
 	d.Ring = board.RingInfo{Method: board.RingIvshmem, Peer: 4, Vectors: 1}
-	if _, err := h.Redeclare(d); err != nil {
-		t.Fatal(err)
-	}
+	h = mustLink(t, LinkConfig{Window: wh, Side: board.Host, Self: d})
+	h.Start()
 	rung(t, a, h)
 	if !a.Up() || !h.Up() {
 		t.Error("not up after the host asks for another way")

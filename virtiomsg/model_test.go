@@ -277,8 +277,8 @@ func (s *modelSide) poll(tick bool) Event {
 	}
 	switch ev {
 	case EventUp:
-		if s.loops || !s.link.Released() {
-			w.fatalf("%s: up with loops %v, released %v", s.side, s.loops, s.link.Released())
+		if s.loops || !s.link.released {
+			w.fatalf("%s: up with loops %v, released %v", s.side, s.loops, s.link.released)
 		}
 		s.loops, s.asked, s.ready = true, false, false
 		s.own, s.peer, s.sent, s.recvd = s.link.Epoch(), s.link.PeerEpoch(), 0, 0

@@ -111,6 +111,8 @@ type Peer struct {
 	Link *virtiomsg.Link
 	// Region is what an agent declares.
 	Region dma.Region
+	// Declared is what the side declares; Redeclare changes it.
+	Declared virtiomsg.Declaration
 	// Up tells that messages may be sent; Downs counts how often the link went down.
 	Up    bool
 	Downs int
@@ -122,6 +124,7 @@ type Peer struct {
 	// Mute stops Step from receiving: the FIFO fills up.
 	Mute bool
 
+	side  board.Side
 	ring  doorbell.Ringer
 	last  time.Time
 	token uint16
@@ -148,28 +151,27 @@ func New(t testing.TB, spec string, side board.Side) *Peer {
 		d.SlotsAgentToHost, d.SlotsHostToAgent = virtiomsg.MaxSlots, virtiomsg.MaxSlots
 		d.Regions = []virtiomsg.Region{{Addr: p.Region.Addr, Size: m.Size(), Offset: Heap, Access: p.Region.Access}}
 	}
-	p.Link, err = virtiomsg.NewLink(virtiomsg.LinkConfig{Window: w, Side: side, Self: d, PeerDead: b.PeerDead, LostTicks: 200})
+	p.side = side
+	p.Redeclare(d)
+	return p
+}
+
+// Redeclare shows another declaration to the other side, with a new handshake, as the next process of this side does.
+func (p *Peer) Redeclare(d virtiomsg.Declaration) {
+	p.T.Helper()
+	if p.Up {
+		p.Up = false
+		p.Downs++
+	}
+	var err error
+	p.Link, err = virtiomsg.NewLink(virtiomsg.LinkConfig{Window: p.B.Window(), Side: p.side, Self: d, PeerDead: p.B.PeerDead, LostTicks: 200})
 	if err == nil {
 		err = p.Link.Start()
 	}
 	if err != nil {
-		t.Fatal(err)
-	}
-	return p
-}
-
-// Redeclare shows another declaration to the other side, with a new handshake.
-func (p *Peer) Redeclare(d virtiomsg.Declaration) {
-	p.T.Helper()
-	up, err := p.Link.Redeclare(d)
-	if err != nil {
 		p.T.Fatal(err)
 	}
-	if up {
-		p.Up = false
-		p.Downs++
-		p.Link.Quiesced()
-	}
+	p.Declared = d
 }
 
 // Step moves the handshake on, and takes what came in.
