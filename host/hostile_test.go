@@ -1071,7 +1071,9 @@ func testRingMethod(t *testing.T, r *rig) {
 		bad.Ring = ring
 		refused, ups := r.count("link_page_errors"), r.count("link_ups")
 		r.Redeclare(bad)
-		r.Until(20*time.Second, "the page is refused", func() bool { return r.count("link_page_errors") > refused })
+		r.Until(20*time.Second, "the page is refused", func() bool {
+			return r.count("link_page_errors") > refused && r.link.Status().LastError != ""
+		})
 		if e := r.link.Status().LastError; !strings.Contains(e, "ring method") || !strings.Contains(e, "agent block") {
 			t.Errorf("method %d: the error is %q", ring.Method, e)
 		}

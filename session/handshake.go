@@ -2,6 +2,7 @@ package session
 
 import (
 	"errors"
+	"fmt"
 	"sync/atomic"
 	"time"
 
@@ -12,20 +13,30 @@ import (
 
 // poll moves the handshake on.
 func (s *Session) poll(tick bool) {
-	now := time.Now()
-	if !s.due.After(now) {
+	if !s.due.After(time.Now()) {
 		s.due = time.Time{}
 	}
-	if !s.heldTill.IsZero() && !s.heldTill.After(now) {
-		s.heldTill, s.tries = time.Time{}, 0
-		s.link.Hold(false)
-		s.resume()
-	}
-	for n := 0; ; n++ {
-		if n == batch {
-			s.again()
+	switch s.at() {
+	case Listening, Handshake, Up:
+	case Held:
+		if !s.heldTill.After(time.Now()) {
+			s.heldTill, s.tries = time.Time{}, 0
+			s.link.Hold(false)
+			s.settle()
+		}
+	case Quiescing, Stuck:
+		// The heartbeat goes on while the owner lets go. A handshake does not begin meanwhile, and a board that is
+		// lost is left alone.
+		if s.gone || s.link == nil || !s.link.Up() && !s.owes {
 			return
 		}
+	case Leaving:
+		s.pollLeaving(tick)
+		return
+	default:
+		return
+	}
+	for n := 0; n < batch; n++ {
 		ev, err := s.link.Poll(tick)
 		tick = false
 		if err != nil {
@@ -35,37 +46,123 @@ func (s *Session) poll(tick bool) {
 		}
 		switch ev {
 		case virtiomsg.EventNone:
+			s.settle()
 			s.epoch()
 			s.ring()
 			return
 		case virtiomsg.EventPeer:
-			s.peer, _ = s.link.Peer()
-			if s.ctl, err = s.ringer(s.peer.Ring); err != nil {
+			d, _ := s.link.Peer()
+			s.mu.Lock()
+			s.peer = d
+			s.mu.Unlock()
+			if s.ctl, err = s.ringer(d.Ring); err != nil {
 				s.ctl = nil
 				s.cfg.Log.Warn("the other side cannot be rung, it has to poll", "link", s.cfg.Name, "error", err)
 			}
 			s.transition(Handshake, "")
 			s.tried()
 		case virtiomsg.EventUp:
-			s.upNow = true
-			s.tries, s.ended = 0, false
+			s.up()
 		case virtiomsg.EventQuiesce:
-			s.upNow, s.downNow = false, true
-			if s.busy {
-				s.epoch()
-				return
-			}
-			s.down()
+			s.owes = true
+			s.quiesce()
 		}
+	}
+	s.again()
+}
+
+// settle shows whether the peer is known, where the link is not up.
+func (s *Session) settle() {
+	if !s.in(Listening, Handshake, Held) || !s.heldTill.IsZero() {
+		return
+	}
+	_, known := s.link.Peer()
+	switch {
+	case known:
+		s.transition(Handshake, "")
+	case !s.in(Listening): // else it says why
+		s.transition(Listening, "")
 	}
 }
 
-// resume goes on with the handshake that was put off.
-func (s *Session) resume() {
-	if _, known := s.link.Peer(); known {
-		s.transition(Handshake, "")
-	} else {
-		s.transition(Listening, "")
+// up begins to be up.
+func (s *Session) up() {
+	s.transition(Up, "")
+	s.upDue, s.tickDue, s.taken = true, true, 0
+	s.tries, s.ended, s.told, s.sure, s.redo = 0, false, false, false, false
+	s.requests.Reset()
+	s.fail(nil)
+	s.epoch()
+	s.cfg.Log.Info("link up", "link", s.cfg.Name, "epoch", fmt.Sprintf("0x%08x", s.link.Epoch()), "peer_epoch", fmt.Sprintf("0x%08x", s.link.PeerEpoch()))
+}
+
+// quiesce has the owner let go of shared memory: the link is no longer up, the board is lost, or Run is to end.
+func (s *Session) quiesce() {
+	s.upDue = false
+	s.deferred, s.peeked = nil, false
+	s.failCalls(virtiomsg.ErrDown)
+	if s.in(Listening, Handshake, Held, Up) {
+		s.transition(Quiescing, "")
+	}
+}
+
+// quiesced goes on where the owner has let go.
+func (s *Session) quiesced() {
+	reason, cost := "", 0
+	if s.owes {
+		s.owes = false
+		if s.link.Quiesced() == nil {
+			reason, cost = s.link.Reason().String(), costBreak
+			if s.ended || s.link.Reason() == virtiomsg.ReasonDead {
+				cost = costRestart
+			}
+			s.ended = false
+			if s.gone {
+				reason, cost = "board out of reach", 0
+			}
+			s.cfg.Log.Warn("link down", "link", s.cfg.Name, "reason", reason)
+		}
+	}
+	s.told, s.sure, s.redo = false, false, false
+	switch {
+	case s.reopen:
+		s.transition(Closing, reason)
+	case s.ending:
+		s.safely(s.leave)
+	default:
+		s.transition(Listening, reason)
+		s.charge(cost)
+		s.safely(func() { s.poll(false) })
+	}
+}
+
+// Reset takes the link down, because of a peer that cannot be gone on with.
+func (s *Session) Reset() { s.onLoop(s.reset) }
+
+func (s *Session) reset() {
+	if s.link != nil && s.link.Reset() {
+		s.owes = true
+		s.quiesce()
+	}
+}
+
+// Fault takes the link down after a bus error at the window in a loop of the owner.
+func (s *Session) Fault(err error) { s.onLoop(func() { s.fault(err) }) }
+
+func (s *Session) fault(err error) {
+	if s.link == nil || s.closing {
+		return
+	}
+	s.fail(err)
+	s.look = true // whether the board is there
+	wasUp := s.link.Fault()
+	if wasUp || s.in(Up) { // it may have happened on the way down
+		s.cfg.Log.Warn("bus error", "link", s.cfg.Name, "board", s.cfg.Spec, "error", err)
+		s.owes = true
+		s.quiesce()
+	}
+	if s.in(Leaving) {
+		s.transition(Closing, "")
 	}
 }
 
@@ -80,7 +177,7 @@ func (s *Session) tried() {
 // charge takes from what the peer may spoil, and puts the handshake off where nothing is left.
 func (s *Session) charge(cost int) {
 	now := time.Now()
-	if !s.heldTill.IsZero() {
+	if cost == 0 || !s.in(Listening, Handshake) {
 		return
 	}
 	if s.breaks.Wait(now) == 0 {
@@ -111,38 +208,6 @@ func (s *Session) bad(err error) {
 	s.cfg.Log.Warn("the other side breaks the link", "link", s.cfg.Name, "error", err)
 }
 
-// down lets the owner let go of shared memory and tells the peer.
-func (s *Session) down() {
-	was := s.downNow
-	s.downNow = false
-	s.deferred, s.peeked = nil, false
-	s.transition(Quiescing, "")
-	s.Stopping(s.cfg.Handler.Down)
-	if !was {
-		return
-	}
-	if err := s.link.Quiesced(); err == nil {
-		cost := costBreak
-		if s.ended || s.link.Reason() == virtiomsg.ReasonDead {
-			cost = costRestart
-		}
-		s.ended = false
-		reason := s.link.Reason().String()
-		// What is read of a board that cannot be reached may look like anything that a peer does.
-		if v, ok := s.b.(board.Vanishing); ok {
-			if gone := v.Gone(); gone != nil {
-				reason, cost = "board out of reach", 0
-				s.faulted = true // serve looks at it next
-			}
-		}
-		s.transition(Listening, reason)
-		s.cfg.Log.Warn("link down", "link", s.cfg.Name, "reason", reason)
-		if cost > 0 {
-			s.charge(cost)
-		}
-	}
-}
-
 // ringer returns what rings the peer's control plane, and does not block whatever the peer does.
 func (s *Session) ringer(info board.RingInfo) (doorbell.Ringer, error) {
 	r, err := s.b.Ringer(info, 0)
@@ -152,10 +217,9 @@ func (s *Session) ringer(info board.RingInfo) (doorbell.Ringer, error) {
 	return doorbell.NoWait(r), nil
 }
 
-// Reset takes the link down, because of a peer that cannot be gone on with.
-func (s *Session) Reset() {
-	if s.link.Reset() {
-		s.downNow, s.upNow = true, false
+func (s *Session) ring() {
+	if s.link.NeedRing() && s.ctl != nil && s.ctl.Ring() != nil {
+		atomic.AddUint64(&s.n.RingErrors, 1)
 	}
 }
 

@@ -2,9 +2,6 @@ package session
 
 import (
 	"context"
-	"errors"
-	"fmt"
-	"sync/atomic"
 	"time"
 
 	"github.com/boardlink/boardlink/board"
@@ -17,213 +14,275 @@ import (
 // stops must not keep this side from its clock, its signals and its other work.
 const batch = 2 * virtiomsg.MaxSlots
 
+// run is the session's loop: one event after the other, and after each what has to be done then. It waits nowhere but
+// here. What may take its time has a goroutine of its own, whose end is an event: the owner's methods (job), and to
+// open, to ask and to close a board.
 func (s *Session) run(ctx context.Context) error {
-	var waiting string // the error that was logged last; empty: none since the board was open
-	pause := retryOpen
-	for {
-		var err error
-		if s.b == nil {
-			err = s.open(ctx)
-		}
-		if ctx.Err() != nil && s.b == nil {
-			s.transition(Stopped, "")
-			return nil
-		}
-		if err == nil {
-			s.cfg.Log.Info("board opened", "link", s.cfg.Name, "board", s.cfg.Spec, "side", s.cfg.Options.Side.String(),
-				"window", s.b.Window().Mem.Size(), "memory", s.b.Window().Mem.Kind().String())
-			waiting, pause = "", retryOpen
-			again := s.serve(ctx)
-			s.transition(Closing, "")
-			s.close()
-			if !again {
-				s.transition(Stopped, "")
-				return nil
-			}
-			s.cfg.Log.Warn("opening the board anew", "link", s.cfg.Name, "board", s.cfg.Spec)
-			s.transition(Absent, "")
-			continue
-		}
-		s.fail(err)
-		absent := errors.Is(err, board.ErrAbsent)
-		if !s.cfg.Retry && !absent && atomic.LoadUint64(&s.n.Opened) == 0 && (waiting == "" || board.Lasting(err)) {
-			s.transition(GivenUp, "")
-			return err
-		}
-		if text := err.Error(); text != waiting {
-			tell := s.cfg.Log.Warn
-			if absent {
-				tell = s.cfg.Log.Info
-			}
-			tell("waiting for the board", "link", s.cfg.Name, "board", s.cfg.Spec, "error", err)
-			waiting, pause = text, retryOpen
-		}
-		s.transition(Absent, "")
-		if !s.pause(ctx, pause) {
-			s.transition(Stopped, "")
-			return nil
-		}
-		if pause *= 2; absent {
-			pause = retryOpen
-		} else if pause > maxRetryOpen {
-			pause = maxRetryOpen
-		}
+	s.jobs, s.jobEnd = make(chan func() error, 1), make(chan error, 1)
+	s.asked, s.closed = make(chan error, 1), make(chan struct{}, 1)
+	go own(s.jobs, s.jobEnd)
+	defer close(s.over)
+	defer close(s.jobs)
+	stop := ctx.Done()
+	if s.b != nil {
+		s.safely(s.serve)
 	}
-}
-
-// pause waits, without a board; false: ctx ended.
-func (s *Session) pause(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return false
-		case <-s.posts.bell:
-			s.work()
-		case <-t.C:
-			return true
+	for !s.proceed(ctx) {
+		var tick <-chan time.Time
+		var events <-chan struct{}
+		if s.tick != nil {
+			tick, events = s.tick.C, s.b.Events()
 		}
-	}
-}
-
-// serve runs the opened board; again tells that it has to be opened anew.
-func (s *Session) serve(ctx context.Context) (again bool) {
-	stop, err := doorbell.NewEventfd()
-	if err != nil {
-		// Out of descriptors or memory, which passes.
-		s.transition(Quiescing, "")
-		s.fail(err)
-		s.cfg.Log.Warn("the link cannot be served now", "link", s.cfg.Name, "error", err)
 		select {
-		case <-ctx.Done():
-			return false
-		case <-time.After(retryOpen):
-			return true
-		}
-	}
-	s.ctx = ctx
-	s.bell = make(chan struct{}, 1)
-	done := make(chan struct{})
-	go s.listen(stop, s.bell, done)
-	s.tick = time.NewTicker(s.cfg.Beat)
-	defer func() {
-		s.tick.Stop()
-		stop.Ring()
-		<-done
-		stop.Close()
-	}()
-	served, _ := s.b.(board.Served)
-	s.safely(func() { s.poll(false) })
-	for {
-		s.safely(func() { s.handle(false) })
-		look := false // at the board itself
-		select {
-		case <-ctx.Done():
-			s.safely(s.leave)
-			return false
-		case <-s.tick.C:
-			s.safely(func() {
-				s.poll(true)
-				s.handle(true)
-			})
-			look = !s.link.Up()
-			if served != nil && served.ServerLost() && look {
-				s.safely(s.down)
-				return true
+		case <-stop:
+			stop = nil
+			s.end()
+		case a := <-s.asks:
+			s.safely(a.f)
+			close(a.done)
+		case o := <-s.opened:
+			s.opened = nil
+			if o.err != nil {
+				s.opening = false
+				s.wait(o.err)
+			} else {
+				s.fresh = o.b
 			}
+		case <-fires(s.pause):
+			s.pause = nil
+		case fault := <-s.jobEnd:
+			s.jobEnded(fault)
+		case err := <-s.asked:
+			s.asking = false
+			if err != nil {
+				s.lost(err)
+			}
+		case <-s.closed:
+			s.isClosed()
+		case <-fires(s.limit):
+			s.limit = nil
+			if s.in(Leaving) {
+				s.transition(Closing, "")
+			}
+		case <-tick:
+			s.beat()
 		case <-s.bell:
 			s.safely(func() { s.poll(false) })
-		case <-s.b.Events():
-			look = true
-			s.ended = true
-			s.safely(func() {
-				s.link.Look()
-				s.poll(false)
-			})
+		case <-events:
+			s.look, s.ended = true, true
+			s.link.Look()
+			s.safely(func() { s.poll(false) })
 		case <-s.wake:
-			s.safely(func() { s.handle(true) })
+			s.tickDue = true
 		case <-s.posts.bell:
-			s.work()
 		}
-		if gone := s.gone(look); gone != nil {
-			// Let go at once: the kernel waits for it with an unplugging.
-			s.fail(gone)
-			s.cfg.Log.Warn("the board is gone", "link", s.cfg.Name, "board", s.cfg.Spec, "error", gone)
-			s.safely(s.down)
-			return true
+	}
+	return s.err
+}
+
+func fires(t *time.Timer) <-chan time.Time {
+	if t == nil {
+		return nil
+	}
+	return t.C
+}
+
+// proceed begins what is due in the present state, and tells whether the session is over.
+func (s *Session) proceed(ctx context.Context) (over bool) {
+	for {
+		before := s.at()
+		switch before {
+		case Starting, Absent:
+			s.proceedAbsent(ctx)
+		case Listening, Handshake, Held:
+			s.mayAsk()
+			s.work()
+		case Up:
+			s.mayAsk()
+			s.safely(s.serveCalls)
+			if s.job == jobNone && s.at() == Up {
+				s.safely(s.serveOwner)
+			}
+		case Quiescing:
+			s.proceedQuiescing()
+		case Closing:
+			if s.job == jobNone && !s.asking && !s.closing {
+				s.close()
+			}
+			s.work()
+		case Stuck:
+			s.mayAsk()
+			if s.job == jobNone && !s.asking && !s.closing {
+				s.unstuck()
+			}
+		case GivenUp, Stopped:
+			return s.job == jobNone
+		}
+		if s.at() == before {
+			return false
 		}
 	}
 }
 
-// handle tells the owner what is due, outside of poll: the owner may call back.
-func (s *Session) handle(tick bool) {
-	s.busy = true
-	if s.upNow {
-		s.upNow = false
-		s.requests.Reset()
-		s.fail(nil)
-		s.transition(Up, "")
-		s.cfg.Log.Info("link up", "link", s.cfg.Name, "epoch", fmt.Sprintf("0x%08x", s.link.Epoch()), "peer_epoch", fmt.Sprintf("0x%08x", s.link.PeerEpoch()))
-		s.cfg.Handler.Up()
-		tick = true
-	}
-	for n := 0; !s.downNow && s.link.Up(); n++ {
-		if n == batch {
-			s.again()
-			break
+func (s *Session) proceedAbsent(ctx context.Context) {
+	switch {
+	case s.job != jobNone:
+	case s.fresh != nil:
+		b := s.fresh
+		s.fresh = nil
+		s.begin(jobPrepare, func() { s.prepared = s.prepare(b) })
+	case s.ending:
+		if s.pause != nil {
+			s.pause.Stop()
 		}
-		var m virtiomsg.Slot
-		if !s.next(&m) {
-			break
+		s.transition(Stopped, "")
+	case !s.opening && s.pause == nil:
+		s.opening, s.opened = true, s.openBoard(ctx)
+	}
+	if s.in(Starting, Absent) {
+		s.work()
+	}
+}
+
+// mayAsk asks the board whether it is there, where there is reason to.
+func (s *Session) mayAsk() {
+	if s.look && !s.asking {
+		s.askBoard()
+	}
+}
+
+// proceedQuiescing has the owner let go, and goes on when it has.
+func (s *Session) proceedQuiescing() {
+	if s.job != jobNone {
+		return
+	}
+	if !s.told {
+		s.told = true
+		s.begin(jobDown, func() { s.Stopping(s.cfg.Handler.Down) })
+		return
+	}
+	if s.owes && !s.ending && !s.gone {
+		// What is read of a board that cannot be reached may look like anything that a peer does.
+		if !s.asking && !s.sure {
+			s.sure = true
+			s.askBoard()
 		}
-		h, err := m.Header()
-		switch {
-		case err != nil:
-			atomic.AddUint64(&s.n.Malformed, 1)
-			s.cfg.Handler.Malformed(&m, err)
-		case h.Response():
-			s.requests.Match(h) // too late for whoever asked
-			atomic.AddUint64(&s.n.Unexpected, 1)
-		default:
-			s.cfg.Handler.Message(h, &m)
+		if s.asking {
+			return
 		}
-		s.ring()
 	}
-	if tick && !s.downNow && s.link.Up() {
-		s.cfg.Handler.Tick()
+	s.quiesced()
+}
+
+// beat is the clock's.
+func (s *Session) beat() {
+	s.safely(func() { s.poll(true) })
+	s.tickDue = true
+	if s.in(Listening, Handshake, Held) {
+		s.look = true
+		if served, ok := s.b.(board.Served); ok && served.ServerLost() {
+			s.reopen = true
+			s.quiesce()
+		}
 	}
-	s.busy = false
-	if s.downNow {
-		s.down()
+}
+
+// end begins to stop.
+func (s *Session) end() {
+	s.ending, s.deadline = true, time.Now().Add(stopLimit)
+	if s.link != nil {
+		s.quiesce()
 	}
-	s.poll(false)
+}
+
+// job is a method of the Handler that is under way.
+type job uint8
+
+const (
+	jobNone    job = iota
+	jobPrepare     // Declare, and what goes with it
+	jobDown
+	jobOther
+)
+
+// own is the owner's goroutine.
+func own(jobs <-chan func() error, ends chan<- error) {
+	for f := range jobs {
+		ends <- f()
+	}
+}
+
+// begin has the owner's goroutine run f. None is under way.
+func (s *Session) begin(j job, f func()) {
+	s.job = j
+	s.jobs <- func() error { return pci.Guard(f) } // has room
+}
+
+// work has the owner's goroutine run what is posted next, if it is idle.
+func (s *Session) work() {
+	if s.job != jobNone {
+		return
+	}
+	if j := s.posts.next(); j != nil {
+		s.job = jobOther
+		s.jobs <- j.run
+	}
+}
+
+// jobEnded goes on behind a method of the Handler; fault is a bus error that ended it, or nil.
+func (s *Session) jobEnded(fault error) {
+	j := s.job
+	s.job = jobNone
+	if j == jobPrepare {
+		s.opening = false
+		p := s.prepared
+		s.prepared = prepared{}
+		if p.err != nil {
+			s.wait(p.err)
+			return
+		}
+		s.adopt(p)
+		s.safely(s.serve)
+		return
+	}
+	if fault != nil {
+		if j == jobDown && !s.redo { // some loops may not have been stopped
+			s.redo, s.told = true, false
+		}
+		s.fault(fault)
+	}
+	s.safely(func() { s.poll(false) })
 }
 
 // safely runs f, which touches the window: a bus error there takes the link down, not the
 // program.
 func (s *Session) safely(f func()) {
 	if err := pci.Guard(f); err != nil {
-		s.Fault(err)
+		s.fault(err)
 	}
 }
 
-// Fault takes the link down after a bus error at the window, here or in a loop of the owner.
-func (s *Session) Fault(err error) {
-	s.faulted = true
-	s.busy, s.upNow = false, false
-	s.fail(err)
-	if s.link.Fault() {
-		s.cfg.Log.Warn("bus error", "link", s.cfg.Name, "board", s.cfg.Spec, "error", err)
-		s.downNow = true
-		s.down()
+// ask is something to be done by the loop.
+type ask struct {
+	f    func()
+	done chan struct{}
+}
+
+// onLoop has the loop do f, and waits for it. It returns false where no loop runs. It is not called by the loop.
+func (s *Session) onLoop(f func()) bool {
+	a := ask{f, make(chan struct{})}
+	select {
+	case s.asks <- a:
+		<-a.done
+		return true
+	case <-s.over:
+		return false
 	}
 }
 
 // listen turns rings of vector 0 into tokens.
-func (s *Session) listen(stop *doorbell.Eventfd, bell chan<- struct{}, done chan<- struct{}) {
+func (s *Session) listen(w doorbell.Waiter, stop *doorbell.Eventfd, bell chan<- struct{}, done chan<- struct{}) {
 	defer close(done)
-	w := s.assigned.Waiter(0)
 	sl := doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: w, Stop: stop, Counters: s.bells})
 	rings := NewBucket(bellRate)
 	for {
@@ -233,10 +292,7 @@ func (s *Session) listen(stop *doorbell.Eventfd, bell chan<- struct{}, done chan
 		}
 		sl.Found(why&doorbell.Rung != 0)
 		if why&doorbell.Rung != 0 || w.FD() < 0 {
-			select {
-			case bell <- struct{}{}:
-			default:
-			}
+			ring(bell)
 		}
 		if why&doorbell.Rung != 0 {
 			now := time.Now()
@@ -263,12 +319,6 @@ func (s *Session) after(d time.Duration) {
 
 // again lets this side's other work come first, then go on.
 func (s *Session) again() { ring(s.bell) }
-
-func (s *Session) ring() {
-	if s.link.NeedRing() && s.ctl != nil && s.ctl.Ring() != nil {
-		atomic.AddUint64(&s.n.RingErrors, 1)
-	}
-}
 
 func ring(bell chan<- struct{}) {
 	select {

@@ -11,6 +11,53 @@ import (
 // peer that keeps to docs/wire.md has at most MaxSlots requests under way, and events are merged.
 const maxDeferred = 4 * virtiomsg.MaxSlots
 
+// serveOwner has the owner do what is due: Up, then the messages in their order, and Tick, for which they do not make
+// it wait for long. The owner is idle, and the link is up.
+func (s *Session) serveOwner() {
+	if s.upDue {
+		s.upDue = false
+		s.begin(jobOther, s.cfg.Handler.Up)
+		return
+	}
+	if s.work(); s.job != jobNone {
+		return
+	}
+	for n := 0; !s.tickDue || s.taken < batch; n++ {
+		if n == batch {
+			s.again()
+			return
+		}
+		var m virtiomsg.Slot
+		if !s.next(&m) {
+			break
+		}
+		s.taken++
+		if h, err := m.Header(); err == nil && h.Response() {
+			s.requests.Match(h) // too late for whoever asked
+			atomic.AddUint64(&s.n.Unexpected, 1)
+			s.ring()
+			continue
+		}
+		s.begin(jobOther, func() { s.handOver(&m) })
+		return
+	}
+	if s.tickDue && s.in(Up) {
+		s.tickDue, s.taken = false, 0
+		s.begin(jobOther, s.cfg.Handler.Tick)
+	}
+}
+
+// handOver gives the owner a request or an event of the peer, on the owner's goroutine.
+func (s *Session) handOver(m *virtiomsg.Slot) {
+	h, err := m.Header()
+	if err != nil {
+		atomic.AddUint64(&s.n.Malformed, 1)
+		s.cfg.Handler.Malformed(m, err)
+		return
+	}
+	s.cfg.Handler.Message(h, m)
+}
+
 // next takes the next message that may be handled now: one that was put aside, or from the FIFO. A
 // request waits there until its answer has room.
 func (s *Session) next(m *virtiomsg.Slot) bool {
@@ -60,7 +107,7 @@ func (s *Session) stall(counter *uint64) {
 	}
 }
 
-// aside keeps a request or an event for later, and tells whether there was room for it.
+// aside keeps a message for later, and tells whether there was room for it.
 func (s *Session) aside(m *virtiomsg.Slot) bool {
 	for i := range s.deferred {
 		if virtiomsg.Supersedes(m, &s.deferred[i]) {
@@ -76,32 +123,18 @@ func (s *Session) aside(m *virtiomsg.Slot) bool {
 	return true
 }
 
-// serveBus answers the requests of the bus among those that were put aside, as far as there is room: the
-// other side may do nothing else before it has the answer. They touch no device.
-func (s *Session) serveBus() {
-	for i := 0; i < len(s.deferred); {
-		h, err := s.deferred[i].Header()
-		if err != nil || !h.Bus() || h.Event() {
-			i++
-			continue
-		}
-		if room, err := s.link.Room(); err != nil || !room {
-			s.bad(err)
-			return
-		}
-		m := s.deferred[i]
-		s.deferred = append(s.deferred[:i], s.deferred[i+1:]...)
-		s.cfg.Handler.Message(h, &m)
-	}
-}
-
 // Send sends a message. Errors: virtiomsg.ErrFIFOFull: try again later; others: the link is down, or
 // about to go.
 func (s *Session) Send(m *virtiomsg.Slot) error {
-	err := s.link.Send(m)
-	if err != virtiomsg.ErrFIFOFull {
-		s.bad(err)
-	}
-	s.ring()
+	err := error(virtiomsg.ErrDown)
+	s.onLoop(func() {
+		if s.link == nil {
+			return
+		}
+		if err = s.link.Send(m); err != virtiomsg.ErrFIFOFull {
+			s.bad(err)
+		}
+		s.ring()
+	})
 	return err
 }

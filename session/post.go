@@ -13,7 +13,7 @@ import (
 // ErrEnded: the session has ended, and does nothing any more.
 var ErrEnded = errors.New("the link has ended")
 
-// posts are functions that wait to be run on the session's goroutine.
+// posts are functions that wait to be run on the owner's goroutine.
 type posts struct {
 	mu   sync.Mutex
 	life life
@@ -34,6 +34,14 @@ type post struct {
 	f    func()
 	done chan struct{}
 	err  error // valid when done is closed
+}
+
+// run runs the post, and returns a bus error that ended it.
+func (j *post) run() error {
+	err := pci.Guard(j.f)
+	j.err = err
+	close(j.done)
+	return err
 }
 
 // begin says that what is posted from now on waits for Run.
@@ -67,6 +75,13 @@ func (p *posts) next() *post {
 	return j
 }
 
+// run runs all posts.
+func (p *posts) run() {
+	for j := p.next(); j != nil; j = p.next() {
+		j.run()
+	}
+}
+
 // withdraw takes a post out that was not begun, and tells whether it did.
 func (p *posts) withdraw(j *post) bool {
 	p.mu.Lock()
@@ -80,10 +95,10 @@ func (p *posts) withdraw(j *post) bool {
 	return false
 }
 
-// Do runs f on the session's goroutine, between two messages, and returns when it has run: f may use what the
+// Do runs f on the owner's goroutine, between two messages, and returns when it has run: f may use what the
 // methods of Handler may. It runs in every state of the link, also without a board. Before Open and Run it runs on the
 // caller's goroutine. Errors: ErrEnded, and that of ctx: f did not run then; a bus error: f was
-// interrupted, and the link goes down. Do must not be called on the session's goroutine.
+// interrupted, and the link goes down. Do must not be called on that goroutine.
 func (s *Session) Do(ctx context.Context, f func()) error {
 	p := &s.posts
 	p.mu.Lock()
@@ -112,27 +127,9 @@ func (s *Session) Do(ctx context.Context, f func()) error {
 	return j.err
 }
 
-// work runs what is posted.
-func (s *Session) work() {
-	for j := s.posts.next(); j != nil; j = s.posts.next() {
-		s.busy = s.link != nil // Up and Down wait
-		if j.err = pci.Guard(j.f); j.err != nil && s.link != nil {
-			s.Fault(j.err)
-		}
-		s.busy = false
-		close(j.done)
-		if s.link != nil && s.downNow {
-			s.safely(s.down)
-		}
-	}
-	if s.link != nil {
-		s.safely(func() { s.poll(false) })
-	}
-}
-
 // AddQueues gives queues of this side that were not among Handler.Queues when the board was opened the ends of their
 // doorbells. Without a board there is nothing to do: Queues is asked when it is opened. After an error none
-// has one. It is called on the session's goroutine.
+// has one. It is called on the owner's goroutine.
 func (s *Session) AddQueues(qs []QueueID) error {
 	if s.b == nil {
 		return nil
@@ -148,7 +145,7 @@ func (s *Session) AddQueues(qs []QueueID) error {
 	return nil
 }
 
-// RemoveQueues takes the ends of their doorbells from queues whose loops have stopped. It is called on the session's
+// RemoveQueues takes the ends of their doorbells from queues whose loops have stopped. It is called on the owner's
 // goroutine.
 func (s *Session) RemoveQueues(qs []QueueID) {
 	if s.b == nil {

@@ -13,7 +13,10 @@ import (
 	"github.com/boardlink/boardlink/session"
 )
 
-var held = make(chan struct{})
+var (
+	held    = make(chan struct{})
+	release sync.Once
+)
 
 func init() {
 	board.Register(board.Kind{Name: "held", Open: func(arg string, o board.Options) (board.Board, error) {
@@ -52,7 +55,7 @@ func TestDo(t *testing.T) {
 	post(t, s)
 	stop := run(t, ctx, s)
 	post(t, s)
-	close(held)
+	release.Do(func() { close(held) })
 	for range 20 {
 		post(t, s)
 		time.Sleep(time.Millisecond)

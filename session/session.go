@@ -2,8 +2,7 @@
 // and the doorbell, hands over messages, and tells its owner when memory may be used and when to
 // let go of it. Host and agent are its two owners.
 //
-// In the room: the control goroutine, its clock, who waits on which doorbell. Never in it: what
-// messages mean, devices, rings, interfaces.
+// It must not know what messages mean, devices, rings or interfaces.
 package session
 
 import (
@@ -29,7 +28,8 @@ type Logger interface {
 // Beat is the default interval of the heartbeat.
 const Beat = 100 * time.Millisecond
 
-// Handler is the owner of a Session. All methods are called on the Session's goroutine, and
+// Handler is the owner of a Session. Its methods are called one at a time, on a goroutine of the owner's
+// own, and may take their time: the link goes on meanwhile, but for the owner's next piece of work. They
 // may use the Session's methods.
 type Handler interface {
 	// Queues lists the queues for which this side will be rung.
@@ -45,7 +45,7 @@ type Handler interface {
 	// so that Send of one message succeeds as long as the link is up. Requests of the bus may come
 	// while Call waits.
 	Message(h virtiomsg.Header, m *virtiomsg.Slot)
-	// Malformed tells of a message that makes no sense.
+	// Malformed tells of a message that makes no sense. It may come while Call waits.
 	Malformed(m *virtiomsg.Slot, err error)
 	// Tick comes once a beat, and soon after Wake, while the link is up.
 	Tick()
@@ -58,7 +58,8 @@ type QueueID struct {
 }
 
 // Pacer is a Handler that puts requests off: what Wait returns for one is how long, 0 for not at all.
-// It stays where it is meanwhile, and everything behind it.
+// It stays where it is meanwhile, and everything behind it. Wait is called while no method of the
+// Handler runs, must not block, and must not use the Session.
 type Pacer interface {
 	Wait(h virtiomsg.Header, m *virtiomsg.Slot) time.Duration
 }
@@ -106,18 +107,58 @@ type Session struct {
 
 	cfg  Config
 	wake chan struct{}
+	asks chan ask      // for the loop, of the owner's goroutine
+	over chan struct{} // closed: no loop runs
 
-	// The session's goroutine only.
-	ctx      context.Context // of serve: Call ends with it
+	// The rest, down to mu, is the loop's. While the owner's goroutine runs something, the loop leaves b, assigned and
+	// users to it.
 	b        board.Board
-	link     *virtiomsg.Link
 	assigned *doorbell.Assigned
 	users    map[QueueID]int
-	peer     virtiomsg.Declaration
-	ctl      doorbell.Ringer // rings the peer's vector 0
-	bell     chan struct{}
-	tick     *time.Ticker
+
+	link    *virtiomsg.Link
+	ctl     doorbell.Ringer // rings the peer's vector 0
+	bell    chan struct{}
+	unheard *doorbell.Eventfd // ends listen
+	heard   chan struct{}     // closed when listen has ended
+	tick    *time.Ticker      // nil: no board is served
+
+	// What is under way beside the loop, each with its end as an event.
+	opening bool              // the board is being opened, or the owner declares
+	fresh   board.Board       // is open, the owner has not declared yet; or nil
+	opened  chan opening      // of the board that is being opened
+	pause   *time.Timer       // before the board is opened again; nil: none
+	jobs    chan func() error // for the owner's goroutine; at most one is under way
+	job     job
+	jobEnd  chan error // a bus error that ended it, or nil
+	posts   posts      // of Do
+	asking  bool       // the board is asked whether it is there
+	asked   chan error
+	closing bool // the board is being closed
+	closed  chan struct{}
+	limit   *time.Timer // of Leaving; nil: none
+
+	// What is to be done.
+	err      error     // Run's, in GivenUp
+	ending   bool      // Run is to end
+	deadline time.Time // of that
+	reopen   bool      // the board is to be closed, and opened anew
+	gone     bool      // as it is lost: it is not touched any more
+	owes     bool      // the handshake waits for Quiesced
+	told     bool      // Down was told, and not Up since
+	sure     bool      // the board was asked after Down
+	look     bool      // the board is to be asked whether it is there
+	upDue    bool      // Up is to be told
+	tickDue  bool      // Tick is to be told
+	taken    int       // messages that were handed over since Tick was
+	redo     bool      // Down ended by a bus error, and is told once more
+
+	prepared prepared // what the owner's goroutine made of a board that was opened
+	retry    time.Duration
+	waiting  string // the error of opening that was logged last; empty: none since the board was open
+
 	requests virtiomsg.Requests
+	calls    []*call // that wait for their answers, the innermost last
 	deferred []virtiomsg.Slot
 	head     virtiomsg.Slot // the next message, not taken yet
 	peeked   bool           // head is one
@@ -129,14 +170,9 @@ type Session struct {
 	tries    int       // pages of the peer that were read since the link was up
 	ended    bool      // a process of the other side came or went since the link was up
 	due      time.Time // when again is called by the clock; zero: it is not
-	upNow    bool      // Up has to be told
-	downNow  bool      // Down has to be told
-	busy     bool      // inside a Handler: Up and Down wait
-	faulted  bool      // a bus error: look whether the board is there
 
-	posts posts // of Do
-
-	mu     sync.Mutex // guards what Status reads
+	mu     sync.Mutex // guards what others read
+	peer   virtiomsg.Declaration
 	state  State
 	why    string    // what led to it
 	since  time.Time // of the state
@@ -155,8 +191,9 @@ func New(c Config) *Session {
 	}
 	c.Log = Limit(c.Log)
 	c.Pace = c.Pace.Defaults()
-	s := &Session{cfg: c, ctx: context.Background(), messages: NewBucket(c.Pace.Messages), breaks: NewBucket(c.Pace.Breaks),
-		wake: make(chan struct{}, 1), posts: posts{bell: make(chan struct{}, 1)}, bells: new(doorbell.Counters), since: time.Now()}
+	s := &Session{cfg: c, wake: make(chan struct{}, 1), asks: make(chan ask), over: make(chan struct{}), retry: retryOpen, posts: posts{bell: make(chan struct{}, 1)},
+		messages: NewBucket(c.Pace.Messages), breaks: NewBucket(c.Pace.Breaks), bells: new(doorbell.Counters), since: time.Now()}
+	close(s.over)
 	return s
 }
 
@@ -165,12 +202,26 @@ func New(c Config) *Session {
 // and Config.Retry is not set. It returns nil early when ctx ends: Run does not wait then.
 func (s *Session) Open(ctx context.Context) error {
 	s.posts.begin()
-	err := s.open(ctx)
-	if err == nil || ctx.Err() != nil {
-		return nil
+	o := opening{err: errWaiting}
+	for c := s.openBoard(ctx); o.err == errWaiting; {
+		select {
+		case o = <-c:
+		case <-s.posts.bell:
+			s.posts.run()
+		case <-ctx.Done():
+			return nil
+		}
 	}
-	s.fail(err)
-	absent := errors.Is(err, board.ErrAbsent)
+	if o.err == nil {
+		var p prepared
+		if p = s.prepare(o.b); p.err == nil {
+			s.adopt(p)
+			return nil
+		}
+		o.err = p.err
+	}
+	s.openFailed(o.err)
+	absent := errors.Is(o.err, board.ErrAbsent)
 	if absent || s.cfg.Retry {
 		s.transition(Absent, "")
 	}
@@ -180,7 +231,7 @@ func (s *Session) Open(ctx context.Context) error {
 	if !s.cfg.Retry {
 		s.posts.end(lifeNew)
 	}
-	return err
+	return o.err
 }
 
 // Run keeps the link going until ctx ends (nil), or until the link is given up because its board
@@ -194,6 +245,7 @@ func (s *Session) Open(ctx context.Context) error {
 func (s *Session) Run(ctx context.Context) error {
 	s.posts.begin()
 	defer s.posts.end(lifeEnded)
+	s.over = make(chan struct{})
 	done := make(chan error, 1)
 	go func() { done <- s.run(ctx) }()
 	select {
@@ -201,14 +253,17 @@ func (s *Session) Run(ctx context.Context) error {
 		return err
 	case <-ctx.Done():
 	}
-	limit := time.NewTimer(stopLimit)
-	defer limit.Stop()
-	select {
-	case err := <-done:
-		return err
-	case <-limit.C:
-		s.stuck(ErrStuck.Error())
-		return ErrStuck
+	for wait := stopLimit; ; wait = stopTime {
+		limit := time.NewTimer(wait)
+		select {
+		case err := <-done:
+			limit.Stop()
+			return err
+		case <-limit.C:
+		}
+		if s.overdue() {
+			return ErrStuck
+		}
 	}
 }
 
@@ -221,7 +276,10 @@ func (s *Session) Wake() {
 }
 
 // Up tells whether messages may be sent.
-func (s *Session) Up() bool { return !s.downNow && s.link != nil && s.link.Up() }
+func (s *Session) Up() (up bool) {
+	s.onLoop(func() { up = s.link != nil && s.link.Up() })
+	return up
+}
 
 // Waiter returns the end of the doorbell for a queue of this side's Queues. For others it is doorbell.None.
 func (s *Session) Waiter(q QueueID) doorbell.Waiter {
@@ -235,7 +293,8 @@ func (s *Session) Waiter(q QueueID) doorbell.Waiter {
 // Ringer returns what rings the peer for a queue. A peer that cannot be rung has to poll: that has been logged, and
 // what is returned does nothing.
 func (s *Session) Ringer(q QueueID) doorbell.Ringer {
-	r, err := s.b.Ringer(s.peer.Ring, virtiomsg.Vector(q.Dev, uint32(q.Queue), s.peer.Ring.Vectors))
+	ring := s.Peer().Ring
+	r, err := s.b.Ringer(ring, virtiomsg.Vector(q.Dev, uint32(q.Queue), ring.Vectors))
 	if err != nil {
 		return board.Silent
 	}
@@ -243,7 +302,11 @@ func (s *Session) Ringer(q QueueID) doorbell.Ringer {
 }
 
 // Peer returns what the peer declares; while up.
-func (s *Session) Peer() virtiomsg.Declaration { return s.peer }
+func (s *Session) Peer() virtiomsg.Declaration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.peer
+}
 
 // Board returns the board; between Declare and the end of Run.
 func (s *Session) Board() board.Board { return s.b }

@@ -112,17 +112,17 @@ var transitions = [states]set{
 	Held:      setOf(Listening, Handshake, Quiescing),
 	Up:        setOf(Quiescing, Stuck),
 	Quiescing: setOf(Listening, Leaving, Closing, Stuck),
-	Leaving:   setOf(Closing, Stuck),
+	Leaving:   setOf(Closing),
 	Closing:   setOf(Absent, Stopped, Stuck),
-	Stuck:     setOf(Up, Quiescing, Leaving, Closing, Absent, Stopped),
+	Stuck:     setOf(Up, Quiescing, Stopped),
 }
 
-// onIllegal hears of transitions that are refused, in tests.
-var onIllegal = func(from, to State) {}
+// observe hears of each change of state, and of those that are refused, in tests.
+var observe = func(s *Session, from, to State, legal bool) {}
 
 // transition makes the transition to a state, and tells whether it did: what the diagram does not have is
 // refused and counted. why says what led there, for an operator; it may be empty. A transition to the
-// state that the session is in changes nothing but why. Any goroutine may call it.
+// state that the session is in changes nothing but why. Only the loop calls it, and Open.
 func (s *Session) transition(to State, why string) bool {
 	s.mu.Lock()
 	from := s.state
@@ -130,15 +130,23 @@ func (s *Session) transition(to State, why string) bool {
 		s.mu.Unlock()
 		atomic.AddUint64(&s.n.Illegal, 1)
 		s.cfg.Log.Error("a transition that no link makes", "link", s.cfg.Name, "from", from.String(), "to", to.String())
-		onIllegal(from, to)
+		observe(s, from, to, false)
 		return false
 	}
 	defer s.mu.Unlock()
 	if from != to {
 		s.state, s.since = to, time.Now()
+		observe(s, from, to, true)
 	}
 	s.why = why
 	return true
+}
+
+// at returns the state. Any goroutine may call it.
+func (s *Session) at() State {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.state
 }
 
 // in tells whether the session is in one of some states. Any goroutine may call it.

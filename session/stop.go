@@ -20,78 +20,119 @@ const stopLimit = 5 * time.Second
 // descriptors stay as they are, and its devices must not be closed.
 var ErrStuck = fmt.Errorf("the link did not stop within %v: something of it is blocked, and it is left as it is", stopLimit)
 
-// stuck shows that something of the link does not stop.
-func (s *Session) stuck(what string) {
+// Stopping runs f, which stops loops of the owner. Where it takes too long, status and log tell; memory and descriptors are kept
+// until it returns.
+func (s *Session) Stopping(f func()) {
+	over := false // the loop's
+	t := time.AfterFunc(stopLimit, func() {
+		s.onLoop(func() {
+			if !over {
+				s.stuck(fmt.Sprintf("its loops have not stopped for %v: they are blocked; memory and descriptors are kept until they stop", stopLimit), Up, Quiescing)
+			}
+		})
+	})
+	f()
+	if !t.Stop() {
+		s.onLoop(func() {
+			over = true
+			s.unstuck()
+		})
+	}
+}
+
+// stuck tells that something of the link does not stop. The session is Stuck then, if it is in one of some states.
+func (s *Session) stuck(what string, states ...State) {
+	s.tellStuck(what)
+	if s.in(states...) {
+		s.transition(Stuck, "")
+	}
+}
+
+func (s *Session) tellStuck(what string) {
 	atomic.AddUint64(&s.n.Stuck, 1)
-	s.transition(Stuck, "")
 	s.fail(errors.New(what))
 	s.cfg.Log.Error("the link is stuck", "link", s.cfg.Name, "error", what)
 }
 
-// Stopping runs f, which stops loops of the owner. Where it takes too long, status and log tell; memory and descriptors are kept
-// until it returns.
-func (s *Session) Stopping(f func()) {
-	s.mu.Lock()
-	before, why := s.state, s.why
-	s.mu.Unlock()
-	told := make(chan struct{})
-	t := time.AfterFunc(stopLimit, func() {
-		defer close(told)
-		s.stuck(fmt.Sprintf("its loops have not stopped for %v: they are blocked; memory and descriptors are kept until they stop", stopLimit))
-	})
-	defer func() {
-		if t.Stop() {
-			return
-		}
-		<-told
-		if s.ctx.Err() == nil { // else it is what Run tells
-			s.transition(before, why)
-		}
-	}()
-	f()
+// unstuck goes on when what did not stop has stopped.
+func (s *Session) unstuck() {
+	switch {
+	case !s.in(Stuck) || s.closing:
+	case s.ending || s.reopen || s.owes || !s.link.Up():
+		s.transition(Quiescing, "")
+	default:
+		s.transition(Up, "")
+	}
 }
 
-// leave stops cleanly: the peer is told, and given time to let go.
+// overdue is asked where the time to stop is over, and tells whether the link is given up as stuck. Any goroutine may call it.
+func (s *Session) overdue() (stuck bool) {
+	told := make(chan bool, 1)
+	go s.onLoop(func() {
+		if s.in(Leaving) { // the owner has let go: nothing is stuck
+			s.transition(Closing, "")
+			told <- false
+			return
+		}
+		s.stuck(ErrStuck.Error(), Quiescing, Closing)
+		told <- true
+	})
+	limit := time.NewTimer(stopTime)
+	defer limit.Stop()
+	select {
+	case stuck := <-told:
+		return stuck
+	case <-s.over:
+		return false
+	case <-limit.C:
+		// The loop itself: an access to the window does not end.
+		s.tellStuck(ErrStuck.Error())
+		return true
+	}
+}
+
+// leave begins the clean stop: the peer is told, and given time to let go.
 func (s *Session) leave() {
-	s.down()
 	if s.link.Stop() != nil {
+		s.transition(Closing, "")
 		return
 	}
 	s.transition(Leaving, "")
-	limit := time.NewTimer(stopTime)
-	defer limit.Stop()
-	tick := false
-	for {
-		for n := 0; n < batch; n++ {
-			ev, _ := s.link.Poll(tick)
-			tick = false
-			s.ring()
-			if ev == virtiomsg.EventStopped {
-				return
-			}
-			if ev == virtiomsg.EventPeer {
-				if d, ok := s.link.Peer(); ok {
-					if r, err := s.ringer(d.Ring); err == nil {
-						s.ctl = r
-					}
-				}
-			}
-			if ev == virtiomsg.EventNone {
-				break
-			}
-		}
-		select {
-		case <-limit.C:
+	wait := time.Until(s.deadline) / 2
+	if wait > stopTime {
+		wait = stopTime
+	}
+	s.limit = time.NewTimer(wait)
+	s.pollLeaving(false)
+}
+
+// pollLeaving moves the clean stop on.
+func (s *Session) pollLeaving(tick bool) {
+	if tick {
+		// A peer that never was there lets go of nothing.
+		if _, known := s.link.Peer(); !known {
+			s.transition(Closing, "")
 			return
-		case <-s.bell:
-		case <-s.b.Events():
-		case <-s.tick.C:
-			s.link.Look()
-			tick = true
-			// A peer that never was there lets go of nothing.
-			if _, known := s.link.Peer(); !known {
-				return
+		}
+		s.link.Look()
+	}
+	for n := 0; n < batch; n++ {
+		ev, _ := s.link.Poll(tick)
+		tick = false
+		s.ring()
+		switch ev {
+		case virtiomsg.EventNone:
+			return
+		case virtiomsg.EventStopped:
+			s.transition(Closing, "")
+			return
+		case virtiomsg.EventPeer:
+			if d, ok := s.link.Peer(); ok {
+				if r, err := s.ringer(d.Ring); err == nil {
+					s.ctl = r
+				}
 			}
 		}
 	}
+	s.again()
 }
