@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/control/vhostuser"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/session"
@@ -158,6 +159,9 @@ func (c *Config) finish() error {
 	if err := c.makeNets(); err != nil {
 		return err
 	}
+	if err := c.checkDoors(); err != nil {
+		return err
+	}
 	for i := range c.Nets {
 		if err := c.Nets[i].check(); err != nil {
 			if len(c.specs) > 0 {
@@ -176,13 +180,19 @@ func (c *Config) checkBoards() error {
 		kinds = append(kinds, k.Name)
 		known[k.Name] = true
 	}
+	if c.Side == board.Host {
+		kinds = append(kinds, strings.TrimSuffix(vhostuser.Prefix, ":"))
+	}
 	if len(c.Boards) == 0 {
 		return Usagef("--board KIND:ARG is missing: the board; the kinds are: %s", strings.Join(kinds, " "))
 	}
 	seen := map[string]bool{}
 	for _, spec := range c.Boards {
 		i := strings.IndexByte(spec, ':')
-		if i < 0 || !known[spec[:i]] {
+		if isDoor(spec) && c.Side == board.Agent {
+			return Usagef("--board %s: a vhost-user front end is served by boardlink host", spec)
+		}
+		if !isDoor(spec) && (i < 0 || !known[spec[:i]]) {
 			return Usagef("--board %s: it is KIND:ARG, and the kinds of board are: %s", spec, strings.Join(kinds, " "))
 		}
 		if seen[spec] {

@@ -246,7 +246,10 @@ func Slot(spec string) string {
 		return spec
 	}
 	kind, what := spec[:i], spec[i+1:]
-	if kind == "loopback" {
+	if isDoor(spec) {
+		what = strings.SplitN(what, ",", 2)[0]
+	}
+	if kind == "loopback" || isDoor(spec) {
 		if strings.HasPrefix(what, "fd=") {
 			return kind // the number is that of one start
 		}

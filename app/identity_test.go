@@ -161,7 +161,9 @@ func TestSlot(t *testing.T) {
 		"loopback:/run/../run/a.sock":                         "loopback /run/a.sock",
 		"loopback:fd=7":                                       "loopback",
 		"mpc83xx:immr=0xe0000000,window=0x0f000000+0x1000000": "mpc83xx:immr=0xe0000000,window=0x0f000000+0x1000000",
-		"nonsense": "nonsense",
+		"vhost-user:/run/../run/a.sock,client":                "vhost-user /run/a.sock",
+		"vhost-user:fd=3,queues=2":                            "vhost-user",
+		"nonsense":                                            "nonsense",
 	} {
 		if got := Slot(spec); got != want {
 			t.Errorf("%s: %q, want %q", spec, got, want)

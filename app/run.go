@@ -210,6 +210,10 @@ func (e *ends) createHost(l *link) (end, []opened, error) {
 			return nil, devices, err
 		}
 	}
+	if isDoor(l.board) {
+		end, err := e.newDoor(l, offered[0])
+		return end, devices, err
+	}
 	return host.NewLink(host.Config{Name: l.name, Board: l.board, Options: e.options(), Devices: offered, NoPool: !c.Pool,
 		DMA: c.DMA, Log: e.log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts, Retry: l.retry}), devices, nil
 }

@@ -23,8 +23,9 @@ var (
 	// ErrStuck: a queue's loop has not come to rest at the deadline (a system call blocks it, or an engine). Its memory, descriptors
 	// and engine are still in use; the call may be made again.
 	ErrStuck = errors.New("the queue does not come to rest")
-	// ErrStarted: the queue is started already, or ErrStopped: it is not.
+	// ErrStarted: the queue is started already.
 	ErrStarted = errors.New("the queue is started")
+	// ErrStopped: the queue is not started.
 	ErrStopped = errors.New("the queue is not started")
 )
 
@@ -150,6 +151,13 @@ type Linked interface {
 	// SetPeerLink tells whether the driver's end is up. It is called on the control plane's goroutine, and
 	// each reset makes it up again.
 	SetPeerLink(up bool)
+}
+
+// Announcer is a Device that can tell the network at its own end that its driver's address is here now.
+type Announcer interface {
+	// Announce sends one announcement of the MAC address. It is called on the control plane's goroutine, whether the device
+	// runs or not.
+	Announce(mac [6]byte) error
 }
 
 // Translate checks what a driver says of a queue and translates the addresses of its areas. Errors name the queue, the value and

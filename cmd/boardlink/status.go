@@ -15,6 +15,7 @@ import (
 
 	"github.com/boardlink/boardlink/app"
 	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
+	"github.com/boardlink/boardlink/control/vhostuser"
 	"github.com/boardlink/boardlink/status"
 )
 
@@ -126,7 +127,9 @@ func (c *statusCmd) print(s *streams, p *status.Program) {
 		if l.LastError != "" {
 			fmt.Fprintf(w, "  error\t%s\n", l.LastError)
 		}
-		fmt.Fprintf(w, "  epoch\t0x%08x, peer 0x%08x\n", l.Epoch, l.PeerEpoch)
+		if !strings.HasPrefix(l.Board, vhostuser.Prefix) { // a front end has none
+			fmt.Fprintf(w, "  epoch\t0x%08x, peer 0x%08x\n", l.Epoch, l.PeerEpoch)
+		}
 		fmt.Fprintf(w, "  window\t%s, %s memory, placement %s\n", sizeString(l.Window.Size), l.Window.Kind, l.Placement)
 		for _, r := range l.Regions {
 			fmt.Fprintf(w, "  region %s\t%#x, %#x bytes, device may %s\n", r.Name, r.Addr, r.Size, r.Access)

@@ -83,7 +83,7 @@ func (r *reader) fill(m *message, b []byte) error {
 			return err
 		}
 		if flags&unix.MSG_CTRUNC != 0 {
-			atomic.AddUint64(&r.n.FDsClosed, 1)
+			atomic.AddUint64(&r.n.DescriptorsClosed, 1)
 			if got < room {
 				return m.errorf(ErrDescriptors, "a descriptor found no room in this process (RLIMIT_NOFILE)")
 			}

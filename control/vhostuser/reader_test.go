@@ -6,6 +6,8 @@ import (
 	"io"
 	"net"
 	"os"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -307,4 +309,24 @@ func TestGolden(t *testing.T) {
 	if err != nil || a != (vringAddr{0x03020100, 0x07060504, 0x0f0e0d0c0b0a0908, 0x1716151413121110, 0x1f1e1d1c1b1a1918, 0x2726252423222120}) {
 		t.Errorf("%#x, %v", a, err)
 	}
+}
+
+// mapsOf counts the mappings of a file in this process.
+func mapsOf(t testing.TB, fd int) int {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile("/proc/self/maps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, line := range strings.Split(string(b), "\n") {
+		if f := strings.Fields(line); len(f) > 5 && f[4] == strconv.FormatUint(st.Ino, 10) && strings.HasPrefix(f[5], "/memfd:test") {
+			n++
+		}
+	}
+	return n
 }

@@ -3,8 +3,8 @@ package netdev
 import (
 	"errors"
 	"fmt"
-	"github.com/boardlink/boardlink/device"
 
+	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/tunbridge"
 )
 

@@ -8,15 +8,17 @@
 //	peer memory FUNCTION on|off
 //	peer master FUNCTION on|off
 //	peer wipe FUNCTION
+//	peer up INTERFACE PREFIX [MTU]
 //
 // memory sets or clears the memory-enable bit of a PCI function, master its bus-master bit, wipe clears its BARs and command register as a reset of the
-// board does, both behind the back of whoever uses it.
+// board does, both behind the back of whoever uses it. up gives an interface an IPv4 address and sets it up.
 package main
 
 import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/signal"
@@ -24,6 +26,7 @@ import (
 	"syscall"
 
 	"github.com/boardlink/boardlink/hwtest/remote"
+	"golang.org/x/sys/unix"
 )
 
 func main() {
@@ -70,7 +73,10 @@ func run(args []string) error {
 	if len(args) == 2 && args[0] == "wipe" {
 		return wipe(args[1])
 	}
-	return fmt.Errorf("usage: peer echo | peer check ADDRESS [PINGS [BYTES]] | peer memory FUNCTION on|off | peer master FUNCTION on|off | peer wipe FUNCTION")
+	if len(args) >= 3 && args[0] == "up" {
+		return up(args[1], args[2], args[3:])
+	}
+	return fmt.Errorf("usage: peer up INTERFACE PREFIX [MTU] | peer echo | peer check ADDRESS [PINGS [BYTES]] | peer memory FUNCTION on|off | peer master FUNCTION on|off | peer wipe FUNCTION")
 }
 
 // command sets or clears a bit of the command register in configuration space (PCI 3.0, 6.2.2).
@@ -109,4 +115,47 @@ func wipe(fn string) error {
 		}
 	}
 	return nil
+}
+
+// up gives an interface an IPv4 address, an MTU if there is one, and sets it up.
+func up(name, prefix string, mtu []string) error {
+	p, err := netip.ParsePrefix(prefix)
+	if err != nil || !p.Addr().Is4() {
+		return fmt.Errorf("%q is no IPv4 address with its prefix length", prefix)
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	do := func(req uint, set func(*unix.Ifreq) error) error {
+		r, err := unix.NewIfreq(name)
+		if err == nil {
+			err = set(r)
+		}
+		if err == nil {
+			err = unix.IoctlIfreq(fd, req, r)
+		}
+		if err != nil {
+			return fmt.Errorf("interface %s, ioctl %#x: %w", name, req, err)
+		}
+		return nil
+	}
+	if len(mtu) > 0 {
+		n, err := strconv.Atoi(mtu[0])
+		if err != nil {
+			return err
+		}
+		if err := do(unix.SIOCSIFMTU, func(r *unix.Ifreq) error { r.SetUint32(uint32(n)); return nil }); err != nil {
+			return err
+		}
+	}
+	mask := net.CIDRMask(p.Bits(), 32)
+	if err := do(unix.SIOCSIFADDR, func(r *unix.Ifreq) error { return r.SetInet4Addr(p.Addr().AsSlice()) }); err != nil {
+		return err
+	}
+	if err := do(unix.SIOCSIFNETMASK, func(r *unix.Ifreq) error { return r.SetInet4Addr(mask) }); err != nil {
+		return err
+	}
+	return do(unix.SIOCSIFFLAGS, func(r *unix.Ifreq) error { r.SetUint16(unix.IFF_UP | unix.IFF_RUNNING); return nil })
 }

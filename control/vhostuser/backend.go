@@ -1,0 +1,587 @@
+package vhostuser
+
+import (
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/boardlink/boardlink/device"
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/virtio"
+)
+
+// changeLimit is how long a queue may take to come to rest.
+const changeLimit = 5 * time.Second
+
+// backend is what one front end has negotiated and set up. All methods run on the door's goroutine, under pci.Guard: the
+// front end may truncate its memory at any time.
+type backend struct {
+	name string
+	dev  device.Device
+	log  Logger
+	n    *counters
+
+	features uint64 // that the front end accepted, with bit 30
+	usable   bool   // the device can be served with them
+	taken    bool   // the device has them: not while it is suspended
+	proto    uint64 // accepted protocol features
+	status   uint8  // device status, where that is negotiated
+	mem      *memory
+	table    dma.TableRef
+	rings    []ring
+	first    int  // so many rings have to be started and enabled before the device runs
+	running  bool // the device is told so
+	starts   bucket
+	kept     []*doorbell.Eventfd // that may be in use until close
+
+	again time.Time // when what could not be started is tried again; zero: never
+	pause time.Duration
+}
+
+// notOffered are features that are the front end's own business on this control plane: it serves the control queue and
+// gives the guest its MAC address; ACCESS_PLATFORM would need messages that this back end does not send. Bit 127 is for
+// devices of our own.
+var notOffered = virtio.FeaturesOf(virtio.AccessPlatform, virtio.NetCtrlVQ, virtio.NetMAC, virtio.NetRawIP)
+
+func newBackend(name string, dev device.Device, log Logger, n *counters) *backend {
+	b := &backend{name: name, dev: dev, log: log, n: n, mem: &memory{}, starts: bucket{every: startEvery, burst: startBurst}}
+	b.table.Store(new(dma.Table))
+	b.rings = make([]ring, dataQueues(dev))
+	for i := range b.rings {
+		b.rings[i].index = i
+	}
+	b.first = 1
+	if dev.DeviceID() == virtio.IDNet {
+		b.first = 2
+	}
+	return b
+}
+
+// dataQueues returns the number of queues that the front end may set up: all but a network device's control queue.
+func dataQueues(dev device.Device) int {
+	n := dev.Queues()
+	if dev.DeviceID() == virtio.IDNet && dev.Features().Has(virtio.NetCtrlVQ) {
+		n--
+	}
+	return n
+}
+
+// offered returns the feature bits of GET_FEATURES.
+func (b *backend) offered() uint64 {
+	return b.dev.Features().Without(notOffered).Mask() | featProtocol
+}
+
+// accepted returns the accepted features as the device knows them.
+func (b *backend) accepted() virtio.Features {
+	return virtio.FeaturesFromMask(b.features &^ (featProtocol | featLogAll))
+}
+
+func (b *backend) packed() bool { return b.accepted().Has(virtio.RingPacked) }
+
+// protocol returns the protocol features that are offered.
+func (b *backend) protocol() uint64 {
+	p := protoMQ | protoReplyAck | protoMemSlots | protoResetDevice | protoStatus
+	if b.dev.DeviceID() != virtio.IDNet {
+		return p | protoConfig // QEMU serves a network device's configuration space itself
+	}
+	p |= protoMTU
+	if _, ok := b.dev.(device.Announcer); ok {
+		p |= protoRARP
+	}
+	return p
+}
+
+// handle serves a message and returns its answer, nil where there is none. An error is one that nobody can be told of:
+// the connection is to be closed.
+func (b *backend) handle(m *message) ([]byte, error) {
+	reply, err := b.serve(m)
+	if n := m.close(); n > 0 {
+		atomic.AddUint64(&b.n.DescriptorsClosed, uint64(n))
+	}
+	switch {
+	case err == nil && reply != nil:
+		return reply, nil
+	case isStuck(err):
+		return nil, err
+	}
+	ack := m.needReply() && b.proto&protoReplyAck != 0 && !ownReply[m.req]
+	if err == nil {
+		if ack {
+			return encodeReply(m.req, encodeU64(0)), nil
+		}
+		return nil, nil
+	}
+	var named *Error
+	if !errors.As(err, &named) {
+		err = fmt.Errorf("%s: %w", m.req, err)
+	}
+	if errors.Is(err, ErrUnknown) {
+		atomic.AddUint64(&b.n.Unknown, 1)
+		b.log.Debug("an unknown request", "link", b.name, "error", err)
+		if !ack { // the specification asks for no answer
+			return nil, nil
+		}
+	} else {
+		atomic.AddUint64(&b.n.Failed, 1)
+		if ack {
+			b.log.Warn("a request of the front end is refused", "link", b.name, "error", err)
+		}
+	}
+	if ack {
+		return encodeReply(m.req, encodeU64(1)), nil
+	}
+	atomic.AddUint64(&b.n.NoAcknowledge, 1)
+	return nil, err
+}
+
+// ownReply are the requests whose answer is more than an acknowledgement.
+var ownReply = map[Request]bool{GetFeatures: true, GetProtocolFeatures: true, GetQueueNum: true, GetVringBase: true, GetConfig: true,
+	GetMaxMemSlots: true, GetStatus: true}
+
+// serve carries out a message.
+func (b *backend) serve(m *message) (reply []byte, err error) {
+	switch m.req {
+	case GetFeatures:
+		return encodeReply(m.req, encodeU64(b.offered())), nil
+	case SetFeatures:
+		return nil, b.setFeatures(m)
+	case GetProtocolFeatures:
+		return encodeReply(m.req, encodeU64(b.protocol())), nil
+	case SetProtocolFeatures:
+		v, err := m.u64()
+		if err != nil {
+			return nil, err
+		}
+		if bad := v &^ b.protocol(); bad != 0 {
+			return nil, m.errorf(ErrFeatures, "protocol features %#x were not offered", bad)
+		}
+		b.proto = v
+		return nil, nil
+	case SetOwner:
+		return nil, nil
+	case ResetOwner: // deprecated; what it should do differs, and front ends that send it want a reset
+		return nil, b.reset()
+	case ResetDevice:
+		if err := b.negotiated(m, protoResetDevice); err != nil {
+			return nil, err
+		}
+		return nil, b.reset()
+	case SetMemTable:
+		return nil, b.setMemTable(m)
+	case GetMaxMemSlots, AddMemReg, RemMemReg:
+		return b.memSlots(m)
+	case GetQueueNum:
+		n := len(b.rings)
+		if b.dev.DeviceID() == virtio.IDNet {
+			n /= 2 // of pairs
+		}
+		return encodeReply(m.req, encodeU64(uint64(n))), nil
+	case SetVringNum, SetVringAddr, SetVringBase, GetVringBase, SetVringEnable:
+		return b.setVring(m)
+	case SetVringKick, SetVringCall, SetVringErr:
+		return nil, b.setVringFD(m)
+	case GetConfig:
+		return b.getConfig(m)
+	case SetConfig:
+		return nil, b.setConfig(m)
+	case SetStatus, GetStatus:
+		return b.deviceStatus(m)
+	case SendRARP:
+		return nil, b.announce(m)
+	case NetSetMTU:
+		return nil, b.setMTU(m)
+	}
+	return nil, m.errorf(ErrUnknown, "")
+}
+
+// negotiated refuses a message whose protocol feature was not negotiated.
+func (b *backend) negotiated(m *message, bit uint64) error {
+	if b.proto&bit != 0 {
+		return nil
+	}
+	name := ""
+	for _, p := range protoNames {
+		if p.bit == bit {
+			name = p.name
+		}
+	}
+	return m.errorf(ErrUnknown, "protocol feature %s was not negotiated", name)
+}
+
+// setFeatures serves SET_FEATURES. QEMU sends it once for each queue pair, while others run already: what is the same changes nothing.
+func (b *backend) setFeatures(m *message) error {
+	v, err := m.u64()
+	if err != nil {
+		return err
+	}
+	if bad := v &^ b.offered(); bad != 0 {
+		return m.errorf(ErrFeatures, "%s were not offered", virtio.FeaturesFromMask(bad))
+	}
+	if v == b.features {
+		return nil
+	}
+	if err := b.stopAll(); err != nil {
+		return err
+	}
+	b.features, b.usable = v, false
+	if !b.accepted().Has(virtio.Version1) {
+		// Front ends send this before the guest's driver has said anything, too: it is told when a queue is kicked.
+		return nil
+	}
+	if err := b.take(); err != nil {
+		return m.errorf(ErrFeatures, "%v", err)
+	}
+	b.usable = true
+	return nil
+}
+
+// take gives the device the accepted features.
+func (b *backend) take() error {
+	err := b.dev.SetFeatures(b.accepted(), device.Options{ControlElsewhere: true})
+	b.taken = err == nil
+	return err
+}
+
+// stopAll stops all rings as GET_VRING_BASE does: each goes on with the next SET_VRING_KICK.
+func (b *backend) stopAll() error {
+	for i := range b.rings {
+		if err := b.stop(&b.rings[i]); err != nil {
+			return err
+		}
+		b.rings[i].kicked = false
+	}
+	return b.settle(true)
+}
+
+// reset forgets all but the memory, the doorbells and the protocol features.
+func (b *backend) reset() error {
+	if err := b.stopAll(); err != nil {
+		return err
+	}
+	if err := b.dev.Reset(deadline()); err != nil {
+		return err
+	}
+	b.features, b.usable, b.taken, b.status, b.running = 0, false, false, 0, false
+	for i := range b.rings {
+		r := &b.rings[i]
+		*r = ring{index: i, kick: r.kick, call: r.call, err: r.err}
+	}
+	return nil
+}
+
+// close ends the use of the front end's memory and doorbells. It fails with device.ErrStuck where the device does not let go of
+// them: nothing was given back then, and it is to be called again.
+func (b *backend) close(limit time.Time) error {
+	if err := b.dev.Reset(limit); err != nil {
+		return err
+	}
+	b.running = false
+	b.table.Store(new(dma.Table))
+	b.mem.unmapBut(nil)
+	b.mem = &memory{}
+	for i := range b.rings {
+		r := &b.rings[i]
+		r.started = false
+		for _, e := range [...]**doorbell.Eventfd{&r.kick, &r.call, &r.err} {
+			replace(e, nil)
+		}
+	}
+	for i := range b.kept {
+		replace(&b.kept[i], nil)
+	}
+	return nil
+}
+
+// ringOf returns the ring of an index.
+func (b *backend) ringOf(m *message, index uint32) (*ring, error) {
+	if uint64(index) >= uint64(len(b.rings)) {
+		return nil, m.errorf(ErrQueue, "queue %d: there are %d (with queues=N: %d for each pair)", index, len(b.rings), 2)
+	}
+	return &b.rings[index], nil
+}
+
+// setVring serves the requests that have the number of a queue and a value.
+func (b *backend) setVring(m *message) ([]byte, error) {
+	if m.req == SetVringAddr {
+		a, err := m.vringAddr()
+		if err != nil {
+			return nil, err
+		}
+		return nil, b.setAddr(m, a)
+	}
+	s, err := m.vringState()
+	if err != nil {
+		return nil, err
+	}
+	r, err := b.ringOf(m, s.index)
+	if err != nil {
+		return nil, err
+	}
+	switch m.req {
+	case GetVringBase:
+		if err := b.stop(r); err != nil {
+			return nil, err
+		}
+		r.kicked, r.broken = false, false
+		return encodeReply(m.req, vringState{s.index, r.base}.encode()), nil
+	case SetVringEnable:
+		if s.num > 1 {
+			return nil, m.errorf(ErrValue, "%d: 0 or 1 is possible", s.num)
+		}
+		r.enabled = s.num == 1
+		if r.started {
+			if err := b.dev.EnableQueue(r.index, b.enabled(r), deadline()); err != nil {
+				return nil, err
+			}
+		}
+		return nil, b.settle(true)
+	case SetVringNum:
+		if uint32(r.size) == s.num {
+			return nil, nil
+		}
+		if max := b.dev.Queue(r.index).Max; s.num == 0 || s.num > uint32(max) {
+			return nil, m.errorf(ErrQueue, "queue %d of %d descriptors: 1 to %d are possible (--queue-max)", s.index, s.num, max)
+		}
+		if err := b.stopped(m, r); err != nil {
+			return nil, err
+		}
+		r.size = uint16(s.num)
+	case SetVringBase:
+		if err := b.stopped(m, r); err != nil {
+			return nil, err
+		}
+		r.base = s.num
+	}
+	return nil, nil
+}
+
+// stopped refuses a change of a ring that runs.
+func (b *backend) stopped(m *message, r *ring) error {
+	if r.started {
+		return m.errorf(ErrQueue, "queue %d is started: GET_VRING_BASE has to stop it first", r.index)
+	}
+	return nil
+}
+
+// setAddr serves SET_VRING_ADDR. For a ring that runs, front ends send it again to turn its log on and off.
+func (b *backend) setAddr(m *message, a vringAddr) error {
+	r, err := b.ringOf(m, a.index)
+	if err != nil {
+		return err
+	}
+	if r.addressed && a.desc == r.addr.desc && a.avail == r.addr.avail && a.used == r.addr.used {
+		r.addr = a
+		return nil
+	}
+	if err := b.stopped(m, r); err != nil {
+		return err
+	}
+	r.addr, r.addressed = a, true
+	return nil
+}
+
+// setVringFD serves the requests that bring a doorbell.
+func (b *backend) setVringFD(m *message) error {
+	v, err := m.u64()
+	if err != nil {
+		return err
+	}
+	r, err := b.ringOf(m, uint32(v&indexMask))
+	if err != nil {
+		return err
+	}
+	want := 1
+	if v&noFD != 0 {
+		want = 0
+	}
+	if len(m.fds) != want {
+		return m.errorf(ErrDescriptors, "%d of them, %d wanted", len(m.fds), want)
+	}
+	var e *doorbell.Eventfd
+	if want == 1 {
+		fd := m.takeFD(0)
+		if e, err = doorbell.FromFD(fd); err != nil {
+			closeFD(fd)
+			return m.errorf(ErrDescriptors, "%v", err)
+		}
+	}
+	switch m.req {
+	case SetVringErr:
+		replace(&r.err, e)
+		return nil
+	case SetVringCall:
+		old := r.call
+		r.call = e
+		if r.started {
+			if err := b.dev.ChangeQueue(r.index, device.Change{Call: r.ringer()}, deadline()); err != nil {
+				// Both may be in use: the connection ends, and with it all doorbells.
+				b.kept = append(b.kept, old)
+				return err
+			}
+			ringOnce(e)
+		}
+		replace(&old, nil)
+		return nil
+	}
+	old := r.kick
+	r.kick = e
+	if r.started {
+		if err := b.dev.ChangeQueue(r.index, device.Change{Kick: r.waiter()}, deadline()); err != nil {
+			b.kept = append(b.kept, old)
+			return err
+		}
+		replace(&old, nil)
+		return nil
+	}
+	replace(&old, nil)
+	r.kicked = true
+	if !b.usable {
+		b.log.Warn("the front end starts a queue without virtio 1 (VERSION_1): its driver is a legacy one, or negotiated while this program was away. "+
+			"Set disable-legacy=on for the device, or let the guest's driver start anew", "link", b.name, "queue", r.index)
+		return nil
+	}
+	return b.settleRing(r)
+}
+
+// settleRing starts a ring that was kicked, and all else that can be started. What is wrong with the ring is the error.
+func (b *backend) settleRing(r *ring) error {
+	if err := b.start(r, false); err != nil {
+		r.kicked = false
+		return err
+	}
+	return b.settle(true)
+}
+
+// getConfig serves GET_CONFIG: a piece of the configuration space, or nothing at all as the answer for what is wrong.
+func (b *backend) getConfig(m *message) ([]byte, error) {
+	if err := b.negotiated(m, protoConfig); err != nil {
+		return nil, err
+	}
+	c, err := m.config()
+	if err != nil {
+		return nil, err
+	}
+	space := b.dev.Config()
+	if uint64(c.offset)+uint64(len(c.data)) > uint64(len(space)) {
+		atomic.AddUint64(&b.n.Failed, 1)
+		return encodeReply(m.req, nil), nil
+	}
+	c.data = space[c.offset : int(c.offset)+len(c.data)]
+	return encodeReply(m.req, c.encode()), nil
+}
+
+func (b *backend) setConfig(m *message) error {
+	if err := b.negotiated(m, protoConfig); err != nil {
+		return err
+	}
+	c, err := m.config()
+	if err != nil {
+		return err
+	}
+	if err := b.dev.WriteConfig(c.offset, c.data); err != nil {
+		return m.errorf(ErrValue, "%d bytes at offset %d: %v", len(c.data), c.offset, err)
+	}
+	return nil
+}
+
+// deviceStatus serves SET_STATUS and GET_STATUS. Status 0 stops the rings; their places and the features stay, as GET_VRING_BASE
+// comes behind it.
+func (b *backend) deviceStatus(m *message) ([]byte, error) {
+	if err := b.negotiated(m, protoStatus); err != nil {
+		return nil, err
+	}
+	if m.req == GetStatus {
+		s := b.status
+		for i := range b.rings {
+			if b.rings[i].broken {
+				s |= uint8(virtio.StatusNeedsReset)
+			}
+		}
+		return encodeReply(m.req, encodeU64(uint64(s))), nil
+	}
+	v, err := m.u64()
+	if err != nil {
+		return nil, err
+	}
+	if v > 0xff {
+		return nil, m.errorf(ErrValue, "a status of %#x: it has 8 bits", v)
+	}
+	b.status = uint8(v)
+	if v == 0 {
+		return nil, b.stopAll()
+	}
+	return nil, nil
+}
+
+// announce serves SEND_RARP: the guest has moved here, and the network is to learn where its address is.
+func (b *backend) announce(m *message) error {
+	if err := b.negotiated(m, protoRARP); err != nil {
+		return err
+	}
+	v, err := m.u64()
+	if err != nil {
+		return err
+	}
+	var mac [6]byte
+	copy(mac[:], encodeU64(v))
+	if err := b.dev.(device.Announcer).Announce(mac); err != nil {
+		return m.errorf(ErrValue, "%v", err)
+	}
+	atomic.AddUint64(&b.n.RARP, 1)
+	return nil
+}
+
+// setMTU serves NET_SET_MTU: what the guest is told. Frames of the interface's own MTU have to fit.
+func (b *backend) setMTU(m *message) error {
+	if err := b.negotiated(m, protoMTU); err != nil {
+		return err
+	}
+	v, err := m.u64()
+	if err != nil {
+		return err
+	}
+	mtu := uint64(virtio.DecodeNetConfig(b.dev.Config()).MTU)
+	if v < minMTU || v > mtu {
+		return m.errorf(ErrValue, "an MTU of %d for the guest: %d to %d are possible, the MTU of this end's interface (--mtu)", v, minMTU, mtu)
+	}
+	return nil
+}
+
+// minMTU is the smallest MTU of a network device (virtio 1.2, 5.1.4.1).
+const minMTU = 68
+
+// retryFirst and retryMax bound the time between tries to start what the interface's loss has stopped.
+const (
+	retryFirst = 250 * time.Millisecond
+	retryMax   = 4 * time.Second
+)
+
+// retry has what could not be started tried again, later with each time.
+func (b *backend) retry() {
+	switch {
+	case b.pause == 0:
+		b.pause = retryFirst
+	case b.pause < retryMax:
+		b.pause *= 2
+	}
+	b.again = time.Now().Add(b.pause)
+}
+
+// tryAgain gives the device what it was given before, and starts what was started.
+func (b *backend) tryAgain() error {
+	b.again = time.Time{}
+	if b.usable && !b.taken {
+		if err := b.take(); err != nil {
+			return b.suspend(err)
+		}
+	}
+	if err := b.settle(true); err != nil {
+		return err
+	}
+	if b.again.IsZero() {
+		b.pause = 0
+	}
+	return nil
+}

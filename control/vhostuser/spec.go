@@ -1,0 +1,82 @@
+package vhostuser
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+)
+
+// Prefix is what the spec of a door begins with, where a board's begins with its kind.
+const Prefix = "vhost-user:"
+
+// Help describes the spec of a door.
+const Help = "vhost-user:PATH[,client][,mode=0660][,queues=N], or vhost-user:fd=N[,queues=N]"
+
+// maxPath is the longest path of a Unix socket: sun_path of unix(7) less its zero byte.
+const maxPath = 107
+
+// maxPairs is how many queue pairs a spec may ask for: SET_VRING_KICK has 8 bits for the number of a queue.
+const maxPairs = 128
+
+// Spec says where a door's socket is.
+type Spec struct {
+	// Path is the socket's; empty where FD is given.
+	Path string
+	// FD is an open socket: one that listens, or is connected to a front end; -1: none.
+	FD int
+	// Client: connect to Path, where the front end listens. Else listen there.
+	Client bool
+	// Mode is the permissions of a socket that listens; 0: 0600.
+	Mode os.FileMode
+	// Queues is how many queue pairs a network device has; 0: as it is described elsewhere.
+	Queues int
+}
+
+// ParseSpec reads "vhost-user:PATH,...". Errors are the user's, in one line.
+func ParseSpec(s string) (Spec, error) {
+	spec := Spec{FD: -1}
+	bad := func(format string, args ...interface{}) (Spec, error) {
+		return Spec{}, fmt.Errorf("%s: %s; it is %s", s, fmt.Sprintf(format, args...), Help)
+	}
+	if !strings.HasPrefix(s, Prefix) {
+		return bad("it does not begin with %s", Prefix)
+	}
+	parts := strings.Split(s[len(Prefix):], ",")
+	if strings.HasPrefix(parts[0], "fd=") {
+		n, err := strconv.ParseUint(parts[0][3:], 10, 31)
+		if err != nil {
+			return bad("%q is no number of a descriptor", parts[0][3:])
+		}
+		spec.FD = int(n)
+	} else {
+		spec.Path = parts[0]
+		if spec.Path == "" || len(spec.Path) > maxPath || strings.IndexByte(spec.Path, 0) >= 0 {
+			return bad("the path has %d bytes, 1 to %d are possible", len(spec.Path), maxPath)
+		}
+	}
+	for _, p := range parts[1:] {
+		switch {
+		case p == "client" && spec.FD < 0:
+			spec.Client = true
+		case strings.HasPrefix(p, "mode=") && spec.FD < 0:
+			n, err := strconv.ParseUint(p[5:], 8, 32)
+			if err != nil || n == 0 || n > 0o777 {
+				return bad("mode %q is none: 1 to 777, octal", p[5:])
+			}
+			spec.Mode = os.FileMode(n)
+		case strings.HasPrefix(p, "queues="):
+			n, err := strconv.ParseUint(p[7:], 10, 31)
+			if err != nil || n < 1 || n > maxPairs {
+				return bad("%q is no number of queue pairs: 1 to %d", p[7:], maxPairs)
+			}
+			spec.Queues = int(n)
+		default:
+			return bad("%q is no option", p)
+		}
+	}
+	if spec.Client && spec.Mode != 0 {
+		return bad("mode is for a socket that this program makes, client for one that the front end makes")
+	}
+	return spec, nil
+}
