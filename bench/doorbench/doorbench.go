@@ -11,7 +11,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"runtime"
 	"slices"
 	"time"
@@ -204,26 +203,11 @@ func Run(ctx context.Context, c Config) ([]Result, error) {
 func (c *Config) one(ctx context.Context, m Mechanism, processes int, w Where) (*Result, error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*c.Duration+2*patience)
 	defer cancel()
-	fd, err := unix.MemfdCreate("doorbench", unix.MFD_CLOEXEC)
+	files, _, err := benchkit.Files("doorbench", memBytes, 2, 0)
 	if err != nil {
-		return nil, fmt.Errorf("memfd_create: %w", err)
-	}
-	files := []*os.File{os.NewFile(uintptr(fd), "memory")}
-	defer func() {
-		for _, f := range files {
-			f.Close()
-		}
-	}()
-	if err := files[0].Truncate(memBytes); err != nil {
 		return nil, err
 	}
-	for range 2 {
-		e, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
-		if err != nil {
-			return nil, fmt.Errorf("eventfd: %w", err)
-		}
-		files = append(files, os.NewFile(uintptr(e), "eventfd"))
-	}
+	defer benchkit.CloseFiles(files)
 	o := order{Mechanism: m, CPU: [2]int{-1, -1}, Spin: c.Spin, Pause: c.Pause, Duration: c.Duration}
 	only := [2]int{-1, -1} // which processors the processes may use
 	switch {
