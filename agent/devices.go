@@ -45,7 +45,7 @@ func (l *Link) find(n uint16) (i int, ok bool) {
 	return i, i < len(l.devs) && l.devs[i].n.Number() == n
 }
 
-// setDevices replaces the list of devices, which Status reads. The session's goroutine, which alone calls it, reads l.devs as
+// setDevices replaces the list of devices, which Status reads. The owner's goroutine, which alone calls it, reads l.devs as
 // it is.
 func (l *Link) setDevices(devs []*device) {
 	l.mu.Lock()

@@ -60,7 +60,7 @@ type Link struct {
 	cfg Config
 	s   *session.Session
 
-	// The session's goroutine only.
+	// The owner's goroutine only.
 	region  *dma.Region // the heap, in the board's memory
 	shares  *driver.Shares
 	pairs   int             // at most so many queue pairs for a device whose number the operator did not choose; 0: any

@@ -27,7 +27,7 @@ type offered struct {
 	number   uint16
 	dev      device.Device
 	engines  engineSet // for dev
-	since    time.Time // the driver is expected to take it from then on; the session's goroutine only
+	since    time.Time // the driver is expected to take it from then on; the owner's goroutine only
 	undriven uint32    // atomic; 1: the driver leaves the device alone, which was logged
 }
 
@@ -62,7 +62,7 @@ func (l *Link) find(n uint16) (i int, ok bool) {
 	return i, i < len(l.devs) && l.devs[i].number == n
 }
 
-// setDevices replaces the list of devices, which Status reads. The session's goroutine, which alone calls it, reads l.devs as
+// setDevices replaces the list of devices, which Status reads. The owner's goroutine, which alone calls it, reads l.devs as
 // it is.
 func (l *Link) setDevices(devs []*offered) {
 	l.mu.Lock()

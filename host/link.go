@@ -48,7 +48,7 @@ type Link struct {
 	s     *session.Session
 	table dma.TableRef
 
-	// The session's goroutine only.
+	// The owner's goroutine only.
 	wild    error           // an engine could not be stopped
 	up      bool            // devices are expected to be driven
 	engines *engineSource   // of the board that is open, while the link is up; nil: it has none

@@ -3,6 +3,7 @@ package session
 import (
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -39,6 +40,9 @@ func (s *Session) Walk() []State {
 
 // State returns the present state.
 func (s *Session) State() State { return s.at() }
+
+// SetStopLimit changes how long something may take to stop.
+func (s *Session) SetStopLimit(d time.Duration) { atomic.StoreInt64(&s.limit, int64(d)) }
 
 // Arrows returns the transitions of the diagram.
 func Arrows() (all [][2]State) {

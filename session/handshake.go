@@ -128,7 +128,7 @@ func (s *Session) quiesced() {
 	case s.reopen:
 		s.transition(Closing, reason)
 	case s.ending:
-		s.safely(s.leave)
+		s.safely(s.goodbye)
 	default:
 		s.transition(Listening, reason)
 		s.charge(cost)

@@ -59,8 +59,8 @@ func (s *Session) run(ctx context.Context) error {
 			}
 		case <-s.closed:
 			s.isClosed()
-		case <-fires(s.limit):
-			s.limit = nil
+		case <-fires(s.leave):
+			s.leave = nil
 			if s.in(Leaving) {
 				s.transition(Closing, "")
 			}
@@ -189,7 +189,7 @@ func (s *Session) beat() {
 
 // end begins to stop.
 func (s *Session) end() {
-	s.ending, s.deadline = true, time.Now().Add(stopLimit)
+	s.ending, s.deadline = true, time.Now().Add(s.stopLimit())
 	if s.link != nil {
 		s.quiesce()
 	}

@@ -103,7 +103,8 @@ type Counters struct {
 
 // Session is one end of a link.
 type Session struct {
-	n Counters // first: 64-bit alignment
+	n     Counters // first: 64-bit alignment
+	limit int64    // stopLimit, but in tests; by sync/atomic
 
 	cfg  Config
 	wake chan struct{}
@@ -136,7 +137,7 @@ type Session struct {
 	asked   chan error
 	closing bool // the board is being closed
 	closed  chan struct{}
-	limit   *time.Timer // of Leaving; nil: none
+	leave   *time.Timer // limits Leaving; nil: none
 
 	// What is to be done.
 	err      error     // Run's, in GivenUp
@@ -192,7 +193,7 @@ func New(c Config) *Session {
 	c.Log = Limit(c.Log)
 	c.Pace = c.Pace.Defaults()
 	s := &Session{cfg: c, wake: make(chan struct{}, 1), asks: make(chan ask), over: make(chan struct{}), retry: retryOpen, posts: posts{bell: make(chan struct{}, 1)},
-		messages: NewBucket(c.Pace.Messages), breaks: NewBucket(c.Pace.Breaks), bells: new(doorbell.Counters), since: time.Now()}
+		messages: NewBucket(c.Pace.Messages), breaks: NewBucket(c.Pace.Breaks), bells: new(doorbell.Counters), since: time.Now(), limit: int64(stopLimit)}
 	close(s.over)
 	return s
 }
@@ -253,7 +254,7 @@ func (s *Session) Run(ctx context.Context) error {
 		return err
 	case <-ctx.Done():
 	}
-	for wait := stopLimit; ; wait = stopTime {
+	for wait := s.stopLimit(); ; wait = stopTime {
 		limit := time.NewTimer(wait)
 		select {
 		case err := <-done:

@@ -6,36 +6,36 @@ import (
 	"time"
 )
 
-// State is what a Session is doing. It changes by transition alone, along the arrows of this diagram:
+// State is what a Session is doing. It changes by transition alone, along the arrows of this diagram. What is begun
+// in a state: see proceed.
 //
-//	Starting ----------> Absent <---------------------------------------+
-//	   |  \               |   \                                         |
-//	   |   \    the board |    +--> GivenUp (it cannot be opened)       |
-//	   |    \   is open   v                                             |
-//	   |     +------> Listening <------------------------------+        |
-//	   |               |  ^  | ^                               |        |
-//	   |   the peer's  |  |  | | it breaks the link again      |        |
-//	   |  page is good v  |  | | and again                     |        |
-//	   |           Handshake | |                               |        |
-//	   |             |   |   v v                               |        |
-//	   |             |   +-> Held                              |        |
-//	   |             v                                         |        |
-//	   |             Up                                        |        |
-//	   |             |  the link goes down, the board is lost, |        |
-//	   |             v  or Run is to end; from all of the four |        |
-//	   |          Quiescing -----------------------------------+        |
-//	   |             |  \        the owner has let go                   |
-//	   |     Run is  |   \  the board                                   |
-//	   |   to end    v    v  is lost                                    |
-//	   |         Leaving -> Closing ------------------------------------+
-//	   |                       |
-//	   +-> Stopped <-----------+   (Absent -> Stopped, too)
+//	Starting --- no board ---> Absent <-------------------------+
+//	     \                      /                                |
+//	      +--- board open ----+                                 |
+//	                |                                           |
+//	                v                                           |
+//	            Listening <------------------------------+      |
+//	             ^     ^                                 |      |
+//	   peer seen |     | it breaks the link too often    |      |
+//	             v     v                                 |      |
+//	      Handshake <-> Held                             |      |
+//	             |                                       |      |
+//	             v                                       |      |
+//	             Up <--> Stuck                           |      |
+//	             |                                       |      |
+//	             v                                       |      |
+//	         Quiescing ----- the link went down ---------+      |
+//	             |   \                                          |
+//	  Run is to  |    +- the board is lost -----> Closing ------+
+//	     end     |                                ^     |
+//	             +-------> Leaving ---------------+     +-- Run is to end --> Stopped
 //
-// Listening, Handshake and Held go to Quiescing as Up does where the board is lost or Run is to end; a
-// Held session goes on as Listening, or as Handshake where it knows the peer.
+// Beside these:
 //
-// Stuck stands for Up, Quiescing, Leaving and Closing while something of the link does not stop. Where
-// it does after all, the session goes on from where it would be.
+//	Starting, Absent            -> GivenUp    the board cannot be opened
+//	Starting, Absent            -> Stopped    Run is to end
+//	Listening, Handshake, Held  -> Quiescing  the board is lost, or Run is to end
+//	Quiescing, Closing         <-> Stuck      something does not stop; from Closing it goes on as Stopped
 type State uint8
 
 // States of a session. Status shows their names.
@@ -52,13 +52,13 @@ const (
 	Held
 	// Up: messages may be sent, queues may run.
 	Up
-	// Quiescing: the owner lets go of shared memory.
+	// Quiescing: the owner is to let go of shared memory. No message comes or goes any more.
 	Quiescing
 	// Leaving: the owner has let go, as Run is to end; the peer is told, and given time to let go.
 	Leaving
 	// Closing: the board is given back.
 	Closing
-	// Stuck: something of the link does not stop.
+	// Stuck: something of the link does not stop. Where it does after all, the session goes on.
 	Stuck
 	// GivenUp: Run has returned an error of the board.
 	GivenUp

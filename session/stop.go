@@ -16,6 +16,8 @@ const stopTime = time.Second
 // frees a loop that blocks, take less.
 const stopLimit = 5 * time.Second
 
+func (s *Session) stopLimit() time.Duration { return time.Duration(atomic.LoadInt64(&s.limit)) }
+
 // ErrStuck is what Run returns when the link did not stop in time: something of it is blocked. Its memory and its
 // descriptors stay as they are, and its devices must not be closed.
 var ErrStuck = fmt.Errorf("the link did not stop within %v: something of it is blocked, and it is left as it is", stopLimit)
@@ -23,11 +25,12 @@ var ErrStuck = fmt.Errorf("the link did not stop within %v: something of it is b
 // Stopping runs f, which stops loops of the owner. Where it takes too long, status and log tell; memory and descriptors are kept
 // until it returns.
 func (s *Session) Stopping(f func()) {
+	limit := s.stopLimit()
 	over := false // the loop's
-	t := time.AfterFunc(stopLimit, func() {
+	t := time.AfterFunc(limit, func() {
 		s.onLoop(func() {
 			if !over {
-				s.stuck(fmt.Sprintf("its loops have not stopped for %v: they are blocked; memory and descriptors are kept until they stop", stopLimit), Up, Quiescing)
+				s.stuck(fmt.Sprintf("its loops have not stopped for %v: they are blocked; memory and descriptors are kept until they stop", limit), Up, Quiescing)
 			}
 		})
 	})
@@ -91,8 +94,8 @@ func (s *Session) overdue() (stuck bool) {
 	}
 }
 
-// leave begins the clean stop: the peer is told, and given time to let go.
-func (s *Session) leave() {
+// goodbye begins the clean stop: the peer is told, and given time to let go.
+func (s *Session) goodbye() {
 	if s.link.Stop() != nil {
 		s.transition(Closing, "")
 		return
@@ -102,7 +105,7 @@ func (s *Session) leave() {
 	if wait > stopTime {
 		wait = stopTime
 	}
-	s.limit = time.NewTimer(wait)
+	s.leave = time.NewTimer(wait)
 	s.pollLeaving(false)
 }
 

@@ -267,23 +267,27 @@ func TestWalk(t *testing.T) {
 			free := make(chan struct{})
 			var once sync.Once
 			c.tick = func() { once.Do(func() { c.s.Stopping(func() { <-free }) }) }
+			c.s.SetStopLimit(100 * time.Millisecond)
 			c.run()
 			c.up()
 			c.wait(true, stuck)
+			c.s.SetStopLimit(time.Minute)
 			close(free)
 			c.wait(true, up)
-			if n := c.p.Downs; n != 0 {
-				c.t.Errorf("the link was down %d times", n)
+			if n, stuck := c.p.Downs, c.s.Status().Counters["stuck"]; n != 0 || stuck != 1 {
+				c.t.Errorf("the link was down %d times, stuck %d times", n, stuck)
 			}
 			c.end(nil)
 		}, path{starting, listening, handshake, up, stuck, up, quiescing, leaving, closing, stopped}},
 		{"loops that stop late after the link went down", nil, func(c *scene) {
 			free := make(chan struct{})
 			c.down = func() { <-free }
+			c.s.SetStopLimit(100 * time.Millisecond)
 			c.run()
 			c.up()
 			c.p.Redeclare(c.p.Declared)
 			c.wait(true, stuck)
+			c.s.SetStopLimit(time.Minute)
 			close(free)
 			c.up()
 			c.end(nil)

@@ -70,7 +70,7 @@ func (n *Net) Remade() bool {
 	return r
 }
 
-// setBusy notes whether the session's goroutine or a loop uses the interface's descriptors.
+// setBusy notes whether the link's goroutine or a loop uses the interface's descriptors.
 func (n *Net) setBusy(busy bool) {
 	n.mu.Lock()
 	n.busy = busy
