@@ -34,6 +34,7 @@ var tools = []tool{
 	{"ip", []string{"ip"}, []string{"iproute2"}, "the tests with network namespaces", nil},
 	{"qemu-system", []string{"qemu-system-x86_64"}, []string{"qemu-system-x86"}, "the tests against QEMU's PCI devices", nil},
 	{"qemu-ppc", []string{"qemu-system-ppc64"}, []string{"qemu-system-ppc"}, "the tests with POWER machines", nil},
+	{"dpdk", []string{"dpdk-testpmd"}, []string{"dpdk-dev"}, "the tests with DPDK as a vhost-user front end", nil},
 	{"spin", []string{"spin"}, []string{"spin"}, "to search the model of the sleep protocol", nil},
 	{"xz", []string{"xz"}, []string{"xz-utils"}, "to unpack kernel modules", nil},
 	{"make", []string{"make"}, []string{"make"}, "to build a kernel module for machines without IOMMU", nil},
