@@ -29,10 +29,10 @@ func (e *batchEnd) next() int {
 	return e.size
 }
 
-// read notes that f frames were read by in, and tells whether the batch ends there as predicted.
-func (e *batchEnd) read(f int, in *common) bool {
-	e.predicted = in.want > 0 && f == in.want
-	switch e.done += f; {
+// read notes what a step read that was to take want frames, and tells whether the batch ends there as predicted.
+func (e *batchEnd) read(want int, in result) bool {
+	e.predicted = want > 0 && in.frames == want
+	switch e.done += in.frames; {
 	case e.predicted:
 		e.run++
 		e.done, e.rest = 0, false

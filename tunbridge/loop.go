@@ -19,15 +19,34 @@ type half interface {
 	// ground ends a batch for good, also after an error and before begin: what was done is completed, the rest given back to the ring,
 	// nothing is in flight, and no memory of the peer is remembered.
 	ground()
-	// step moves a batch, if there is anything to move: ring is how many chains it took from the ring, iface how many
-	// frames from the interface. It reads the interface only where mayRead is set, until common.dry or common.starved is.
-	step(mayRead bool) (ring, iface int, err error)
-	// arm asks to be notified by the ring if that is what the half waits for, and tells whether there is something to do already. To be
-	// undone by disarm.
-	arm() (pending bool, err error)
+	// step moves a batch, if there is anything to move.
+	step(turn) (result, error)
+	// arm asks to be notified by the ring if that is what the half waits for. To be undone by disarm.
+	arm() (arming, error)
 	disarm()
-	// await waits a moment for what is flying (common.flying), and returns how many frames have come.
-	await() (ring int, err error)
+	// await waits a moment for what is flying.
+	await() (result, error)
+}
+
+// turn is what a loop lets a half do in one step.
+type turn struct {
+	read bool // the interface, which is not read else, unless the last result was starved
+	want int  // how many frames to read; 0: as many as a batch may have
+}
+
+// result is what a half did in one step, and what it waits for.
+type result struct {
+	ring    int  // chains that it took from the ring
+	frames  int  // that it read from the interface, or wrote to it
+	dry     bool // the last read found nothing
+	starved bool // there is no room for a frame: the interface is not read
+	flying  bool // an engine has frames on their way to this side, and nothing is to do but to wait for them
+}
+
+// arming is what became of the wish to be notified.
+type arming struct {
+	pending bool // there is something to do already
+	asked   int  // where the half is starved: how many chains the ring is to notify of
 }
 
 // yieldPeriod is how many polls of the rings go with one poll of the descriptors and one yield of the processor.
@@ -53,13 +72,13 @@ type Loop struct {
 	cpu     []int
 	across  bool // to check a ring is a read across the bus
 
-	ready   bool // the interface may have a frame: poll said so, or the last batch ended before it was drained
-	spec    speculative
-	landed  int // frames that await wrote
-	end     batchEnd
-	outTook int // chains that the last step took from the ring of out, and of in
-	inTook  int
-	stats   *Stats
+	ready  bool // the interface may have a frame: poll said so, or the last batch ended before it was drained
+	spec   speculative
+	landed result // of await, for the next step
+	end    batchEnd
+	outDid result // in the last step
+	inDid  result
+	stats  *Stats
 }
 
 // NewLoop returns the loop of a queue pair whose pumps stay: two of one side, with the same interface and the same Stop, one each way, or one alone. It runs
@@ -186,17 +205,14 @@ func (l *Loop) run() (err error) {
 		if l.first() == nil {
 			return nil
 		}
-		ring, iface, err := l.step()
-		if err == nil {
-			err = l.fault()
-		}
+		moved, err := l.step()
 		if err != nil {
 			return err
 		}
-		if ring > 0 || iface > 0 || l.first() == nil {
+		if moved || l.first() == nil {
 			continue
 		}
-		if l.out != nil && l.out.shared().flying {
+		if l.outDid.flying {
 			if err := l.await(); err != nil {
 				return err
 			}
@@ -233,23 +249,8 @@ func (l *Loop) begin() error {
 		}
 	}
 	l.ready = l.in != nil // what came before
-	l.landed = 0
+	l.landed, l.outDid, l.inDid = result{}, result{}, result{}
 	l.end.polled(false)
-	return nil
-}
-
-// fault returns what the peer did to a doorbell of the loop, nil if it was nothing.
-func (l *Loop) fault() error {
-	for _, h := range [...]half{l.out, l.in} {
-		if h == nil || h.shared().fault == nil {
-			continue
-		}
-		err := h.shared().fault
-		h.shared().fault = nil
-		if err = l.broke(h, err); err != nil {
-			return err
-		}
-	}
 	return nil
 }
 
@@ -276,54 +277,55 @@ func (l *Loop) cannotWait(err error) error {
 	return fmt.Errorf("%s: wait for a doorbell or a frame: %w", l.name, err)
 }
 
-// step moves a batch each way. The ring first: what is written to the interface may have its answer there when that is read.
-func (l *Loop) step() (ring, iface int, err error) {
+// step moves a batch each way, and tells whether anything moved. The ring first: what is written to the interface may have its
+// answer there when that is read.
+func (l *Loop) step() (moved bool, err error) {
+	var out, in result
 	if l.out != nil {
-		if ring, _, err = l.out.step(false); err != nil {
+		if out, err = l.out.step(turn{}); err != nil {
 			if err = l.broke(l.out, err); err != nil {
-				return ring, 0, err
+				return false, err
 			}
+			out.flying = false
 		}
-		ring += l.landed
-		l.landed = 0
+		out.ring, out.frames = out.ring+l.landed.ring, out.frames+l.landed.frames
+		l.landed = result{}
 	}
-	l.outTook, l.inTook = ring, 0
-	if l.in == nil {
-		if ring > 0 {
-			l.busy.last = received
+	if l.in != nil {
+		if in, err = l.read(&out); err != nil {
+			err = l.broke(l.in, err)
 		}
-		return ring, 0, nil
 	}
-	speculate := !l.ready && ring > 0 && l.spec.allowed()
-	in := l.in.shared()
-	in.want = l.end.next()
-	out := 0 // frames: a frame may take many chains
-	if l.out != nil {
-		out, l.out.shared().moved = l.out.shared().moved, 0
+	switch {
+	case in.frames > 0:
+		l.busy.last = sent
+	case out.ring > 0:
+		l.busy.last = received
 	}
-	if out > maxPredictOut {
-		in.want = 0 // the ring keeps the loop from polling: frames that are left would wait, batch after batch
+	l.outDid, l.inDid = out, in
+	return out.ring > 0 || in.ring > 0 || in.frames > 0, err
+}
+
+// read lets the half that reads the interface take its turn, after the other one did out.
+func (l *Loop) read(out *result) (result, error) {
+	speculate := !l.ready && out.ring > 0 && l.spec.allowed()
+	t := turn{read: l.ready || speculate, want: l.end.next()}
+	if out.frames > maxPredictOut { // a frame may take many chains
+		t.want = 0 // the ring keeps the loop from polling: frames that are left would wait, batch after batch
 	}
-	r, f, err := l.in.step(l.ready || speculate)
-	l.inTook = r
+	in, err := l.in.step(t)
 	if err != nil {
-		return ring + r, f, l.broke(l.in, err)
+		return in, err
 	}
-	if l.ready || speculate {
-		if speculate && f == 0 && in.dry {
+	if t.read {
+		if speculate && in.frames == 0 && in.dry {
 			l.spec.missed()
 		}
 		// Left unread for lack of buffers: it is read as soon as there are some.
-		l.ready = !l.end.read(f, in) && !in.dry
+		l.ready = !l.end.read(t.want, in) && !in.dry
 	}
-	l.spec.earned(out + f)
-	switch {
-	case f > 0:
-		l.busy.last = sent
-	case ring > 0:
-		l.busy.last = received
-	}
-	return ring + r, f, nil
+	l.spec.earned(out.frames + in.frames)
+	return in, nil
 }
 
 // await waits a moment for the frames that a DMA engine moves. Where that takes longer, the other direction does not wait for it: an
@@ -333,7 +335,7 @@ func (l *Loop) await() (err error) {
 		if l.landed, err = l.out.await(); err != nil {
 			return l.broke(l.out, err)
 		}
-		if l.landed > 0 {
+		if l.landed.ring > 0 {
 			return nil
 		}
 	}
@@ -343,7 +345,7 @@ func (l *Loop) await() (err error) {
 
 // events are what the loop waits for at the interface: nothing while there is no room for a frame.
 func (l *Loop) events() int16 {
-	if l.in == nil || l.in.shared().starved || l.in.shared().muted {
+	if l.in == nil || l.inDid.starved || l.in.shared().muted {
 		return 0
 	}
 	return doorbell.In
@@ -352,7 +354,7 @@ func (l *Loop) events() int16 {
 // pollBudget returns how long to busy-poll now. Not at all where there is no room for a frame and the other side
 // rings once it has made much: it has the work of a whole ring, and may need this processor for it.
 func (l *Loop) pollBudget() time.Duration {
-	if l.busy.fixed == 0 && l.in != nil && l.in.shared().starved && l.in.shared().patient {
+	if l.busy.fixed == 0 && l.in != nil && l.inDid.starved && l.in.shared().patient {
 		return 0
 	}
 	return l.busy.next(l.across)
@@ -371,8 +373,7 @@ func (l *Loop) pollBusily(d time.Duration) (bool, error) {
 			unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 		}
 		if !l.across || yield {
-			ring, iface, err := l.step()
-			if err != nil || ring > 0 || iface > 0 {
+			if moved, err := l.step(); err != nil || moved {
 				return true, err
 			}
 		}
@@ -400,20 +401,22 @@ func (l *Loop) sleep() error {
 	if l.first() == nil {
 		return nil
 	}
-	in := l.in
-	armed, starved := true, in != nil && in.shared().starved
+	armed, starved, asked := true, l.inDid.starved, 0
 	var why doorbell.Reason
 	for _, h := range [...]half{l.out, l.in} {
 		if h == nil {
 			continue
 		}
-		pending, err := h.arm()
+		a, err := h.arm()
 		if err != nil {
 			return l.broke(h, err) // the other one's notification is armed: that costs a doorbell at most
 		}
-		if pending {
+		if a.pending {
 			armed = false
 			break
+		}
+		if h == l.in {
+			asked = a.asked
 		}
 	}
 	if armed {
@@ -444,12 +447,12 @@ func (l *Loop) sleep() error {
 	if !armed {
 		return nil
 	}
-	_, _, err := l.step()
+	_, err := l.step()
 	// What nobody was to ring for is no work that a doorbell stands for.
 	switch {
-	case !starved || l.inTook == 0 || l.outTook > 0:
-		l.sleeper.Found(l.outTook > 0)
-	case why&doorbell.Timeout == 0 || l.inTook >= in.shared().asked:
+	case !starved || l.inDid.ring == 0 || l.outDid.ring > 0:
+		l.sleeper.Found(l.outDid.ring > 0)
+	case why&doorbell.Timeout == 0 || l.inDid.ring >= asked:
 		l.sleeper.Found(true)
 	default:
 		// Some of the chains, and not yet as many as the doorbell was asked for: nothing was lost, and there is no reason to sleep

@@ -85,22 +85,26 @@ func TestBusyPollAdapts(t *testing.T) {
 // fakeHalf is a direction whose every step a test sets.
 type fakeHalf struct {
 	common
+	asked int
 	reads []bool // mayRead of each step
 	next  func(mayRead bool) (ring, iface int)
 	land  func() int // what an await brings
 }
 
-func (f *fakeHalf) Run() error          { return nil }
-func (f *fakeHalf) begin() error        { return nil }
-func (f *fakeHalf) ground()             {}
-func (f *fakeHalf) arm() (bool, error)  { return false, nil }
-func (f *fakeHalf) disarm()             {}
-func (f *fakeHalf) shared() *common     { return &f.common }
-func (f *fakeHalf) await() (int, error) { return f.land(), nil }
-func (f *fakeHalf) step(mayRead bool) (int, int, error) {
-	f.reads = append(f.reads, mayRead)
-	r, i := f.next(mayRead)
-	return r, i, nil
+func (f *fakeHalf) Run() error             { return nil }
+func (f *fakeHalf) begin() error           { return nil }
+func (f *fakeHalf) ground()                {}
+func (f *fakeHalf) arm() (arming, error)   { return arming{asked: f.asked}, nil }
+func (f *fakeHalf) disarm()                {}
+func (f *fakeHalf) shared() *common        { return &f.common }
+func (f *fakeHalf) await() (result, error) { return result{ring: f.land()}, nil }
+func (f *fakeHalf) step(t turn) (result, error) {
+	f.want = t.want
+	f.reads = append(f.reads, t.read)
+	r, i := f.next(t.read)
+	did := f.did(r, i)
+	did.frames, did.flying, f.moved = i+f.moved, f.flying, 0
+	return did, nil
 }
 
 // The interface is read speculatively once frames went out by it: rarely where such reads are empty, each time where they are not.
@@ -126,7 +130,7 @@ func TestLoopReadsSpeculatively(t *testing.T) {
 	run := func(n int) (reads int) {
 		in.reads = nil
 		for i := 0; i < n; i++ {
-			if _, _, err := l.step(); err != nil {
+			if _, err := l.step(); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -200,7 +204,7 @@ func TestLoopPredictsBatchEnds(t *testing.T) {
 					l.ready = true
 					l.end.polled(true)
 					for l.ready {
-						if _, _, err := l.step(); err != nil {
+						if _, err := l.step(); err != nil {
 							t.Fatal(err)
 						}
 					}
@@ -241,7 +245,7 @@ func TestLoopPredictsNotWhileBusy(t *testing.T) {
 	l := &Loop{out: out, in: in}
 	step := func(arrive int) int {
 		frames += arrive
-		if _, _, err := l.step(); err != nil {
+		if _, err := l.step(); err != nil {
 			t.Fatal(err)
 		}
 		return frames
@@ -268,7 +272,7 @@ func TestLoopPollBudget(t *testing.T) {
 	if d := l.pollBudget(); d != MaxBusyPoll {
 		t.Errorf("looks on for %v, not %v", d, MaxBusyPoll)
 	}
-	in.starved = true
+	l.inDid.starved = true
 	if d := l.pollBudget(); d != MaxBusyPoll {
 		t.Errorf("looks on for %v, not %v, although it is told of any room", d, MaxBusyPoll)
 	}
@@ -382,9 +386,9 @@ func TestLoopRescues(t *testing.T) {
 		{name: "for nothing", asked: 48, rung: true, spur: 1},
 	} {
 		n := new(doorbell.Counters)
-		in := &fakeHalf{common: common{starved: true, asked: c.asked}, next: func(bool) (int, int) { return c.in, 0 }}
+		in := &fakeHalf{common: common{starved: true}, asked: c.asked, next: func(bool) (int, int) { return c.in, 0 }}
 		out := &fakeHalf{next: func(bool) (int, int) { return c.out, 0 }}
-		l := &Loop{out: out, in: in, stats: new(Stats), sleeper: doorbell.NewSleeper(doorbell.SleeperConfig{
+		l := &Loop{out: out, in: in, inDid: result{starved: true}, stats: new(Stats), sleeper: doorbell.NewSleeper(doorbell.SleeperConfig{
 			Doorbell: bell, Fallback: doorbell.Fallback{Min: time.Millisecond, Max: time.Millisecond}, Counters: n})}
 		if c.rung {
 			bell.Ring()

@@ -36,20 +36,20 @@ func TestSpeculativeRation(t *testing.T) {
 // A batch ends where the last drained one ended; every so often, and soon after frames were left, it is read on.
 func TestBatchEndPredicts(t *testing.T) {
 	var e batchEnd
-	in := &common{}
+	in, want := result{frames: 3}, 0
 	if n := e.next(); n != 0 {
 		t.Fatalf("a first batch of at most %d frames, want no limit", n)
 	}
 	in.dry = true
-	if e.read(3, in) {
+	if e.read(want, in) {
 		t.Error("a drained batch counts as ended by prediction")
 	}
 	in.dry = false
 	for i := 0; i < maxPredicted; i++ {
-		if in.want = e.next(); in.want != 3 {
-			t.Fatalf("batch %d of at most %d frames, want 3", i, in.want)
+		if want = e.next(); want != 3 {
+			t.Fatalf("batch %d of at most %d frames, want 3", i, want)
 		}
-		if !e.read(3, in) {
+		if !e.read(want, in) {
 			t.Fatalf("batch %d did not end as predicted", i)
 		}
 		e.polled(false)
@@ -58,12 +58,12 @@ func TestBatchEndPredicts(t *testing.T) {
 		t.Errorf("a limit of %d frames after %d predicted ends, want none", n, maxPredicted)
 	}
 	// Frames that are left count for several predicted ends.
-	in.want, in.dry = 0, true
-	e.read(3, in)
+	want, in.dry = 0, true
+	e.read(want, in)
 	in.dry = false
 	for i := 0; i < maxPredicted/(leftPredicted+1)+1; i++ {
-		in.want = 3
-		e.read(3, in)
+		want = 3
+		e.read(want, in)
 		e.polled(true)
 	}
 	if n := e.next(); n != 0 {

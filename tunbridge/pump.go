@@ -191,17 +191,15 @@ type common struct {
 	over     [1]byte   // where the kernel puts the byte that makes a frame too long
 	followed time.Time // when max was last compared with the interface's MTU
 
-	moved int   // frames, since their loop set it to 0
-	fault error // of the peer at the doorbell
+	moved int // frames, since it was set to 0
 
-	// Of those that read the interface, for their loop.
+	// Of those that read the interface.
 	dry     bool // the last read found nothing
-	want    int  // by their loop: how many frames a batch is, 0 if as many as it may be
+	want    int  // how many frames the batch is to have, 0 if as many as it may have
 	starved bool // there is no room for a frame: the interface is not read
 	patient bool // where it is starved, it asks to be notified when there is much room
-	asked   int  // where it is starved: how many chains the ring is to notify of, by the last arm
 
-	// Of those that write it: an engine has frames on their way to this side, and the last step had nothing to do but to wait for them.
+	// Of those that write it: see result.flying.
 	flying bool
 
 	mover    *dma.Mover // nil where the processor copies
@@ -285,17 +283,18 @@ func newCommon(c PumpConfig) common {
 // ring notifies the peer. A ring that fails is counted, and no more: the peer is absent, which the
 // link finds out, or its poll fallback rescues it.
 //
-// A ring that the peer made block is its fault: the loop ends with it.
-func (c *common) ring() {
+// A ring that the peer made block is its fault, and the error.
+func (c *common) ring() error {
 	if err := c.ringer.Ring(); err != nil {
 		c.d[cRingErrors]++
 		if errors.Is(err, doorbell.ErrBlocked) {
 			c.d[cRingBlocked]++
-			c.fault = fmt.Errorf("%s: %w", c.name, err)
+			return fmt.Errorf("%s: %w", c.name, err)
 		}
-		return
+		return nil
 	}
 	c.d[cRings]++
+	return nil
 }
 
 // flush makes what was counted visible.
@@ -331,7 +330,19 @@ func (c *common) change(n Change) {
 }
 
 // await is that of a half which never has frames in flight.
-func (c *common) await() (int, error) { return 0, nil }
+func (c *common) await() (result, error) { return result{}, nil }
+
+// did returns the result of a step that took so many chains from the ring, and read so many frames.
+func (c *common) did(ring, frames int) result {
+	return result{ring: ring, frames: frames, dry: c.dry, starved: c.starved}
+}
+
+// wrote returns the result of a step that took so many chains from the ring, and wrote what countFrame counted.
+func (c *common) wrote(ring int) result {
+	r := result{ring: ring, frames: c.moved, flying: c.flying}
+	c.moved = 0
+	return r
+}
 
 func (c *common) countFrame(n int) {
 	c.moved++

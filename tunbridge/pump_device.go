@@ -52,12 +52,15 @@ func (p *DeviceTX) change(c Change) {
 	p.common.change(c)
 }
 
-func (p *DeviceTX) step(bool) (ring, iface int, err error) {
-	ring, err = p.drain()
-	return ring, 0, err
+func (p *DeviceTX) step(turn) (result, error) {
+	ring, err := p.drain()
+	return p.wrote(ring), err
 }
 
-func (p *DeviceTX) arm() (bool, error) { return p.q.ArmKick() }
+func (p *DeviceTX) arm() (a arming, err error) {
+	a.pending, err = p.q.ArmKick()
+	return a, err
+}
 
 func (p *DeviceTX) disarm() { p.q.DisarmKick() }
 
@@ -108,11 +111,12 @@ func (p *DeviceTX) complete() error {
 	}
 	p.used = p.used[:0]
 	p.d[cBatches]++
+	var err error
 	if p.q.NeedCall() {
-		p.ring()
+		err = p.ring()
 	}
 	p.stats.flush(&p.d)
-	return nil
+	return err
 }
 
 // frame writes the frame of one chain. The device side makes no assumption about how it is cut
@@ -241,14 +245,21 @@ func (c *common) settle(q vring.Device, used *[]vring.Used, rest int) {
 	}
 	*used = (*used)[:0]
 	if call {
-		c.ring()
+		c.ring() // a peer that blocks it is found out by the next one
 	}
 }
 
-func (p *DeviceRX) step(mayRead bool) (ring, iface int, err error) {
+func (p *DeviceRX) step(t turn) (result, error) {
 	if p.muted {
-		return 0, 0, nil
+		return result{}, nil
 	}
+	p.want = t.want
+	ring, frames, err := p.receive(t.read)
+	return p.did(ring, frames), err
+}
+
+// receive looks for buffers if it lacks them, reads a batch if there are some, and hands it to the driver.
+func (p *DeviceRX) receive(read bool) (ring, frames int, err error) {
 	if p.starved {
 		before := p.room
 		ok, err := p.gather()
@@ -256,28 +267,28 @@ func (p *DeviceRX) step(mayRead bool) (ring, iface int, err error) {
 		if err != nil || !ok {
 			return ring, 0, err
 		}
-		mayRead = true // the interface was left unread
+		read = true // the interface was left unread
 	}
-	if !mayRead {
+	if !read {
 		return ring, 0, nil
 	}
-	iface, err = p.fill()
+	frames, err = p.fill()
 	if err == nil && len(p.used) > 0 {
 		err = p.publish()
 	}
-	return ring, iface, err
+	return ring, frames, err
 }
 
 // arm waits for buffers, if there are too few for a frame; the interface is left unread until the driver offers more.
-func (p *DeviceRX) arm() (bool, error) {
+func (p *DeviceRX) arm() (a arming, err error) {
 	if !p.starved {
-		return false, nil
+		return a, nil
 	}
 	p.d[cNoBuffers]++
-	if p.short() {
-		return true, nil
+	if a.pending = p.short(); !a.pending {
+		a.pending, err = p.q.ArmKick()
 	}
-	return p.q.ArmKick()
+	return a, err
 }
 
 // shortAfter is how long a driver may take to offer more buffers before what it offers counts as all that it has.
@@ -319,11 +330,12 @@ func (p *DeviceRX) publish() error {
 	}
 	p.used = p.used[:0]
 	p.d[cBatches]++
+	var err error
 	if p.q.NeedCall() {
-		p.ring()
+		err = p.ring()
 	}
 	p.stats.flush(&p.d)
-	return nil
+	return err
 }
 
 // gather pops buffers until the largest frame fits; false where the driver does not

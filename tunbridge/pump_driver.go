@@ -123,43 +123,52 @@ func (p *DriverTX) begin() error {
 
 func (p *DriverTX) ground() {}
 
-func (p *DriverTX) step(mayRead bool) (ring, iface int, err error) {
-	// Descriptors are taken back when they run short: both the device's writes and our reads of them come in larger
+func (p *DriverTX) step(t turn) (result, error) {
+	p.want = t.want
+	ring, frames, err := p.send(t.read)
+	return p.did(ring, frames), err
+}
+
+// send takes descriptors back if they run short, reads a batch if there is room, and offers it to the device.
+func (p *DriverTX) send(read bool) (ring, frames int, err error) {
+	// Both the device's writes of descriptors that run short and our reads of them come in larger
 	// pieces then.
-	if p.starved || p.q.Free() < p.q.Size()/2 || mayRead && !p.arena.ample(uint64(p.max+1)) {
+	if p.starved || p.q.Free() < p.q.Size()/2 || read && !p.arena.ample(uint64(p.max+1)) {
 		if ring, err = p.reap(); err != nil {
 			return ring, 0, err
 		}
 		if ring == 0 && p.starved {
 			return 0, 0, nil
 		}
-		mayRead = mayRead || p.starved // the interface was left unread
+		read = read || p.starved // the interface was left unread
 	}
-	if !mayRead {
+	if !read {
 		return ring, 0, nil
 	}
-	if err := p.fill(); err != nil {
-		return ring, 0, err
-	}
+	// What was read goes out also where the interface fails then.
+	err = p.fill()
 	n := len(p.reqs)
 	if n > 0 {
-		err = p.publish()
+		if perr := p.publish(); err == nil {
+			err = perr
+		}
 	}
 	return ring, n, err
 }
 
 // arm waits for most of the frames in flight, if there is no room for another: the rest keeps the device busy until we are
 // awake, and a doorbell for each would keep us in step with it.
-func (p *DriverTX) arm() (bool, error) {
+func (p *DriverTX) arm() (a arming, err error) {
 	if !p.starved {
-		return false, nil
+		return a, nil
 	}
 	p.d[cNoBuffers]++
 	// Each takes one descriptor.
-	if p.asked = (p.q.Size() - p.q.Free()) * 3 / 4; p.asked < 1 {
-		p.asked = 1
+	if a.asked = (p.q.Size() - p.q.Free()) * 3 / 4; a.asked < 1 {
+		a.asked = 1
 	}
-	return p.q.ArmCallAfter(p.asked)
+	a.pending, err = p.q.ArmCallAfter(a.asked)
+	return a, err
 }
 
 func (p *DriverTX) disarm() {
@@ -178,10 +187,10 @@ func (p *DriverTX) publish() error {
 	}
 	p.d[cBatches]++
 	if p.q.NeedKick() {
-		p.ring()
+		err = p.ring()
 	}
 	p.stats.flush(&p.d)
-	return nil
+	return err
 }
 
 // reap takes back what the device has sent, and returns the number of frames.
@@ -328,7 +337,7 @@ func (p *DriverRX) publish() error {
 	p.reqs = p.reqs[:0]
 	p.d[cBatches]++
 	if p.q.NeedKick() {
-		p.ring()
+		return p.ring()
 	}
 	return nil
 }
@@ -346,12 +355,15 @@ func (p *DriverRX) begin() error {
 
 func (p *DriverRX) ground() {}
 
-func (p *DriverRX) step(bool) (ring, iface int, err error) {
-	ring, err = p.drain()
-	return ring, 0, err
+func (p *DriverRX) step(turn) (result, error) {
+	ring, err := p.drain()
+	return p.wrote(ring), err
 }
 
-func (p *DriverRX) arm() (bool, error) { return p.q.ArmCall() }
+func (p *DriverRX) arm() (a arming, err error) {
+	a.pending, err = p.q.ArmCall()
+	return a, err
+}
 
 func (p *DriverRX) disarm() { p.q.DisarmCall() }
 

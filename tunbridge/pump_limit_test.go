@@ -304,7 +304,7 @@ func TestLittleRoom(t *testing.T) {
 		}
 		step := func() {
 			t.Helper()
-			if _, _, err := rx.step(true); err != nil {
+			if _, err := rx.step(turn{read: true}); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -320,7 +320,7 @@ func TestLittleRoom(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			return ok
+			return ok.pending
 		}
 		if pending() {
 			t.Error("not waited for at all")

@@ -97,12 +97,13 @@ func (p *DeviceTX) drainMoved() (int, error) {
 }
 
 // await gives the oldest frame in flight a moment to land.
-func (p *DeviceTX) await() (int, error) {
+func (p *DeviceTX) await() (result, error) {
 	f := p.fly
 	if !p.mover.WaitFor(f.frames[f.first&f.mask].ticket, moment) {
-		return 0, nil
+		return result{}, nil
 	}
-	return p.arrived()
+	n, err := p.arrived()
+	return p.wrote(n), err
 }
 
 // arrived writes the frames that have landed to the interface, and returns their number.

@@ -145,11 +145,11 @@ func newPathOf(t testing.TB, cfg pathConfig) *path {
 			t.Fatal(err)
 		}
 		p.driver = tx
-		p.in = func() error { _, _, err := tx.step(true); return err }
+		p.in = func() error { _, err := tx.step(turn{read: true}); return err }
 	} else {
 		tx := NewDeviceRX(from, dev, true)
 		p.device = tx
-		p.in = func() error { _, _, err := tx.step(true); return err }
+		p.in = func() error { _, err := tx.step(turn{read: true}); return err }
 		if cfg.noPumps {
 			p.socket = packetSocket(t, ifc[0])
 			return p
