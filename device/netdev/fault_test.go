@@ -96,7 +96,7 @@ func TestStartFaults(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if after := open(); after != before {
+	if after := open(); after > before { // fewer: what tests before left to the garbage collector
 		t.Errorf("%d descriptors are open, %d were before", after, before)
 	}
 	if err := unix.Mprotect(b, unix.PROT_READ|unix.PROT_WRITE); err != nil {
