@@ -2,8 +2,8 @@
 // take their packets themselves.
 //
 // In the room: the four ends (driver and device side, sending and receiving) in batches, a pair of queues in shared
-// memory, where frames lie in it, the virtio-net header, what is checked of a peer. Never in it: interfaces, rings of its own, threads, the
-// life cycle of a device (host, agent).
+// memory, where frames lie in it, the virtio-net header, what is checked of a peer, and what calls a program's Handler. Never in it:
+// interfaces, rings of its own, the life cycle of a device (host, agent).
 //
 // Every frame has a virtio-net header of 12 bytes in front (virtio 1.2, 5.1.6), as in package tunbridge: one end may be
 // here, the other a pump. No offload is used: frames are complete, as on a wire.
@@ -32,8 +32,11 @@
 // they are copies in private memory. No frame costs an allocation, a lock, or a call through an interface: the queue is called
 // once a batch.
 //
-// Shared makes both ends of a link of two queues over memory that two programs share, Connect over memory of one program. Who has
-// queues already makes the four ends one by one.
+// Over a board, device/framedev is the host's device and driver/framedrv the agent's driver whose frames go to a Handler; the
+// program in examples/frames uses both. Either may have a tap interface of the other side for its peer.
+//
+// Shared makes both ends of a link of two queues over memory that two programs share, Connect over memory of one program. A program
+// that has its own queues makes the four ends one by one.
 //
 // An end belongs to one goroutine at a time, and so does its queue. Only the Stats may be read by others.
 package frames

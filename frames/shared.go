@@ -68,10 +68,16 @@ func (b *Bells) Close() error {
 	return err
 }
 
-// Port is one end of a Shared. Sender and Receiver may belong to a goroutine each.
+// Port is one end of a link of two queues. Sender and Receiver may belong to a goroutine each.
 type Port struct {
 	Sender   Sender
 	Receiver Receiver
+	// MaxFrame is the longest frame to send, in bytes; frames received are not longer than what the other side was told.
+	MaxFrame int
+	// MAC is this end's Ethernet address; zero where none was agreed on.
+	MAC [6]byte
+
+	stop *doorbell.Eventfd // ends each Wait; nil where the program has it
 }
 
 // sharedBase is the address of the memory in the descriptors.
@@ -177,7 +183,7 @@ func (s Shared) Driver() (Port, error) {
 	if err != nil {
 		return Port{}, err
 	}
-	return Port{Sender: send, Receiver: receive}, nil
+	return Port{Sender: send, Receiver: receive, MaxFrame: s.MaxFrame, stop: s.Stop}, nil
 }
 
 // Device makes the device side's end, once the driver side has made its own.
@@ -205,7 +211,7 @@ func (s Shared) Device() (Port, error) {
 	if err != nil {
 		return Port{}, err
 	}
-	return Port{Sender: send, Receiver: receive}, nil
+	return Port{Sender: send, Receiver: receive, MaxFrame: s.MaxFrame, stop: s.Stop}, nil
 }
 
 // Connection is a Shared with both ends in one program.

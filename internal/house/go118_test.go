@@ -22,7 +22,7 @@ func oldModule(t *testing.T) (dir string, pkgs []string) {
 		copyFile(t, filepath.Join("testdata", "go118", name), filepath.Join(dir, name))
 	}
 	for _, p := range tree(t) {
-		if top(p.rel()) == "cmd" && !lean[p.rel()] || forCmd(p.rel()) || beside(p.rel()) {
+		if (top(p.rel()) == "cmd" || top(p.rel()) == "examples") && !lean[p.rel()] || forCmd(p.rel()) || beside(p.rel()) {
 			continue
 		}
 		to := filepath.Join(dir, p.rel())

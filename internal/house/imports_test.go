@@ -20,7 +20,7 @@ var floors = map[string]int{
 	"session": 5,
 	"host":    6, "agent": 6,
 	"app": 7,
-	"cmd": 8,
+	"cmd": 8, "examples": 8,
 }
 
 // top returns the first element of a package's path inside the module.
@@ -62,11 +62,11 @@ func ships(rel string) bool { return top(rel) == "bench" || top(rel) == "trial" 
 // mayImport says whether package from may import package to, both inside the
 // module, and why not.
 func mayImport(from, to string) string {
-	if top(to) == "cmd" {
-		if top(from) == "cmd" {
+	if top(to) == "cmd" || top(to) == "examples" {
+		if top(from) == top(to) {
 			return ""
 		}
-		return "nobody imports cmd"
+		return "nobody imports " + top(to)
 	}
 	if ships(from) && top(to) == "hwtest" {
 		return top(from) + " ships with the program, hwtest does not"
@@ -215,6 +215,10 @@ func TestImportCheckerBites(t *testing.T) {
 		{"driver/netdrv", modulePath + "/device", true},
 		{"device", modulePath + "/device/netdev", true},
 		{"host", modulePath + "/cmd/boardlink", true},
+		{"examples/frames", modulePath + "/host", false},
+		{"examples/frames", modulePath + "/cmd/boardlink", true},
+		{"examples/frames", modulePath + "/hwtest/x", true},
+		{"app", modulePath + "/examples/frames", true},
 		{"hwtest", modulePath + "/cmd/boardlink", true},
 		{"hwtest", modulePath + "/host", false},
 		{"host", modulePath + "/hwtest", true},
