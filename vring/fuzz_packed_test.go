@@ -5,50 +5,23 @@ import (
 	"encoding/binary"
 	"errors"
 	"testing"
-	"unsafe"
 
-	"github.com/boardlink/boardlink/dma"
-	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/vring"
 	"github.com/boardlink/boardlink/vring/vringtest"
 )
 
-// newPackedFuzzRig is newFuzzRig for packed rings, of 1 to 64 descriptors.
-func newPackedFuzzRig(t testing.TB, size uint8, cfg uint8) *fuzzRig {
-	f := &fuzzRig{}
-	kinds := [4]mmio.Kind{mmio.Cached, mmio.Cached, mmio.Uncached, mmio.WriteCombining}
-	m := vringtest.Memory{Name: "fuzz", Across: cfg>>2&3 != 0, New: func(tb testing.TB, n int) mmio.Mem {
-		w := make([]uint64, (n+7)/8)
-		f.mem = unsafe.Slice((*byte)(unsafe.Pointer(&w[0])), n)
-		return mmio.NewMem(unsafe.Pointer(&w[0]), uint64(n), kinds[cfg>>2&3])
-	}}
-	p := packed(m, cfg&1 != 0, cfg&2 != 0)
+// newPackedFuzzRig makes the rig that a program asks for, of 1 to 64 descriptors.
+func newPackedFuzzRig(t testing.TB, size, cfg uint8) *fuzzRig {
+	kind, across := fuzzKind(cfg)
+	p := packed(vringtest.Memory{}, cfg&1 != 0, cfg&2 != 0)
 	p.InOrder = cfg&64 != 0
-	f.raw = raw{vringtest.NewRig(t, p, uint16(size)%64+1, fuzzPayload)}
-	regions := append(f.Ref.Load().Regions(), dma.Region{Name: "ro", Addr: roBase, Mem: vringtest.Heap.New(t, 4096), Access: dma.DeviceRead})
-	table, err := dma.NewTable(regions...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	f.Ref.Store(table)
-	return f
+	return newFuzzRig(t, p, uint16(size)%64+1, kind, across)
 }
 
 // packedList reads the list at position at of a packed ring from the specification alone: its buffers, its id, and the
 // descriptors that it takes; nil where there is none. free is how many descriptors it may take.
-func (m *image) packedList(desc uint64, size, at, free uint16, indirectOK bool, taken map[uint16]bool) (list []piece, id, count uint16, err error) {
-	writable := false
-	var total uint64
-	add := func(addr uint64, n uint32, flags uint16) bool {
-		w := flags&2 != 0
-		if !w && writable || !m.reachable(addr, n, w) {
-			return false
-		}
-		writable = w
-		total += uint64(n)
-		list = append(list, piece{addr, n, w})
-		return total <= 1<<32-1
-	}
+func (m *image) packedList(desc uint64, size, at, free uint16, indirectOK bool, taken map[uint16]bool) (bufs []piece, id, count uint16, err error) {
+	out := &list{m: m}
 	for {
 		if count == free && count > 0 {
 			return nil, 0, 0, errBad
@@ -72,22 +45,23 @@ func (m *image) packedList(desc uint64, size, at, free uint16, indirectOK bool, 
 			at = at&wrap ^ wrap
 		}
 		if flags&4 != 0 {
-			if flags&1 != 0 || count > 1 || !indirectOK || n == 0 || n%16 != 0 || n/16 > uint32(size) || !m.reachable(addr, n, false) {
+			tab := m.table(addr, n, size)
+			if flags&1 != 0 || count > 1 || !indirectOK || tab == nil {
 				return nil, 0, 0, errBad
 			}
-			for tab := m.bytes(addr, n); len(tab) > 0; tab = tab[16:] {
-				if !add(binary.LittleEndian.Uint64(tab), binary.LittleEndian.Uint32(tab[8:]), binary.LittleEndian.Uint16(tab[14:])) {
+			for ; len(tab) > 0; tab = tab[16:] {
+				if !out.add(binary.LittleEndian.Uint64(tab), binary.LittleEndian.Uint32(tab[8:]), binary.LittleEndian.Uint16(tab[14:])) {
 					return nil, 0, 0, errBad
 				}
 			}
-		} else if !add(addr, n, flags) {
+		} else if !out.add(addr, n, flags) {
 			return nil, 0, 0, errBad
 		}
 		if flags&1 == 0 {
 			if id >= size || taken[id] {
 				return nil, 0, 0, errBad
 			}
-			return list, id, count, nil
+			return out.bufs, id, count, nil
 		}
 	}
 }
@@ -129,10 +103,7 @@ func FuzzPackedDevice(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		type heldChain struct {
-			vring.Chain
-		}
-		var held []heldChain
+		var held []vring.Chain
 		taken := map[uint16]bool{}
 		at := d.State().Avail // where the fuzzer makes descriptors available
 		var broken error
@@ -170,9 +141,7 @@ func FuzzPackedDevice(f *testing.F) {
 				var b vring.Batch
 				n, err := d.Pop(&b, max)
 				if broken != nil {
-					if n != 0 || err != broken {
-						t.Fatalf("Pop of a broken queue = %d, %v", n, err)
-					}
+					popFailed(t, n, err, broken)
 					break
 				}
 				type wanted struct {
@@ -208,13 +177,10 @@ func FuzzPackedDevice(f *testing.F) {
 					if c.ID != want[i].id || c.Count != want[i].count || !same(c, b.Spans, want[i].list) {
 						t.Fatalf("chain %d: %+v of %+v, want %+v", i, c, b.Spans, want[i])
 					}
-					held = append(held, heldChain{c})
+					held = append(held, c)
 				}
 				if err != nil {
-					var e *vring.Error
-					if !errors.As(err, &e) || e.Code == nil || e.Error() == "" {
-						t.Fatalf("error %v", err)
-					}
+					popFailed(t, n, err, nil)
 				} else if got := d.State().Avail; got != pos {
 					t.Fatalf("position %#x, want %#x", got, pos)
 				}
@@ -291,12 +257,8 @@ func FuzzPackedDevice(f *testing.F) {
 					t.Fatal(pending, err)
 				}
 				broken = err
-			case 8:
-				d.DisarmKick()
-			case 9:
-				if d.NeedCall() && broken != nil {
-					t.Fatal("a broken queue calls")
-				}
+			case 8, 9:
+				deviceOp(t, d, op, broken)
 			case 12:
 				fr.someDesc(in, fr.Payload+uint64(in.u8()%64)*16) // of an indirect table
 				continue
@@ -344,10 +306,6 @@ func FuzzPackedDriver(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		type flight struct {
-			token, writable uint32
-			descs           uint16
-		}
 		flying := map[uint16]flight{} // by buffer id
 		var order []uint16
 		token, free := uint32(0), int(size)
@@ -375,31 +333,12 @@ func FuzzPackedDriver(f *testing.F) {
 		for ops := 0; in.more() && ops < 300; ops++ {
 			switch op := in.u8() % 10; op {
 			case 0, 1:
-				n := int(in.u8()%4) + 1
-				q := vring.Request{Token: token, Readable: int(in.u8()) % (n + 1)}
-				fl := flight{token: token, descs: uint16(n)}
-				for i := 0; i < n; i++ {
-					l := uint32(in.u8()) + 1
-					q.Bufs = append(q.Bufs, vring.Buffer{Addr: fr.Addr(0), Len: l})
-					if i >= q.Readable {
-						fl.writable += l
-					}
-				}
-				if cfg&2 != 0 && n >= 2 && n <= fr.DrvCfg.IndirectMax {
-					fl.descs = 1
-				}
+				q, fl := fr.someRequest(in, token)
 				at := d.State().Avail
 				got, err := d.Add([]vring.Request{q})
 				switch {
-				case broken != nil:
-					if got != 0 || err != broken {
-						t.Fatal(got, err)
-					}
-				case n > int(size):
-					if got != 0 || !errors.Is(err, vring.ErrTooLong) {
-						t.Fatal(got, err)
-					}
-				case int(fl.descs) > free:
+				case fr.refused(t, q, got, err, broken):
+				case fl.descs > free:
 					if got != 0 || err != nil {
 						t.Fatal(got, err)
 					}
@@ -407,7 +346,7 @@ func FuzzPackedDriver(f *testing.F) {
 					if got != 1 || err != nil {
 						t.Fatal(got, err)
 					}
-					last := advance(at, fl.descs-1)
+					last := advance(at, uint16(fl.descs)-1)
 					id := binary.LittleEndian.Uint16(fr.mem[fr.DescOff+16*uint64(last&^wrap)+12:])
 					if _, dup := flying[id]; dup || id >= size {
 						t.Fatalf("id %d is in flight", id)
@@ -415,7 +354,7 @@ func FuzzPackedDriver(f *testing.F) {
 					flying[id] = fl
 					order = append(order, id)
 					token++
-					free -= int(fl.descs)
+					free -= fl.descs
 				}
 			case 2, 3:
 				// A used descriptor: of a chain in flight, or not, where it ought to be.
@@ -479,8 +418,8 @@ func FuzzPackedDriver(f *testing.F) {
 							}
 						}
 					}
-					free += int(fl.descs)
-					pos = advance(pos, fl.descs)
+					free += fl.descs
+					pos = advance(pos, uint16(fl.descs))
 					want++
 				}
 				if n != want || (err != nil) != wantErr {
@@ -504,12 +443,8 @@ func FuzzPackedDriver(f *testing.F) {
 						t.Fatal(pending, ok)
 					}
 				}
-			case 7:
-				d.DisarmCall()
-			case 8:
-				if d.NeedKick() && broken != nil {
-					t.Fatal("a broken queue kicks")
-				}
+			case 7, 8:
+				driverOp(t, d, op, broken)
 			case 9:
 				// A byte in the ring, the device area, or somewhere else: nothing of it is believed
 				// but what a used descriptor may say.

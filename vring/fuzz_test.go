@@ -5,69 +5,17 @@ import (
 	"encoding/binary"
 	"errors"
 	"testing"
-	"unsafe"
 
-	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/vring"
 	"github.com/boardlink/boardlink/vring/vringtest"
 )
 
-// The fuzz targets compare with a second reader of the ring, written from the
-// specification alone, over a copy of the memory.
-
-// piece is a buffer as the reference sees it.
-type piece struct {
-	addr  uint64
-	n     uint32
-	write bool
-}
-
-// image is a copy of a rig's memory, at link addresses from base on.
-type image struct {
-	b          []byte
-	base       uint64
-	roAt, roTo uint64 // link addresses that the device may only read
-}
-
-// reachable tells whether the device may access the buffer.
-func (m *image) reachable(addr uint64, n uint32, write bool) bool {
-	last := addr + uint64(n) - 1
-	if n == 0 || last < addr {
-		return false
-	}
-	if addr >= m.base && last < m.base+uint64(len(m.b)) {
-		return true
-	}
-	return addr >= m.roAt && last < m.roTo && !write
-}
-
-func (m *image) bytes(addr uint64, n uint32) []byte {
-	if addr >= m.roAt && addr < m.roTo {
-		return make([]byte, n) // nothing is ever written there
-	}
-	return m.b[addr-m.base:][:n]
-}
-
-var errBad = errors.New("bad chain")
-
 // chain follows the chain of a head; left is how many descriptors of the ring it may take.
 func (m *image) chain(desc uint64, size, head uint16, indirectOK bool, left *int) ([]piece, error) {
-	var out []piece
+	out := &list{m: m, max: int(size)}
 	if head >= size {
 		return nil, errBad
-	}
-	writable := false
-	var total uint64
-	add := func(addr uint64, n uint32, flags uint16) bool {
-		w := flags&2 != 0
-		if !w && writable || !m.reachable(addr, n, w) || len(out) == int(size) {
-			return false
-		}
-		writable = w
-		total += uint64(n)
-		out = append(out, piece{addr, n, w})
-		return total <= 1<<32-1
 	}
 	read := func(b []byte) (addr uint64, n uint32, flags, next uint16) {
 		return binary.LittleEndian.Uint64(b), binary.LittleEndian.Uint32(b[8:]), binary.LittleEndian.Uint16(b[12:]), binary.LittleEndian.Uint16(b[14:])
@@ -79,17 +27,17 @@ func (m *image) chain(desc uint64, size, head uint16, indirectOK bool, left *int
 		*left--
 		addr, n, flags, next := read(m.b[desc+16*uint64(i):])
 		if flags&4 != 0 {
-			if flags&1 != 0 || !indirectOK || n == 0 || n%16 != 0 || n/16 > uint32(size) || !m.reachable(addr, n, false) {
+			tab := m.table(addr, n, size)
+			if flags&1 != 0 || !indirectOK || tab == nil {
 				return nil, errBad
 			}
-			tab := m.bytes(addr, n)
 			for k, steps := uint32(0), uint32(0); ; {
 				addr, l, flags, next := read(tab[16*k:])
-				if flags&4 != 0 || !add(addr, l, flags) {
+				if flags&4 != 0 || !out.add(addr, l, flags) {
 					return nil, errBad
 				}
 				if flags&1 == 0 {
-					return out, nil
+					return out.bufs, nil
 				}
 				if k = uint32(next); k >= n/16 {
 					return nil, errBad
@@ -99,127 +47,14 @@ func (m *image) chain(desc uint64, size, head uint16, indirectOK bool, left *int
 				}
 			}
 		}
-		if !add(addr, n, flags) {
+		if !out.add(addr, n, flags) {
 			return nil, errBad
 		}
 		if flags&1 == 0 {
-			return out, nil
+			return out.bufs, nil
 		}
 		if i = next; i >= size {
 			return nil, errBad
-		}
-	}
-}
-
-// same compares a popped chain with the reference's.
-func same(c vring.Chain, spans []dma.Span, want []piece) bool {
-	if int(c.Readable)+int(c.Writable) != len(want) {
-		return false // each buffer lies in one region
-	}
-	var r, w uint32
-	for i, p := range want {
-		s := spans[int(c.First)+i]
-		if uint64(s.Addr()) != p.addr || s.Len != p.n || (i >= int(c.Readable)) != p.write {
-			return false
-		}
-		if s.Off+uint64(s.Len) > s.Region.Mem.Size() || p.write && s.Region.Access&dma.DeviceWrite == 0 {
-			return false
-		}
-		if p.write {
-			w += p.n
-		} else {
-			r += p.n
-		}
-	}
-	return c.ReadLen == r && c.WriteLen == w
-}
-
-// reader takes numbers from fuzzed bytes; zeros when they are used up.
-type reader struct{ b []byte }
-
-func (r *reader) more() bool { return len(r.b) > 0 }
-
-func (r *reader) u8() (v uint8) {
-	if len(r.b) > 0 {
-		v, r.b = r.b[0], r.b[1:]
-	}
-	return v
-}
-
-func (r *reader) u16() uint16 { return uint16(r.u8()) | uint16(r.u8())<<8 }
-
-// fuzzRig is a rig on the heap, of any kind of memory: what stands there can be copied.
-type fuzzRig struct {
-	raw
-	mem []byte
-}
-
-const fuzzPayload = 2048
-
-func newFuzzRig(t testing.TB, log uint8, event, ind bool, kind mmio.Kind, across bool) *fuzzRig {
-	f := &fuzzRig{}
-	m := vringtest.Memory{Name: "fuzz", Across: across, New: func(tb testing.TB, n int) mmio.Mem {
-		w := make([]uint64, (n+7)/8)
-		f.mem = unsafe.Slice((*byte)(unsafe.Pointer(&w[0])), n)
-		return mmio.NewMem(unsafe.Pointer(&w[0]), uint64(n), kind)
-	}}
-	f.raw = raw{vringtest.NewRig(t, split(m, event, ind), 1<<(log%7), fuzzPayload)}
-	regions := append(f.Ref.Load().Regions(), dma.Region{Name: "ro", Addr: roBase, Mem: vringtest.Heap.New(t, 4096), Access: dma.DeviceRead})
-	table, err := dma.NewTable(regions...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	f.Ref.Store(table)
-	return f
-}
-
-func (f *fuzzRig) image() *image {
-	return &image{b: append([]byte(nil), f.mem...), base: uint64(vringtest.Base), roAt: uint64(roBase), roTo: uint64(roBase) + 4096}
-}
-
-// someDesc writes a descriptor with values that are worth trying.
-func (f *fuzzRig) someDesc(r *reader, off uint64) {
-	var addr dma.Addr
-	switch a := r.u16(); a >> 13 {
-	case 0:
-		addr = roBase + dma.Addr(a&0x1fff)
-	case 1:
-		addr = ^dma.Addr(0) - dma.Addr(a&0xff)
-	case 2:
-		addr = vringtest.Base + dma.Addr(a&0x1fff)
-	case 3:
-		addr = dma.Addr(a)
-	default:
-		addr = f.Addr(uint64(a) % fuzzPayload)
-	}
-	var n uint32
-	switch l := r.u8(); {
-	case l < 100:
-		n = uint32(l)
-	case l < 180:
-		n = uint32(l-100) * 16
-	case l < 200:
-		n = ^uint32(0) - uint32(l-180)
-	default:
-		n = uint32(l-200) << 10
-	}
-	flags, nxt := uint16(r.u8()), uint16(r.u8())
-	if nxt > 250 {
-		nxt = ^uint16(0) - nxt
-	}
-	f.descAt(off, addr, n, flags, nxt)
-}
-
-// addSeeds adds programs that reach deep: all ops in turn with small operands.
-func addSeeds(f *testing.F) {
-	f.Add([]byte{})
-	for cfg := byte(0); cfg < 16; cfg++ {
-		for _, step := range []byte{1, 3, 7, 11, 13, 29, 101} {
-			b := []byte{3, cfg}
-			for i := 0; i < 400; i++ {
-				b = append(b, byte(i)*step+cfg)
-			}
-			f.Add(b)
 		}
 	}
 }
@@ -232,8 +67,8 @@ func FuzzSplitDevice(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		in := &reader{data}
 		log, cfg := in.u8(), in.u8()
-		kinds := [4]mmio.Kind{mmio.Cached, mmio.Cached, mmio.Uncached, mmio.WriteCombining}
-		fr := newFuzzRig(t, log, cfg&1 != 0, cfg&2 != 0, kinds[cfg>>2&3], cfg>>2&3 != 0)
+		kind, across := fuzzKind(cfg)
+		fr := newFuzzRig(t, split(vringtest.Memory{}, cfg&1 != 0, cfg&2 != 0), 1<<(log%7), kind, across)
 		if cfg&16 != 0 {
 			start := in.u16()
 			fr.DevCfg.State = vring.State{Avail: start, Used: start}
@@ -284,9 +119,7 @@ func FuzzSplitDevice(f *testing.F) {
 				var b vring.Batch
 				n, err := d.Pop(&b, max)
 				if broken != nil {
-					if n != 0 || err != broken {
-						t.Fatalf("Pop of a broken queue = %d, %v", n, err)
-					}
+					popFailed(t, n, err, broken)
 					break
 				}
 				wantErr := jump(im, s)
@@ -312,10 +145,7 @@ func FuzzSplitDevice(f *testing.F) {
 					}
 				}
 				if err != nil {
-					var e *vring.Error
-					if !errors.As(err, &e) || e.Code == nil || e.Error() == "" {
-						t.Fatalf("error %v", err)
-					}
+					popFailed(t, n, err, nil)
 				}
 				held = append(held, b.Chains...)
 				broken = err
@@ -361,12 +191,8 @@ func FuzzSplitDevice(f *testing.F) {
 					t.Fatalf("ArmKick = %v, %v", pending, err)
 				}
 				broken = err
-			case 8:
-				d.DisarmKick()
-			case 9:
-				if d.NeedCall() && broken != nil {
-					t.Fatal("a broken queue calls")
-				}
+			case 8, 9:
+				deviceOp(t, d, op, broken)
 			case 11:
 				fr.someDesc(in, fr.Payload+uint64(in.u8())*7)
 				continue
@@ -399,8 +225,8 @@ func FuzzSplitDriver(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		in := &reader{data}
 		log, cfg := in.u8(), in.u8()
-		kinds := [4]mmio.Kind{mmio.Cached, mmio.Cached, mmio.Uncached, mmio.WriteCombining}
-		fr := newFuzzRig(t, log, cfg&1 != 0, cfg&2 != 0, kinds[cfg>>2&3], cfg>>2&3 != 0)
+		kind, across := fuzzKind(cfg)
+		fr := newFuzzRig(t, split(vringtest.Memory{}, cfg&1 != 0, cfg&2 != 0), 1<<(log%7), kind, across)
 		fr.DrvCfg.Device.Region.Across = cfg&32 != 0 // of the driver side's region
 		start := uint16(0)
 		if cfg&16 != 0 {
@@ -412,10 +238,6 @@ func FuzzSplitDriver(f *testing.F) {
 			t.Fatal(err)
 		}
 		size := fr.Size
-		type flight struct {
-			token, writable uint32
-			descs           int
-		}
 		flying := map[uint16]flight{} // by head
 		seen, token, free := start, uint32(0), int(size)
 		var broken error
@@ -435,29 +257,10 @@ func FuzzSplitDriver(f *testing.F) {
 			s := d.State()
 			switch op := in.u8() % 11; op {
 			case 0, 1:
-				n := int(in.u8()%4) + 1
-				q := vring.Request{Token: token, Readable: int(in.u8()) % (n + 1)}
-				fl := flight{token: token, descs: n}
-				for i := 0; i < n; i++ {
-					l := uint32(in.u8()) + 1
-					q.Bufs = append(q.Bufs, vring.Buffer{Addr: fr.Addr(0), Len: l})
-					if i >= q.Readable {
-						fl.writable += l
-					}
-				}
-				if cfg&2 != 0 && n >= 2 && n <= fr.DrvCfg.IndirectMax {
-					fl.descs = 1
-				}
+				q, fl := fr.someRequest(in, token)
 				got, err := d.Add([]vring.Request{q})
 				switch {
-				case broken != nil:
-					if got != 0 || err != broken {
-						t.Fatal(got, err)
-					}
-				case n > int(size):
-					if got != 0 || !errors.Is(err, vring.ErrTooLong) {
-						t.Fatal(got, err)
-					}
+				case fr.refused(t, q, got, err, broken):
 				case cfg&64 != 0: // what comes back is not followed: only that it stays sane
 					if got > 1 || err != nil {
 						t.Fatal(got, err)
@@ -564,12 +367,8 @@ func FuzzSplitDriver(f *testing.F) {
 				if seen = idx; err != nil || pending != (int(seen-s.Used) >= after) {
 					t.Fatal(pending, err)
 				}
-			case 7:
-				d.DisarmCall()
-			case 8:
-				if d.NeedKick() && broken != nil {
-					t.Fatal("a broken queue kicks")
-				}
+			case 7, 8:
+				driverOp(t, d, op, broken)
 			case 9:
 				// A byte in the device area.
 				fr.mem[fr.DeviceOff+uint64(in.u16())%deviceLen] = in.u8()
@@ -609,12 +408,13 @@ func FuzzIndirect(f *testing.F) {
 	f.Add(entry(0, 1, 0, 0), uint32(16), uint8(0), uint8(0))
 	f.Add(append(entry(0, 1, 1, 1), entry(16, 8, 2, 0)...), uint32(32), uint8(3), uint8(1))
 	f.Add(append(entry(0, 1, 1, 1), entry(16, 8, 1, 0)...), uint32(32), uint8(8), uint8(2))
+	f.Add(append(entry(0, 1, 3, 1), entry(16, 8, 0, 0)...), uint32(32), uint8(0), uint8(0)) // readable behind writable
 	f.Add(entry(0, 1, 4, 0), uint32(16), uint8(1), uint8(4))
 	f.Add(append(entry(0, 1, 1, 5), entry(16, 8, 2, 0)...), uint32(32), uint8(0), uint8(0))
 	f.Add(entry(0, 0, 0, 0), uint32(15), uint8(0), uint8(8))
 	f.Fuzz(func(t *testing.T, table []byte, length uint32, shift, cfg uint8) {
 		kinds := [4]mmio.Kind{mmio.Cached, mmio.Uncached, mmio.WriteCombining, mmio.Cached}
-		fr := newFuzzRig(t, 4, true, true, kinds[cfg&3], cfg&3 != 0)
+		fr := newFuzzRig(t, split(vringtest.Memory{}, true, true), 16, kinds[cfg&3], cfg&3 != 0)
 		d, err := vring.NewSplitDevice(fr.DevCfg)
 		if err != nil {
 			t.Fatal(err)
