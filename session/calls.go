@@ -30,23 +30,8 @@ type call struct {
 // device. Only methods of the Handler call it.
 func (s *Session) Call(bus bool, id uint8, dev uint16, timeout time.Duration, m *virtiomsg.Slot, encode func(token uint16)) error {
 	c := &call{bus: bus, dev: dev, m: m, inside: make(chan func(), 1), done: make(chan error, 1)}
-	err := error(virtiomsg.ErrDown)
-	s.onLoop(func() {
-		if s.ending || !s.in(Up) {
-			return
-		}
-		if !bus && s.removed(dev) {
-			err = ErrRemoved
-			return
-		}
-		if c.token, err = s.requests.Begin(bus, id, dev); err == nil {
-			encode(c.token)
-			s.peeked = false // it is put aside, too
-			s.calls = append(s.calls, c)
-		}
-	})
-	if err != nil {
-		return err
+	if !s.tellLoop(func() { s.beginCall(c, id, encode) }, nil) {
+		return virtiomsg.ErrDown
 	}
 	limit := time.NewTimer(timeout)
 	defer limit.Stop()
@@ -67,9 +52,30 @@ func (s *Session) Call(bus bool, id uint8, dev uint16, timeout time.Duration, m 
 			})
 		case f := <-c.inside:
 			f()
-			s.onLoop(func() { c.busy = false })
+			s.tellLoop(func() { c.busy = false }, nil)
 		}
 	}
+}
+
+// beginCall writes the request; serveCalls sends it.
+func (s *Session) beginCall(c *call, id uint8, encode func(token uint16)) {
+	err := error(virtiomsg.ErrDown)
+	if !s.ending && s.in(Up) {
+		err = nil
+		if !c.bus && s.removed(c.dev) {
+			err = ErrRemoved
+		}
+	}
+	if err == nil {
+		c.token, err = s.requests.Begin(c.bus, id, c.dev)
+	}
+	if err != nil {
+		c.done <- err
+		return
+	}
+	encode(c.token)
+	s.peeked = false // it is put aside, too
+	s.calls = append(s.calls, c)
 }
 
 // finish ends a call, and tells whether it was waiting.
@@ -114,7 +120,9 @@ func (s *Session) serveCalls() {
 			}
 		}
 	}
-	s.ring()
+	if len(s.calls) > 0 { // else whoever called has more to do, and the next ring tells of both
+		s.ring()
+	}
 }
 
 // takeAnswers takes everything that the peer sent, requests without room for their answers, too: they may stand

@@ -39,7 +39,9 @@ func (s *Session) run(ctx context.Context) error {
 			s.end()
 		case a := <-s.asks:
 			s.safely(a.f)
-			close(a.done)
+			if a.done != nil {
+				close(a.done)
+			}
 		case o := <-s.opened:
 			s.opened = nil
 			if o.err != nil {
@@ -265,15 +267,23 @@ func (s *Session) safely(f func()) {
 // ask is something to be done by the loop.
 type ask struct {
 	f    func()
-	done chan struct{}
+	done chan struct{} // closed when it is done; nil: nobody waits
 }
 
 // onLoop has the loop do f, and waits for it. It returns false where no loop runs. It is not called by the loop.
 func (s *Session) onLoop(f func()) bool {
-	a := ask{f, make(chan struct{})}
+	done := make(chan struct{})
+	if !s.tellLoop(f, done) {
+		return false
+	}
+	<-done
+	return true
+}
+
+// tellLoop has the loop do f, and does not wait for it.
+func (s *Session) tellLoop(f func(), done chan struct{}) bool {
 	select {
-	case s.asks <- a:
-		<-a.done
+	case s.asks <- ask{f, done}:
 		return true
 	case <-s.over:
 		return false
