@@ -245,15 +245,15 @@ func (r *restartRig) remap() *mapping {
 	b, err := unix.Mmap(r.fd, 0, sharedSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	r.must(err)
 	m := &mapping{b: b, free: pci.GuardShared(uintptr(unsafe.Pointer(&b[0])), sharedSize, "test")}
-	m.table = r.tableOf(m, 0, txPart, rxPart)
+	m.table = r.tableOf(m, ringBytes, ringBytes)
 	return m
 }
 
-// tableOf makes a table of some parts of the memory.
-func (r *restartRig) tableOf(m *mapping, parts ...uint64) *dma.Table {
+// tableOf makes a table of the memory, with so many bytes of the transmit payload and of the receive buffers.
+func (r *restartRig) tableOf(m *mapping, tx, rx uint64) *dma.Table {
 	var regions []dma.Region
-	for _, p := range parts {
-		regions = append(regions, dma.Region{Name: fmt.Sprintf("part at %#x", p), Addr: base + dma.Addr(p), Mem: mmio.FromBytes(m.b[p : p+ringBytes]),
+	for _, p := range [...][2]uint64{{0, ringBytes}, {txPart, tx}, {rxPart, rx}} {
+		regions = append(regions, dma.Region{Name: fmt.Sprintf("part at %#x", p[0]), Addr: base + dma.Addr(p[0]), Mem: mmio.FromBytes(m.b[p[0] : p[0]+p[1]]),
 			Access: dma.DeviceRead | dma.DeviceWrite})
 	}
 	t, err := dma.NewTable(regions...)
@@ -440,7 +440,9 @@ func (d *testDriver) send() error {
 	for seq := uint64(0); !d.r.stopped(); {
 		moved := false
 		if seq-d.r.toEnd.count() < window && len(free) > 0 && d.d.Free() >= 4 {
-			slot := free[len(free)-1]
+			k := d.rand(len(free))
+			slot := free[k]
+			free[k] = free[len(free)-1]
 			free = free[:len(free)-1]
 			at := txPart + uint64(slot)*slotBytes
 			b := d.r.mine[at : at+slotBytes]
@@ -670,12 +672,16 @@ func (r *restartRig) swap() {
 	old.unmap()
 }
 
-// breakRing makes the buffers of a queue untranslatable, which breaks its ring, and goes on from what was left.
+// breakRing makes half of the buffers of a queue untranslatable, which breaks its ring amid a batch, and goes on from what was
+// left.
 func (r *restartRig) breakRing() {
 	i := r.rand(2)
-	parts := []uint64{0, txPart, rxPart}
-	parts[2-i] = parts[0]
-	r.table.Store(r.tableOf(r.dev, parts[1:]...))
+	half := [2]uint64{ringSize * bufBytes / 2, ringBytes / 2}
+	if i == 0 {
+		r.table.Store(r.tableOf(r.dev, ringBytes, half[0]))
+	} else {
+		r.table.Store(r.tableOf(r.dev, half[1], ringBytes))
+	}
 	e := r.broken()
 	if e.Queue != i || device.CauseOf(e.Broken) != device.CausePeer || !errors.Is(e.Broken, vring.ErrTranslate) {
 		r.t.Errorf("queue %d is broken: the event tells of %d: %v", i, e.Queue, e.Broken)
@@ -709,10 +715,10 @@ func (r *restartRig) breakBell() {
 	r.start(i, s.State)
 }
 
-// fault takes the driver's frames away from the device, as a board that is pulled does: both queues end, and go on where
-// they were.
+// fault takes half of the driver's frames away from the device, amid a batch, as a board that is pulled does: both queues end, and go
+// on where they were.
 func (r *restartRig) fault() {
-	part := r.dev.b[txPart : txPart+ringBytes]
+	part := r.dev.b[txPart+ringBytes/2 : txPart+ringBytes]
 	r.must(unix.Mprotect(part, unix.PROT_NONE))
 	e := r.broken()
 	if device.CauseOf(e.Broken) != device.CauseMemory {
