@@ -24,7 +24,9 @@ type Config struct {
 
 	Boards []string // specs; an agent has one
 	Name   string   // of the first link; the others count on from it
-	Nets   []Net    // the devices
+	Nets   []Net    // the network devices
+
+	Types []DeviceType // of device; New gives all that there are
 
 	Deny virtio.Features
 	Loop tunbridge.LoopConfig // how the loops wait
@@ -59,6 +61,8 @@ type Config struct {
 	one   Net             // what the flags say of a device; the defaults of --net
 	specs []string        // of --net
 	given map[string]bool // flags that were given
+
+	machine *Machine // nil: not asked for yet
 }
 
 // Net is one device as an operator describes it.
@@ -77,7 +81,7 @@ type Net struct {
 
 // New returns the configuration of a side with all defaults.
 func New(side board.Side) *Config {
-	return &Config{Side: side, Name: "board0", Account: true, Interrupts: true, Beat: session.Beat, Lost: 10,
+	return &Config{Side: side, Types: deviceTypes, Name: "board0", Account: true, Interrupts: true, Beat: session.Beat, Lost: 10,
 		QueueMax: 1024, Pool: true, QueueSize: 256, Placement: "auto", Ring: "auto",
 		one: Net{Offload: true}, given: map[string]bool{}}
 }

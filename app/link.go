@@ -2,10 +2,10 @@ package app
 
 import (
 	"context"
+	"io"
 	"sync"
 	"time"
 
-	"github.com/boardlink/boardlink/app/internal/ifaddr"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
 )
@@ -24,17 +24,16 @@ const (
 // again and does not stop the others.
 type link struct {
 	name, board string
-	nets        []*Net // the devices, as they are to be
+	plans       []Plan // the devices, as they are to be
 	// create makes the devices and the end that they belong to. After an error nothing is left of them.
-	create func() (end, []opened, error)
+	create func() (end, []io.Closer, error)
 	log    session.Logger
-	retry  bool               // there are other links
-	ready  func(*Net, opened) // tells of a device's interface
-	lost   func(error)        // hears of an interface that cannot be made again; nil: it is tried for ever
+	retry  bool        // there are other links
+	lost   func(error) // hears of an interface that cannot be made again; nil: it is tried for ever
 
 	mu      sync.Mutex // guards what Status reads
 	end     end        // nil: not made yet
-	devices []opened
+	devices []io.Closer
 	since   time.Time // of stateNoInterface
 	err     error     // of the last create
 	errs    uint64    // failed calls of create
@@ -76,10 +75,10 @@ func (l *link) Run(ctx context.Context) error {
 	if !l.await(ctx) {
 		return nil
 	}
-	for i, d := range l.devices {
-		l.ready(l.nets[i], d)
-		k := ifaddr.Keep(ifaddr.KeepConfig{Device: d, Addrs: l.nets[i].Addrs, Log: l.log, Lost: l.lost})
-		defer k.Close()
+	for _, p := range l.plans {
+		if k, ok := p.(keeper); ok {
+			defer k.keep(l.lost)()
+		}
 	}
 	return l.end.Run(ctx)
 }

@@ -4,29 +4,22 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
+	"io"
 	"os"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/boardlink/boardlink/agent"
-	"github.com/boardlink/boardlink/app/internal/ifaddr"
 	"github.com/boardlink/boardlink/app/internal/statussock"
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/device"
-	"github.com/boardlink/boardlink/device/netdev"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/driver"
-	"github.com/boardlink/boardlink/driver/netdrv"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
-	"github.com/boardlink/boardlink/tunbridge"
 )
-
-// defaultMTU is that of a host's interface, in bytes, unless somebody else made it.
-const defaultMTU = 1500
 
 // end is one end of a link.
 type end interface {
@@ -35,18 +28,11 @@ type end interface {
 	Status() status.Link
 }
 
-// opened is a network device that is open, with what was asked for.
-type opened interface {
-	ifaddr.Device
-	Close() error
-}
-
 // ends is what is built from a Config.
 type ends struct {
-	c       *Config
-	log     session.Logger
-	links   []*link
-	machine *Machine // nil: not asked for yet
+	c     *Config
+	log   session.Logger
+	links []*link
 }
 
 // Run runs one end until ctx ends (package daemon has one that signals end). version is what status tells of the program. Nothing
@@ -68,18 +54,20 @@ func Run(ctx context.Context, c *Config, version string, log session.Logger) err
 // build makes the links and their devices. Devices that cannot be made are an error where no link is left without; input
 // that is wrong on any machine always is.
 func (e *ends) build() error {
-	prepare := e.prepareHost
+	create := e.createHost
 	if e.c.Side == board.Agent {
-		prepare = e.prepareAgent
+		create = e.createAgent
 	}
-	if err := prepare(); err != nil {
-		return err
+	for b := range e.c.Boards {
+		e.add(b, create)
 	}
-	for _, l := range e.links {
-		for _, n := range l.nets {
-			if err := n.valid(); err != nil {
+	for b, l := range e.links {
+		for i := range e.c.Types {
+			plans, err := e.c.Types[i].Plan(e.c, b, e.log)
+			if err != nil {
 				return err
 			}
+			l.plans = append(l.plans, plans...)
 		}
 	}
 	var failed Errors
@@ -92,9 +80,9 @@ func (e *ends) build() error {
 }
 
 // add appends a link for board number b.
-func (e *ends) add(b int, create func(l *link) (end, []opened, error)) {
-	l := &link{name: e.c.LinkName(b), board: e.c.Boards[b], log: e.log, retry: len(e.c.Boards) > 1, ready: e.ready}
-	l.create = func() (end, []opened, error) {
+func (e *ends) add(b int, create func(l *link) (end, []io.Closer, error)) {
+	l := &link{name: e.c.LinkName(b), board: e.c.Boards[b], log: e.log, retry: len(e.c.Boards) > 1}
+	l.create = func() (end, []io.Closer, error) {
 		end, devices, err := create(l)
 		if err != nil {
 			for _, d := range devices {
@@ -105,57 +93,6 @@ func (e *ends) add(b int, create func(l *link) (end, []opened, error)) {
 		return end, devices, nil
 	}
 	e.links = append(e.links, l)
-}
-
-// valid refuses what no machine would take.
-func (n *Net) valid() error {
-	if err := n.iface().Validate(); err != nil {
-		return err
-	}
-	if err := ifaddr.Check(n.Name, n.Addrs, n.MTU); err != nil {
-		return UsageError{err}
-	}
-	return nil
-}
-
-// address gives an interface its addresses and sets it up.
-func (e *ends) address(n *Net, d opened) error {
-	if err := ifaddr.SetUp(d.Interface(), n.Addrs, n.MTU, e.log); err != nil {
-		return UsageError{err}
-	}
-	return nil
-}
-
-// iface returns the device's own end.
-func (n *Net) iface() tunbridge.Config {
-	return tunbridge.Config{Name: n.Name, Type: n.Type, Offload: n.Offload, Persist: n.Persist, MAC: n.MAC, MTU: n.MTU}
-}
-
-// stableMACs gives device i the MAC addresses that the operator did not choose, the host's own and the board's: they stay the
-// same from start to start, so that neighbour tables stay true, and differ from those of other machines and boards.
-func (e *ends) stableMACs(n *Net, i int) error {
-	if n.Type != tunbridge.TAP || n.MAC != (tunbridge.MAC{}) && n.BoardMAC != (tunbridge.MAC{}) {
-		return nil
-	}
-	if e.machine == nil {
-		m, err := Identify(e.c.MachineID)
-		if err != nil {
-			return err
-		}
-		if m.Warning != "" {
-			e.log.Warn(m.Warning)
-		}
-		e.machine = &m
-	}
-	for _, a := range []struct {
-		side board.Side
-		mac  *tunbridge.MAC
-	}{{board.Host, &n.MAC}, {board.Agent, &n.BoardMAC}} {
-		if *a.mac == (tunbridge.MAC{}) {
-			*a.mac = e.machine.MAC(e.c.LinkName(n.Board), a.side, e.c.Boards[n.Board], i)
-		}
-	}
-	return nil
 }
 
 // options returns how the boards are opened.
@@ -172,78 +109,40 @@ func (e *ends) options() board.Options {
 	return o
 }
 
-// prepareHost describes the links of a host, one for each board.
-func (e *ends) prepareHost() error {
-	c := e.c
-	for b := range c.Boards {
-		e.add(b, e.createHost)
-	}
-	for i := range c.Nets {
-		n := c.Nets[i] // a copy: it gets MAC addresses
-		l := e.links[n.Board]
-		if err := e.stableMACs(&n, len(l.nets)); err != nil {
-			return err
-		}
-		l.nets = append(l.nets, &n)
-	}
-	return nil
-}
-
 // createHost makes the devices of a board, and the host's end of its link.
-func (e *ends) createHost(l *link) (end, []opened, error) {
+func (e *ends) createHost(l *link) (end, []io.Closer, error) {
 	c := e.c
-	var devices []opened
+	var made []io.Closer
 	offered := map[uint16]device.Device{}
-	for i, n := range l.nets {
-		ic := n.iface()
-		if ic.MTU == 0 && ic.Persist { // one of ours; what somebody else made stays as it is
-			ic.MTU = defaultMTU
-		}
-		ic.Queues = n.Queues
-		d, err := netdev.New(netdev.Config{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: ic, BoardMAC: n.BoardMAC,
-			Deny: c.Deny, Loop: c.Loop.From(i), QueueMax: c.QueueMax})
+	for i, p := range l.plans {
+		d, err := p.Model(uint16(i))
 		if err != nil {
-			return nil, devices, err
+			return nil, made, err
 		}
-		devices, offered[uint16(i)] = append(devices, d), d
-		if err := e.address(n, d); err != nil {
-			return nil, devices, err
-		}
+		made, offered[uint16(i)] = append(made, d), d
 	}
 	if isDoor(l.board) {
 		end, err := e.newDoor(l, offered[0])
-		return end, devices, err
+		return end, made, err
 	}
 	return host.NewLink(host.Config{Name: l.name, Board: l.board, Options: e.options(), Devices: offered, NoPool: !c.Pool,
-		DMA: c.DMA, Log: e.log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts, Retry: l.retry}), devices, nil
+		DMA: c.DMA, Log: e.log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts, Retry: l.retry}), made, nil
 }
 
-// prepareAgent describes the one link of an agent.
-func (e *ends) prepareAgent() error {
-	e.add(0, e.createAgent)
-	for i := range e.c.Nets {
-		e.links[0].nets = append(e.links[0].nets, &e.c.Nets[i])
-	}
-	return nil
-}
-
-func (e *ends) createAgent(l *link) (end, []opened, error) {
+// createAgent makes the drivers of an agent, and its end of the link.
+func (e *ends) createAgent(l *link) (end, []io.Closer, error) {
 	c := e.c
-	var devices []opened
-	var nets []driver.Driver
-	for i, n := range l.nets {
-		d, err := netdrv.New(netdrv.Config{Name: fmt.Sprintf("net%d", i), Number: uint16(i), Interface: n.iface(),
-			Deny: c.Deny, Loop: c.Loop.From(i), Ring: c.Ring, Queues: n.Queues, QueueSize: c.QueueSize, RXBuffer: c.RXBuffer})
+	var made []io.Closer
+	var drivers []driver.Driver
+	for i, p := range l.plans {
+		d, err := p.Driver(uint16(i))
 		if err != nil {
-			return nil, devices, err
+			return nil, made, err
 		}
-		devices, nets = append(devices, d), append(nets, d)
-		if err := e.address(n, d); err != nil {
-			return nil, devices, err
-		}
+		made, drivers = append(made, d), append(drivers, d)
 	}
-	return agent.NewLink(agent.Config{Name: l.name, Board: l.board, Placement: c.Placement, Options: e.options(), Devices: nets,
-		Log: e.log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts}), devices, nil
+	return agent.NewLink(agent.Config{Name: l.name, Board: l.board, Placement: c.Placement, Options: e.options(), Devices: drivers,
+		Log: e.log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts}), made, nil
 }
 
 // serve runs the links until a signal, with their status socket.
@@ -281,10 +180,13 @@ func (e *ends) serve(ctx context.Context, version string) error {
 	}
 	ctx, lose := context.WithCancel(ctx)
 	defer lose()
-	lost := make(chan error, len(e.c.Nets))
+	lost := make(chan error, 1)
 	if len(e.links) == 1 { // else the others go on, and it is tried again
 		e.links[0].lost = func(err error) {
-			lost <- fmt.Errorf("the interface was removed and cannot be made again: %s", OneLine(err))
+			select {
+			case lost <- fmt.Errorf("the interface was removed and cannot be made again: %s", OneLine(err)):
+			default: // another one was before
+			}
 			lose()
 		}
 	}
@@ -330,45 +232,6 @@ func (e *ends) all(f func(l *link) error, each bool) error {
 		}
 	}
 	return failed.unless(len(errs), each)
-}
-
-// ready tells of an interface that is set up.
-func (e *ends) ready(n *Net, d opened) {
-	i := d.Interface()
-	for _, w := range i.Warnings() {
-		e.log.Warn(w, "interface", i.Name())
-	}
-	for _, w := range strayAddresses(i, n) {
-		e.log.Warn(w, "interface", i.Name())
-	}
-	e.log.Info("interface ready", "interface", i.Name(), "addresses", n.Addrs)
-}
-
-// strayAddresses warns of addresses that an interface kept from another start, and that the flags do not give it: nobody else
-// would tell that it still has them.
-func strayAddresses(i *tunbridge.Iface, n *Net) (warnings []string) {
-	if !i.Attached() || len(n.Addrs) == 0 {
-		return nil
-	}
-	ni, err := net.InterfaceByName(i.Name())
-	if err != nil {
-		return nil
-	}
-	as, err := ni.Addrs()
-	if err != nil {
-		return nil
-	}
-	wanted := map[string]bool{}
-	for _, p := range n.Addrs {
-		wanted[p.String()] = true
-	}
-	for _, a := range as {
-		ip, ok := a.(*net.IPNet)
-		if ok && !ip.IP.IsLinkLocalUnicast() && !wanted[ip.String()] {
-			warnings = append(warnings, fmt.Sprintf("the interface was there already and keeps its address %s, which --addr does not give; to remove it: ip addr del %s dev %s", ip, ip, i.Name()))
-		}
-	}
-	return warnings
 }
 
 // Errors are several errors, of several links.

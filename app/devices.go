@@ -1,0 +1,35 @@
+package app
+
+import (
+	"github.com/boardlink/boardlink/device"
+	"github.com/boardlink/boardlink/driver"
+	"github.com/boardlink/boardlink/session"
+)
+
+// deviceTypes are the types of device that links can have, in the order of device numbers. A new one takes a folder (or
+// one below device and one below driver) and a line here.
+var deviceTypes = []DeviceType{
+	{Name: "net", Plan: planNets},
+}
+
+// DeviceType is a type of device. Both ends of a link know it.
+type DeviceType struct {
+	Name string
+	// Plan returns the devices of this type that a configuration asks for on board number b, in the order of their
+	// device numbers, which has to be the same on both ends. It opens nothing. An error is one line for the user.
+	Plan func(c *Config, b int, log session.Logger) ([]Plan, error)
+}
+
+// Plan is a device as it is to be made. Where that fails it may be tried again.
+type Plan interface {
+	// Model makes the device of a host, with its device number on the link, and opens what it is joined to; Driver is
+	// the same on an agent. After an error nothing is left open.
+	Model(number uint16) (device.Device, error)
+	Driver(number uint16) (driver.Driver, error)
+}
+
+// keeper is a Plan whose device, once it is made, is looked after while its link runs. lost hears that what it is joined to is gone for
+// good; nil: that is tried again for ever.
+type keeper interface {
+	keep(lost func(error)) (stop func())
+}
