@@ -419,7 +419,7 @@ func TestRandomEvents(t *testing.T) {
 		busy := false
 		work := func() {
 			mu.Lock()
-			mu.Unlock()
+			defer mu.Unlock() // nothing to do but to wait
 		}
 		c.message, c.tick, c.down = work, work, work
 		c.run()

@@ -292,7 +292,6 @@ type front struct {
 	mem  mmio.Mem
 	reg  dma.Region // as the driver side has it: by guest physical addresses
 	regs []region
-	rep  bool // REPLY_ACK is negotiated
 	qs   []frontQueue
 }
 
