@@ -352,7 +352,7 @@ func (b *backend) setVring(m *message) ([]byte, error) {
 		if err := b.stopped(m, r); err != nil {
 			return nil, err
 		}
-		r.base = s.num
+		r.base, r.based = s.num, true
 	}
 	return nil, nil
 }

@@ -335,3 +335,26 @@ func TestConfig(t *testing.T) {
 		t.Error("GET_QUEUE_NUM counts queues but for networks")
 	}
 }
+
+// TestPackedBases: a packed ring stops and starts at each of its places, at both laps.
+func TestPackedBases(t *testing.T) {
+	k := kinds[2]
+	e := newEcho(t, 1)
+	d := newDoor(t, e)
+	f := running(t, d, k.f)
+	move := func() error { _, err := e.echo(0); return err }
+	seen := map[uint32]bool{}
+	for i := 0; i < 2*ringSize+3; i++ {
+		f.trip(0, 1, byte(i), move)
+		for q := 0; q < 2; q++ {
+			base := f.stop(q)
+			if q == 0 {
+				seen[base] = true
+			}
+			f.start(q, base)
+		}
+	}
+	if len(seen) != 2*ringSize || !seen[0] {
+		t.Errorf("%d places, want all %d, 0 among them", len(seen), 2*ringSize)
+	}
+}

@@ -25,6 +25,7 @@ type ring struct {
 	addr      vringAddr
 	addressed bool   // addr is set
 	base      uint32 // where to go on
+	based     bool   // base is set: 0 is a place in a packed ring as well
 	kicked    bool   // SET_VRING_KICK has come since the ring was stopped
 	enabled   bool
 	started   bool
@@ -105,8 +106,8 @@ func (b *backend) areas(r *ring, m *memory) (device.Areas, error) {
 func (b *backend) state(r *ring, as device.Areas) (s vring.State, err error) {
 	c := vring.Config{Name: b.dev.Queue(r.index).Name, Size: r.size, Desc: as.Desc, Driver: as.Driver, Device: as.Device}
 	if b.packed() {
-		if r.base == 0 { // a front end that never heard of packed bases: a new queue
-			return vring.State{}, nil
+		if !r.based {
+			return vring.State{}, nil // a new queue
 		}
 		s, err = vring.PackedStateFromBase(c, r.base)
 	} else {
@@ -206,7 +207,7 @@ func (b *backend) stop(r *ring) error {
 		return err
 	}
 	r.started = false
-	r.base = st.State.Base()
+	r.base, r.based = st.State.Base(), true
 	atomic.AddUint64(&b.n.QueueStops, 1)
 	return nil
 }
