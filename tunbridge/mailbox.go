@@ -262,7 +262,7 @@ func (l *Loop) breakAll(err error) {
 		if h != nil {
 			h := h
 			// A fault here is the one that ended the loop, or follows from it.
-			if fault := pci.Guard(h.ground); fault != nil && !errors.Is(err, pci.ErrGone) {
+			if fault := pci.Guard(func() { h.ground() }); fault != nil && !errors.Is(err, pci.ErrGone) {
 				err = fault
 			}
 			h.shared().flush()

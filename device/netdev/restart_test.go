@@ -127,6 +127,12 @@ type restartRig struct {
 
 type driverAreas struct{ desc, driver, device uint64 } // offsets
 
+// areasOf says where the areas of queue i lie.
+func areasOf(i int) driverAreas {
+	at := uint64(i) * 0x10000
+	return driverAreas{at, at + 0x4000, at + 0x8000}
+}
+
 // blockable is a doorbell that a test lets count as one that the peer made block.
 type blockable struct{ blocks uint32 }
 
@@ -149,7 +155,10 @@ func (r *restartRig) must(err error) {
 	}
 }
 
-func newRestartRig(t *testing.T, f ...virtio.Feature) *restartRig {
+func newRestartRig(t *testing.T, f ...virtio.Feature) *restartRig { return newPairsRig(t, 1, f...) }
+
+// newPairsRig is newRestartRig for a device of several queue pairs.
+func newPairsRig(t *testing.T, pairs int, f ...virtio.Feature) *restartRig {
 	if netns.NeedsUser() || netns.CheckTun() != nil {
 		if os.Getenv("CI") == "true" {
 			t.Fatal("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
@@ -165,7 +174,7 @@ func newRestartRig(t *testing.T, f ...virtio.Feature) *restartRig {
 	r.must(err)
 	t.Cleanup(func() { ns.Close() })
 	r.must(ns.Do(func() (err error) {
-		if r.n, err = New(Config{Name: "net0", Interface: tunbridge.Config{Name: "bl0"}}); err != nil {
+		if r.n, err = New(Config{Name: "net0", Interface: tunbridge.Config{Name: "bl0", Queues: pairs}}); err != nil {
 			return err
 		}
 		h, err := netlink.NewHandle()
@@ -219,8 +228,7 @@ func newRestartRig(t *testing.T, f ...virtio.Feature) *restartRig {
 	r.dev = r.remap()
 	r.table.Store(r.dev.table)
 	for i := range r.layout {
-		at := uint64(i) * 0x10000
-		r.layout[i] = driverAreas{at, at + 0x4000, at + 0x8000}
+		r.layout[i] = areasOf(i)
 		r.kick[i] = newBell(t)
 	}
 	r.n.Notify(func(e device.Event) {
@@ -268,7 +276,7 @@ func (m *mapping) unmap() {
 
 // areas translates the areas of queue i by the table that is stored now.
 func (r *restartRig) areas(i int) device.Areas {
-	l := r.layout[i]
+	l := areasOf(i)
 	a, err := device.Translate(r.table.Load(), r.n.Queue(i), ringSize, r.features.Has(virtio.RingPacked), base+dma.Addr(l.desc), base+dma.Addr(l.driver), base+dma.Addr(l.device))
 	r.must(err)
 	return a
