@@ -1014,8 +1014,25 @@ func TestRandomMessages(t *testing.T) {
 
 // settle waits until what was sent has had its effect on the link.
 func (r *rig) settle() {
-	r.For(20 * time.Millisecond)
-	r.WaitUp()
+	for {
+		r.WaitUp()
+		downs, token := r.Downs, r.Token()
+		var m virtiomsg.Slot
+		virtiomsg.EncodePing(&m, token, 1)
+		delete(r.Answers, token) // of a message that was changed
+		if !r.Send(m) {
+			r.Step()
+			continue
+		}
+		answered := false // all that was sent before is done then
+		r.Until(20*time.Second, "an answer, or a new handshake", func() bool {
+			_, answered = r.Answers[token]
+			return answered || r.Downs != downs
+		})
+		if answered {
+			return
+		}
+	}
 }
 
 // TestLinkPage: an agent that scribbles over its half of the link page, and changes its epoch without end.
