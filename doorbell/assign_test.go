@@ -134,3 +134,22 @@ func TestAssignedNone(t *testing.T) {
 		t.Errorf("%d descriptors open, %d before", after, before)
 	}
 }
+
+// A loop that sleeps on an end of a shared doorbell, or of one that could come to be shared, allocates nothing.
+func TestAssignedNoAllocations(t *testing.T) {
+	bells := []doorbell.Waiter{newEventfd(t), newEventfd(t)}
+	a, err := doorbell.Assign(bells, []int{0, 1, 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	for u := 0; u < 2; u++ {
+		s := doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: a.Waiter(u), Fallback: doorbell.Fallback{Min: 1, Max: 1}})
+		if n := testing.AllocsPerRun(100, func() {
+			s.Look(0)
+			s.Sleep(0)
+		}); n != 0 {
+			t.Errorf("user %d: %v allocations", u, n)
+		}
+	}
+}
