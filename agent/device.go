@@ -26,6 +26,7 @@ type device struct {
 	l       *Link
 	n       driver.Driver
 	index   int               // its share of the memory
+	small   driver.Small      // not nil: it has a part of the memory of its own, at the end
 	queues  []session.QueueID // that have doorbells
 	made    bool              // by Config.Drivers
 	met     bool              // the host has shown the device since the link came up: it may use the device's memory
@@ -186,7 +187,15 @@ func (d *device) bringUp() error {
 
 // share returns the device's part of a region.
 func (d *device) share(r *dma.Region) *driver.Memory {
-	return driver.Share(r, d.index, d.l.shares.Len())
+	var kept uint64
+	for _, s := range d.l.small {
+		n := s.Memory(r.Mem.Size() / uint64(len(d.l.small)))
+		if s == d.small {
+			return driver.Kept(r, kept, n)
+		}
+		kept += n
+	}
+	return driver.Share(r, kept, d.index, d.l.shares.Len())
 }
 
 // broken is told by the loops.

@@ -161,7 +161,9 @@ func (l *Link) drop(d *device) {
 	d.n.OnChange(func() {})
 	devs := append([]*device(nil), l.devs[:i]...)
 	l.setDevices(append(devs, l.devs[i+1:]...))
-	l.shares.Give(d.index)
+	if d.small == nil {
+		l.shares.Give(d.index)
+	}
 	if l.full {
 		l.full, l.search = false, true // there is room for one that went without
 	}

@@ -63,6 +63,7 @@ type Link struct {
 	// The owner's goroutine only.
 	region  *dma.Region // the heap, in the board's memory
 	shares  *driver.Shares
+	small   []driver.Small  // those that NewLink was given, which have parts of the memory of their own
 	pairs   int             // at most so many queue pairs for a device whose number the operator did not choose; 0: any
 	search  bool            // devices may have come that this side does not know
 	passed  map[uint16]bool // device numbers that are not driven, so that they are not looked at again
@@ -95,15 +96,28 @@ func NewLink(c Config) *Link {
 	l := &Link{cfg: c, looking: session.NewBucket(c.Pace.Devices)}
 	ds := append([]driver.Driver(nil), c.Devices...)
 	sort.Slice(ds, func(i, j int) bool { return ds[i].Number() < ds[j].Number() })
-	shares := c.Shares
-	if shares < len(ds) {
-		shares = len(ds)
-	}
-	l.shares = driver.NewShares(shares)
+	shares := 0
 	for _, n := range ds {
 		d := l.place(n)
-		d.index, _ = l.shares.Take() // there is one for each
+		if s, ok := n.(driver.Small); ok {
+			l.small = append(l.small, s)
+			d.small = s
+		} else {
+			shares++
+		}
 		l.devs = append(l.devs, d)
+	}
+	if shares < c.Shares {
+		shares = c.Shares
+	}
+	if shares == 0 {
+		shares = 1
+	}
+	l.shares = driver.NewShares(shares)
+	for _, d := range l.devs {
+		if d.small == nil {
+			d.index, _ = l.shares.Take() // there is one for each
+		}
 	}
 	c.Options.Side = board.Agent
 	l.s = session.New(session.Config{Name: c.Name, Spec: c.Board, Options: c.Options, Log: c.Log,

@@ -25,6 +25,7 @@ type Config struct {
 	Boards []string // specs; an agent has one
 	Name   string   // of the first link; the others count on from it
 	Nets   []Net    // the network devices
+	Rngs   []Rng    // sources of entropy for boards
 
 	Types []DeviceType // of device; New gives all that there are
 
@@ -164,6 +165,9 @@ func (c *Config) finish() error {
 		return err
 	}
 	if err := c.checkDoors(); err != nil {
+		return err
+	}
+	if err := c.checkRngs(); err != nil {
 		return err
 	}
 	for i := range c.Nets {

@@ -10,11 +10,14 @@ import (
 // one below device and one below driver) and a line here.
 var deviceTypes = []DeviceType{
 	{Name: "net", Plan: planNets},
+	{Name: "entropy", First: rngNumber, Plan: planRngs},
 }
 
 // DeviceType is a type of device. Both ends of a link know it.
 type DeviceType struct {
 	Name string
+	// First is the device number of the first device of this type on a link; 0: they follow those of the types before.
+	First uint16
 	// Plan returns the devices of this type that a configuration asks for on board number b, in the order of their
 	// device numbers, which has to be the same on both ends. It opens nothing. An error is one line for the user.
 	Plan func(c *Config, b int, log session.Logger) ([]Plan, error)

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/device/entropy"
+	entropydrv "github.com/boardlink/boardlink/driver/entropy"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/tunbridge"
@@ -103,6 +105,8 @@ var flags = []Flag{
 	{Name: "deny", Arg: "FEATURES", Help: "Virtio features not to negotiate, e.g. event_idx,host_uso.", set: deny},
 	{Name: "net", Arg: "SPEC", Help: "Several devices: one SPEC each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000. Keys: " + netKeys + " (its number, from 0); --link, --mtu, --offload, --persist and --queues give the defaults.",
 		set: func(c *Config, v string) error { c.specs = append(c.specs, v); return nil }},
+	{Name: "rng", sides: hostOnly, Help: fmt.Sprintf("Offer random bytes of this machine to the board. --rng=rate=BYTES limits what a board gets each second (default: %dK), --rng=board=N (its number, from 0) is for one of several boards.", entropy.DefaultRate>>10), set: setRng},
+	{Name: "rng", sides: agentOnly, Help: fmt.Sprintf("Mix random bytes that the host offers into the kernel's generator, %d at the start and after each minute. --rng=credit=BITS counts each byte for 1 to 8 bits of entropy, which needs root (default: 0, mixed in and counted for nothing), every=DURATION sets the time between.", entropydrv.Request), set: setRng},
 	{Name: "machine-id", Arg: "TEXT", sides: hostOnly, Help: "Identity of this machine, which MAC addresses are made of (default: " + MachineIDEnv + " of the environment, /etc/machine-id, or what the firmware says).",
 		set: func(c *Config, v string) error { c.MachineID = v; return nil }},
 	{Name: "busy-poll", Arg: "DURATION", Def: "auto", Help: "How long a loop with nothing to do busy-polls before it sleeps: auto (as long as has paid off lately, never across the bus), off, or e.g. 50us.",

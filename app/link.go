@@ -20,11 +20,17 @@ const (
 	maxRetryMake = 4 * time.Second
 )
 
+// numbered is a Plan with its device number.
+type numbered struct {
+	Plan
+	number uint16
+}
+
 // link is one end of a link with its devices. Where a program has several, one whose devices cannot be made is tried
 // again and does not stop the others.
 type link struct {
 	name, board string
-	plans       []Plan // the devices, as they are to be
+	plans       []numbered // the devices, as they are to be
 	// create makes the devices and the end that they belong to. After an error nothing is left of them.
 	create func() (end, []io.Closer, error)
 	log    session.Logger
@@ -76,7 +82,7 @@ func (l *link) Run(ctx context.Context) error {
 		return nil
 	}
 	for _, p := range l.plans {
-		if k, ok := p.(keeper); ok {
+		if k, ok := p.Plan.(keeper); ok {
 			defer k.keep(l.lost)()
 		}
 	}

@@ -62,12 +62,20 @@ func (e *ends) build() error {
 		e.add(b, create)
 	}
 	for b, l := range e.links {
+		next := uint16(0) // of the types whose numbers follow each other
 		for i := range e.c.Types {
 			plans, err := e.c.Types[i].Plan(e.c, b, e.log)
 			if err != nil {
 				return err
 			}
-			l.plans = append(l.plans, plans...)
+			number := &next
+			if first := e.c.Types[i].First; first != 0 {
+				number = &first
+			}
+			for _, p := range plans {
+				l.plans = append(l.plans, numbered{p, *number})
+				*number++
+			}
 		}
 	}
 	var failed Errors
@@ -114,12 +122,12 @@ func (e *ends) createHost(l *link) (end, []io.Closer, error) {
 	c := e.c
 	var made []io.Closer
 	offered := map[uint16]device.Device{}
-	for i, p := range l.plans {
-		d, err := p.Model(uint16(i))
+	for _, p := range l.plans {
+		d, err := p.Model(p.number)
 		if err != nil {
 			return nil, made, err
 		}
-		made, offered[uint16(i)] = append(made, d), d
+		made, offered[p.number] = append(made, d), d
 	}
 	if isDoor(l.board) {
 		end, err := e.newDoor(l, offered[0])
@@ -134,8 +142,8 @@ func (e *ends) createAgent(l *link) (end, []io.Closer, error) {
 	c := e.c
 	var made []io.Closer
 	var drivers []driver.Driver
-	for i, p := range l.plans {
-		d, err := p.Driver(uint16(i))
+	for _, p := range l.plans {
+		d, err := p.Driver(p.number)
 		if err != nil {
 			return nil, made, err
 		}

@@ -13,10 +13,22 @@ type Memory struct {
 	Alloc  *dma.Allocator
 }
 
-// Share returns part index of a region that so many devices share equally.
-func Share(r *dma.Region, index, devices int) *Memory {
-	n := r.Mem.Size() / uint64(devices) &^ 4095
+// Share returns part index of a region that so many devices share equally, but for its last kept bytes.
+func Share(r *dma.Region, kept uint64, index, devices int) *Memory {
+	n := (r.Mem.Size() - kept) / uint64(devices) &^ 4095
 	return &Memory{Region: r, Alloc: dma.NewAllocator(r.Addr+dma.Addr(uint64(index)*n), n)}
+}
+
+// Kept returns n bytes of a region, of which the last one is followed by behind more.
+func Kept(r *dma.Region, behind, n uint64) *Memory {
+	return &Memory{Region: r, Alloc: dma.NewAllocator(r.Addr+dma.Addr(r.Mem.Size()-behind-n), n)}
+}
+
+// Small is a Driver that needs little memory, and gets a part of its own instead of one of those that the others share equally.
+type Small interface {
+	// Memory returns how many bytes of each kind of memory the driver can use, a multiple of 4096: 4096, or at most an eighth of
+	// size.
+	Memory(size uint64) uint64
 }
 
 // Take allocates n bytes and returns them as a span; name is for the error.

@@ -19,6 +19,7 @@ const VendorID uint32 = 0x4b4e4c42
 const (
 	IDNet     uint32 = 1
 	IDConsole uint32 = 3
+	IDEntropy uint32 = 4
 )
 
 // Device status bits (virtio 1.2, 2.1).

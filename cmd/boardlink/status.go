@@ -137,15 +137,7 @@ func (c *statusCmd) print(s *streams, p *status.Program) {
 		c.counters(w, "  counters", l.Counters)
 		c.counters(w, "  bus", l.Bus)
 		for _, d := range l.Devices {
-			carrier := "carrier off"
-			if d.Carrier {
-				carrier = "carrier on"
-			}
-			mac := ""
-			if d.MAC != "" {
-				mac = ", " + d.MAC
-			}
-			fmt.Fprintf(w, "  device %d %s\t%s on %s%s, MTU %d, %s\n", d.Number, d.Name, d.LinkType, d.Interface, mac, d.MTU, carrier)
+			fmt.Fprintf(w, "  device %d %s\t%s\n", d.Number, d.Name, joined(&d))
 			if d.LastError != "" {
 				fmt.Fprintf(w, "    error\t%s\n", d.LastError)
 			}
@@ -176,6 +168,22 @@ func (c *statusCmd) print(s *streams, p *status.Program) {
 			}
 		}
 	}
+}
+
+// joined tells what a device is joined to.
+func joined(d *status.Device) string {
+	if d.Type != "net" {
+		return fmt.Sprintf("%s: %s", d.Type, d.Interface)
+	}
+	carrier := "carrier off"
+	if d.Carrier {
+		carrier = "carrier on"
+	}
+	mac := ""
+	if d.MAC != "" {
+		mac = ", " + d.MAC
+	}
+	return fmt.Sprintf("%s on %s%s, MTU %d, %s", d.LinkType, d.Interface, mac, d.MTU, carrier)
 }
 
 // counters prints those that are not 0, in the order of their names.

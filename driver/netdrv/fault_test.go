@@ -64,7 +64,7 @@ func TestUpFaults(t *testing.T) {
 	defer pci.GuardShared(uintptr(unsafe.Pointer(&b[0])), size, "test")()
 	defer n.Close() // while the memory is there
 	up := func() (err error) {
-		m := driver.Share(&dma.Region{Name: "test", Addr: 1 << 20, Mem: mmio.FromBytes(b), Access: dma.DeviceRead | dma.DeviceWrite}, 0, 1)
+		m := driver.Share(&dma.Region{Name: "test", Addr: 1 << 20, Mem: mmio.FromBytes(b), Access: dma.DeviceRead | dma.DeviceWrite}, 0, 0, 1)
 		if fault := pci.Guard(func() { err = n.Up(plain{}, driver.Layout{Near: m, Far: m, Devices: 1}, func(error) {}) }); fault != nil {
 			err = fault
 		}

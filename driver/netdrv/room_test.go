@@ -27,7 +27,7 @@ func shared(size, devices int, push bool) driver.Layout {
 		window, pool = size/2, size/2
 	}
 	part := func(name string, base dma.Addr, n int) *driver.Memory {
-		return driver.Share(&dma.Region{Name: name, Addr: base, Mem: mmio.FromBytes(testMemory[:n]), Access: dma.DeviceRead | dma.DeviceWrite}, 0, devices)
+		return driver.Share(&dma.Region{Name: name, Addr: base, Mem: mmio.FromBytes(testMemory[:n]), Access: dma.DeviceRead | dma.DeviceWrite}, 0, 0, devices)
 	}
 	m := driver.Layout{Near: part("window", 1<<32, window-offHeap), Devices: devices}
 	if m.Far = m.Near; push && pool > 0 {
