@@ -83,9 +83,9 @@ func (l *handler) reconfigure(d *device) {
 	}
 }
 
-// Malformed implements session.Handler: a host that talks nonsense is shaken hands with anew.
+// Malformed implements session.Handler: after a malformed message of the host, the handshake is done anew.
 func (l *handler) Malformed(m *virtiomsg.Slot, err error) {
-	l.cfg.Log.Warn("a message makes no sense", "link", l.cfg.Name, "error", err)
+	l.cfg.Log.Warn("malformed message", "link", l.cfg.Name, "error", err)
 	l.s.Reset()
 }
 

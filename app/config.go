@@ -110,12 +110,12 @@ func (n *Net) set(k, v string) (err error) {
 	case "addr":
 		p, err := netip.ParsePrefix(v)
 		if err != nil {
-			return fmt.Errorf("%q is no address with its prefix length, e.g. 10.0.0.1/24 or fd00::1/64", v)
+			return fmt.Errorf("%q is not an address with its prefix length, e.g. 10.0.0.1/24 or fd00::1/64", v)
 		}
 		n.Addrs = append(n.Addrs, p)
 	case "mtu":
 		if n.MTU, err = strconv.Atoi(v); err != nil {
-			return fmt.Errorf("%q is no number of bytes", v)
+			return fmt.Errorf("%q is not a number of bytes", v)
 		}
 		if most := tunbridge.MaxMTU(tunbridge.TUN); n.MTU < tunbridge.MinMTU || n.MTU > most {
 			return fmt.Errorf("%d bytes are out of bounds: %d to %d (of a tap %d)", n.MTU, tunbridge.MinMTU, most, tunbridge.MaxMTU(tunbridge.TAP))
@@ -130,11 +130,11 @@ func (n *Net) set(k, v string) (err error) {
 		n.Persist, err = parseBool(v)
 	case "queues":
 		if n.Queues, err = strconv.Atoi(v); err != nil || n.Queues < 1 || n.Queues > tunbridge.MaxQueues {
-			return fmt.Errorf("%q is no number of queue pairs: 1 to %d", v, tunbridge.MaxQueues)
+			return fmt.Errorf("%q is not a number of queue pairs: 1 to %d", v, tunbridge.MaxQueues)
 		}
 	case "board":
 		if n.Board, err = strconv.Atoi(v); err != nil {
-			return fmt.Errorf("%q is no number of a board: 0 is the first one", v)
+			return fmt.Errorf("%q is not a number of a board: 0 is the first one", v)
 		}
 	default:
 		err = errors.New("no such key; there are " + netKeys)

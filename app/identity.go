@@ -213,7 +213,7 @@ func (s sources) keep(dir string) (string, error) {
 	}
 	if err = os.Link(f.Name(), path); errors.Is(err, os.ErrExist) {
 		if id = readID(path); !isMachineID(id) {
-			// What is there is no identity (an empty file after a power failure): replace it.
+			// What is there is not an identity (an empty file after a power failure): replace it.
 			return s.replace(f.Name(), path)
 		}
 		return id, nil
@@ -227,7 +227,7 @@ func (s sources) replace(from, path string) (string, error) {
 	}
 	id := readID(path)
 	if !isMachineID(id) {
-		return "", fmt.Errorf("%s: is no identity", path)
+		return "", fmt.Errorf("%s: is not an identity", path)
 	}
 	return id, nil
 }

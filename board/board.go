@@ -93,7 +93,7 @@ type Board interface {
 	// below Self().Vectors. It is valid until Close.
 	Waiter(v uint32) doorbell.Waiter
 	// Ringer returns what rings vector v of the peer that declared itself as info. It fails
-	// where info makes no sense on this board. A peer that is absent (not yet or no more there)
+	// where info is not valid on this board. A peer that is absent (not yet or no more there)
 	// is no error here: the Ringer's Ring then returns one, until the peer is there.
 	Ringer(info RingInfo, v uint32) (doorbell.Ringer, error)
 	// PeerDead tells that no process of the other side has the window mapped any more, so that no late

@@ -12,7 +12,7 @@ var (
 	ErrNoSpace = errors.New("no space")
 	// ErrNotAllocated: the address is not the start of an allocation (any more).
 	ErrNotAllocated = errors.New("not allocated")
-	// ErrBadRequest: zero size, or an alignment that is no power of two.
+	// ErrBadRequest: zero size, or an alignment that is not a power of two.
 	ErrBadRequest = errors.New("bad size or alignment")
 )
 

@@ -39,7 +39,7 @@ func (n noWait) Ring() error { return n.r.RingNoWait() }
 // Waiter is the end that is rung.
 type Waiter interface {
 	// FD returns the file descriptor that polls readable when rung, or -1 where
-	// nothing can be waited for and polling is all there is. It stays open at least
+	// nothing can be waited for: the loop polls. It stays open at least
 	// until every loop that sleeps on it has stopped.
 	FD() int
 	// Ack takes the pending rings (and re-enables the interrupt where the kind

@@ -203,7 +203,7 @@ func TestFromFDRefuses(t *testing.T) {
 	}
 	defer unix.Close(p[0])
 	defer unix.Close(p[1])
-	if _, err := doorbell.FromFD(p[1]); err == nil || !strings.Contains(err.Error(), "no eventfd but pipe") {
+	if _, err := doorbell.FromFD(p[1]); err == nil || !strings.Contains(err.Error(), "not an eventfd but pipe") {
 		t.Errorf("pipe: %v", err)
 	}
 	if fl, err := unix.FcntlInt(uintptr(p[1]), unix.F_GETFL, 0); err != nil || fl&unix.O_NONBLOCK != 0 {

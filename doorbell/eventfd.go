@@ -62,11 +62,11 @@ func NewEventfd() (*Eventfd, error) {
 
 // FromFD takes an eventfd that came from elsewhere, and makes it non-blocking (for everyone
 // who shares it: the flag belongs to the open file, and others may clear it again) and close-on-exec. It owns fd
-// from then on; on an error fd stays the caller's. Something that is no eventfd is refused, where /proc lets it be
+// from then on; on an error fd stays the caller's. Something that is not an eventfd is refused, where /proc lets it be
 // recognised.
 func FromFD(fd int) (*Eventfd, error) {
 	if l, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd)); err == nil && l != "anon_inode:[eventfd]" {
-		return nil, fmt.Errorf("doorbell: fd %d is no eventfd but %s", fd, l)
+		return nil, fmt.Errorf("doorbell: fd %d is not an eventfd but %s", fd, l)
 	}
 	if err := unix.SetNonblock(fd, true); err != nil {
 		return nil, fmt.Errorf("doorbell: fd %d: %w", fd, err)
@@ -146,7 +146,7 @@ func (e *Eventfd) ring() error {
 			}
 			return nil
 		case err == nil:
-			return fmt.Errorf("doorbell: ring of fd %d wrote %d bytes of 8: it is no eventfd", e.fd, n)
+			return fmt.Errorf("doorbell: ring of fd %d wrote %d bytes of 8: it is not an eventfd", e.fd, n)
 		}
 		return fmt.Errorf("doorbell: ring of fd %d: %w", e.fd, err)
 	}
@@ -191,7 +191,7 @@ func (e *Eventfd) ack() (uint64, error) {
 		case err != 0:
 			return 0, fmt.Errorf("doorbell: read of fd %d: %w", e.fd, err)
 		case n != 8:
-			return 0, fmt.Errorf("doorbell: read of fd %d gave %d bytes of 8: it is no eventfd", e.fd, n)
+			return 0, fmt.Errorf("doorbell: read of fd %d gave %d bytes of 8: it is not an eventfd", e.fd, n)
 		}
 		return count, nil
 	}

@@ -86,7 +86,7 @@ func startFanout(w Waiter, outs []*outlet, moved func() bool) (*Fanout, error) {
 const handOverMax = 200 * time.Millisecond
 
 // handOver wakes a loop that sleeps on w and lets it go before rings are taken: else the fan-out could take
-// one that the kernel has not woken the loop for yet. Where w is no eventfd that costs a ring, which the loop's poll
+// one that the kernel has not woken the loop for yet. Where w is not an eventfd that costs a ring, which the loop's poll
 // fallback makes good.
 func (f *Fanout) handOver(w Waiter, moved func() bool) {
 	r, ok := w.(Ringer)

@@ -288,7 +288,7 @@ func (l *handler) Malformed(m *virtiomsg.Slot, err error) {
 		d.NeedsReset(err)
 		return
 	}
-	l.cfg.Log.Warn("a message makes no sense", "link", l.cfg.Name, "error", err)
+	l.cfg.Log.Warn("malformed message", "link", l.cfg.Name, "error", err)
 	l.s.Reset()
 }
 

@@ -21,7 +21,7 @@ func ParseAddress(s string) (Address, error) {
 	bad := func() (Address, error) {
 		return Address{}, &Error{
 			Problem: BadInput, Spec: strconv.Quote(s),
-			Reason: "is no PCI address",
+			Reason: "is not a PCI address",
 			Mend:   "write domain:bus:device.function in hexadecimal, as lspci -D prints it: 0000:00:04.0",
 		}
 	}

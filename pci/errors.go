@@ -11,7 +11,7 @@ type Problem uint8
 const (
 	// Other is none of the following: Error.Err tells.
 	Other Problem = iota
-	// BadInput: what the operator wrote makes no sense.
+	// BadInput: what the operator wrote is not valid.
 	BadInput
 	// Absent: there is no such function (now).
 	Absent

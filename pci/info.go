@@ -186,7 +186,7 @@ func ParseResource(resource string, config []byte) ([]BAR, error) {
 			}
 			b.Unassigned, b.Start = true, 0
 		} else if b.Size = end - start + 1; b.Size == 0 {
-			return nil, fmt.Errorf("resource %d: %#x to %#x is all there is", i, start, end)
+			return nil, fmt.Errorf("resource %d: %#x to %#x is the whole address space", i, start, end)
 		}
 		if flags&(resUnset|resDisabled) != 0 || start == 0 {
 			b.Unassigned, b.Start = true, 0

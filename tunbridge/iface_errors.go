@@ -73,7 +73,7 @@ var (
 	ErrDown error = &ioSentinel{"tunbridge: the interface is down: frame dropped", true}
 	// ErrNoMemory: the kernel had no memory for the frame, it is lost (ENOBUFS, ENOMEM).
 	ErrNoMemory error = &ioSentinel{"tunbridge: the kernel is out of memory: frame dropped", true}
-	// ErrMalformed: the frame or its header makes no sense to the kernel; the frame is lost (EINVAL of a
+	// ErrMalformed: the kernel refuses the frame or its header as malformed; the frame is lost (EINVAL of a
 	// write, EMSGSIZE).
 	ErrMalformed error = &ioSentinel{"tunbridge: malformed frame or header: frame dropped", true}
 	// ErrBuffers: the kernel refuses the buffers of a read: none, more than 1024, or less than the header

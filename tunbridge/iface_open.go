@@ -290,7 +290,7 @@ func setiffError(ctl int, name string, t LinkType, err error) error {
 			if err := checkKind(ctl, name, t); err != nil {
 				return err
 			}
-			return configError(name, errno, "there is such an interface already, and it is no %v that can be attached to: choose another name, or remove it (ip link del %s)", t, name)
+			return configError(name, errno, "there is such an interface already, and it is not a %v that can be attached to: choose another name, or remove it (ip link del %s)", t, name)
 		}
 		return configError(name, errno, "the kernel refuses the interface's name or type (%v)", t)
 	}

@@ -59,7 +59,7 @@ func (c *LoopConfig) SetBusyPoll(s string) error {
 	}
 	d, err := time.ParseDuration(s)
 	if err != nil || d <= 0 || d > time.Second {
-		return fmt.Errorf("%q is no time to poll before a sleep: auto, off, or up to 1s, e.g. 50us", s)
+		return fmt.Errorf("%q is not a time for busy-polling: use auto, off, or a duration up to 1s, e.g. 50us", s)
 	}
 	c.BusyPoll = d
 	return nil
@@ -84,7 +84,7 @@ func (c *LoopConfig) SetCPU(s string) error {
 		a, err1 := strconv.ParseUint(first, 10, 16)
 		b, err2 := strconv.ParseUint(last, 10, 16)
 		if err1 != nil || err2 != nil || a > b {
-			return fmt.Errorf("%q is no list of processors: e.g. 1, 0,2 or 4-7", s)
+			return fmt.Errorf("%q is not a list of processors: e.g. 1, 0,2 or 4-7", s)
 		}
 		for ; a <= b; a++ {
 			if !may.IsSet(int(a)) {

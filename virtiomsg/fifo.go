@@ -96,7 +96,7 @@ func (p *Producer) Put(s *Slot) error {
 		return ErrFIFOFull
 	}
 	if f.own == ^uint32(0) {
-		// Indices do not wrap: 2^32 is no multiple of 62, and a reset to 0 must never look
+		// Indices do not wrap: 2^32 is not a multiple of 62, and a reset to 0 must never look
 		// like progress. The link starts again instead.
 		return ErrFIFOSpent
 	}

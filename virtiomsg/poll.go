@@ -192,7 +192,7 @@ func (l *Link) pollReleased() Event {
 	if l.phase == phaseStopping {
 		return l.pollStopping(false)
 	}
-	// The agent's index words lie in memory that a host of before may have used otherwise: they
+	// The agent's index words lie in memory that an earlier host process may have used otherwise: they
 	// are not touched before the host's echo.
 	if l.side == board.Agent && l.echo != l.peerEpoch {
 		l.answer()

@@ -159,7 +159,7 @@ type Descriptors struct {
 	BusAddress uint64 `toml:"bus_address"` // the board's own address of its first byte, a multiple of 64
 }
 
-// ConfigError is a key of a Config that makes no sense.
+// ConfigError is an invalid key of a Config.
 type ConfigError struct {
 	Key    string // "host.window.size"
 	Reason string

@@ -21,7 +21,7 @@ const maxVectors = 64
 // poolAlign is what a pool's size is a multiple of: a page on every machine.
 const poolAlign = 64 << 10
 
-// Validate returns nil, or a *ConfigError that names the first key that makes no sense.
+// Validate returns nil, or a *ConfigError that names the first invalid key.
 func (c *Config) Validate() error {
 	if errs := c.problems(); len(errs) > 0 {
 		return errs[0]
@@ -29,7 +29,7 @@ func (c *Config) Validate() error {
 	return nil
 }
 
-// problems returns every key that makes no sense, in the order of the checks.
+// problems returns every invalid key, in the order of the checks.
 func (c *Config) problems() (errs []*ConfigError) {
 	if c.Host == nil && c.Agent == nil {
 		return []*ConfigError{{"host", "neither [host] nor [agent] is there"}}
@@ -129,7 +129,7 @@ func (v validator) place(key string, p *Place) {
 		v.bad(key+".map", "%d: UIO maps are 0 to 255", p.Map)
 	}
 	if p.Offset > 1<<62 {
-		v.bad(key+".offset", "%#x is no address", p.Offset)
+		v.bad(key+".offset", "%#x is not an address", p.Offset)
 	}
 }
 
@@ -140,7 +140,7 @@ func (v validator) window(w *Window) {
 	}
 	min, max := w.access()
 	if w.Offset&7 != 0 {
-		v.bad("window.offset", "%#x is no multiple of 8", w.Offset)
+		v.bad("window.offset", "%#x is not a multiple of 8", w.Offset)
 	}
 	if w.Size == 0 && !v.host {
 		v.bad("window.size", "is missing: a multiple of 0x1000 from %#x on", MinWindow)
@@ -149,10 +149,10 @@ func (v validator) window(w *Window) {
 		v.bad("window.size", "%#x: a multiple of 0x1000 from %#x on is wanted", w.Size, MinWindow)
 	}
 	if w.BusAddress&0xfff != 0 {
-		v.bad("window.bus_address", "%#x is no multiple of 0x1000", w.BusAddress)
+		v.bad("window.bus_address", "%#x is not a multiple of 0x1000", w.BusAddress)
 	}
 	if !v.host && w.bus()&0x3f != 0 {
-		v.bad("window.bus_address", "is missing, and the offset %#x is no multiple of 64", w.Offset)
+		v.bad("window.bus_address", "is missing, and the offset %#x is not a multiple of 64", w.Offset)
 	}
 	if w.Size != 0 && w.bus()+w.Size-1 < w.bus() {
 		v.bad("window.bus_address", "%#x: the window would pass 2^64", w.bus())
@@ -182,7 +182,7 @@ func (v validator) register(key string, r *Register) bool {
 		return false
 	}
 	if r.Offset%uint64(w/8) != 0 {
-		v.bad(key+".offset", "%#x is no multiple of the register's %d bytes", r.Offset, w/8)
+		v.bad(key+".offset", "%#x is not a multiple of the register's %d bytes", r.Offset, w/8)
 	}
 	if r.Offset > 1<<62 {
 		v.bad(key+".offset", "%#x lies in no BAR", r.Offset)
@@ -209,7 +209,7 @@ func (v validator) ring(r *Ring) {
 		v.bad("ring.vectors", "%d: at most %d", n, maxVectors)
 	}
 	if r.Stride%uint64(r.width()/8) != 0 || r.Stride > 1<<20 {
-		v.bad("ring.stride", "%#x is no multiple of the register's %d bytes, or more than 1 MiB", r.Stride, r.width()/8)
+		v.bad("ring.stride", "%#x is not a multiple of the register's %d bytes, or more than 1 MiB", r.Stride, r.width()/8)
 	}
 	switch r.Write {
 	case "bit":
@@ -314,7 +314,7 @@ func (v validator) cause(i *Interrupt) {
 		v.bad("interrupt.vectors", "%d, but the mask %#x has %d bits", i.Vectors, c.Mask, bits.OnesCount32(c.Mask))
 	}
 	if c.ClearOffset%uint64(c.width()/8) != 0 || c.ClearOffset > 1<<62 {
-		v.bad("interrupt.cause.clear_offset", "%#x is no multiple of the register's %d bytes", c.ClearOffset, c.width()/8)
+		v.bad("interrupt.cause.clear_offset", "%#x is not a multiple of the register's %d bytes", c.ClearOffset, c.width()/8)
 	}
 	switch c.Clear {
 	case "", "ones", "zeros":
@@ -341,7 +341,7 @@ func (v validator) pool(p *Pool) {
 		v.bad("pool.bus_address", "the host's follows from the DMA map; bus_offset is added to it")
 	}
 	if v.host && p.BusOffset&0xfff != 0 {
-		v.bad("pool.bus_offset", "%#x is no multiple of 0x1000", p.BusOffset)
+		v.bad("pool.bus_offset", "%#x is not a multiple of 0x1000", p.BusOffset)
 	}
 	if v.host && (p.BAR != 0 || p.Offset != 0) {
 		v.bad("pool.bar", "the host's pool is its own memory")
@@ -350,7 +350,7 @@ func (v validator) pool(p *Pool) {
 		v.bad("pool.bus_offset", "is for the host")
 	}
 	if !v.host && (p.BusAddress&0xfff != 0 || p.Offset&7 != 0) {
-		v.bad("pool.bus_address", "%#x is no multiple of 0x1000, or the offset %#x none of 8", p.BusAddress, p.Offset)
+		v.bad("pool.bus_address", "%#x is not a multiple of 0x1000, or the offset %#x is not a multiple of 8", p.BusAddress, p.Offset)
 	}
 	if !v.host && p.BusAddress+p.Size-1 < p.BusAddress {
 		v.bad("pool.bus_address", "%#x: the pool would pass 2^64", p.BusAddress)
@@ -405,16 +405,16 @@ func (v validator) engine(e *Engine, w *Window) {
 		v.bad("engine.to_host", "is missing: the channels that the carrier may use, in to_host and to_board")
 	}
 	if e.Offset&7 != 0 || e.Offset > 1<<62 {
-		v.bad("engine.offset", "%#x is no multiple of 8", e.Offset)
+		v.bad("engine.offset", "%#x is not a multiple of 8", e.Offset)
 	}
 	if e.WindowAddress&0x3f != 0 {
-		v.bad("engine.window_address", "%#x is no multiple of 64", e.WindowAddress)
+		v.bad("engine.window_address", "%#x is not a multiple of 64", e.WindowAddress)
 	}
 	if e.WindowAddress == 0 && w.BusAddress == 0 {
 		v.bad("engine.window_address", "is missing: the board's own address of the window (or host.window.bus_address)")
 	}
 	if e.BusOffset&0xfff != 0 {
-		v.bad("engine.bus_offset", "%#x is no multiple of 0x1000", e.BusOffset)
+		v.bad("engine.bus_offset", "%#x is not a multiple of 0x1000", e.BusOffset)
 	}
 	if e.Descriptors == nil && e.isDW() {
 		v.bad("engine.descriptors", "is missing: a DesignWare controller has its lists in the board's memory")

@@ -169,7 +169,7 @@ func TestOpen(t *testing.T) {
 		{dir + "@0000:00:04.0", board.Host, ""},
 		{file("bad.toml", "x") + "@0000:00:04.0", board.Host, "bad.toml"},
 		{file("key.toml", "[host.window]\nbar=2\nspeed=9\n") + "@0000:00:04.0", board.Host, "host.window.speed"},
-		{file("big.toml", strings.Repeat("#\n", maxFile)), board.Host, "no description"},
+		{file("big.toml", strings.Repeat("#\n", maxFile)), board.Host, "not a description"},
 		{good, board.Host, "PCI address"},
 		{good + "@zero", board.Host, "PCI address"},
 		{good + "@0000:00:04.0,mode=x", board.Host, "mode"},

@@ -12,7 +12,7 @@ import (
 	"github.com/boardlink/boardlink/pci"
 )
 
-// FileError is a file that is no good description.
+// FileError is a file that is not a valid description.
 type FileError struct {
 	Path     string
 	Problems []Problem // at least one
@@ -40,7 +40,7 @@ func Load(path string) (*Config, error) {
 		return nil, err
 	}
 	if n > maxFile {
-		return nil, &FileError{path, []Problem{{Reason: fmt.Sprintf("has more than %d bytes: it is no description of a board", maxFile)}}}
+		return nil, &FileError{path, []Problem{{Reason: fmt.Sprintf("has more than %d bytes: it is not a description of a board", maxFile)}}}
 	}
 	c, problems := Check(data[:n])
 	if len(problems) > 0 {

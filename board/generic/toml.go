@@ -151,7 +151,7 @@ func (p *parser) header(s string) {
 func (p *parser) assign(s string) {
 	i := strings.IndexByte(s, '=')
 	if i < 0 {
-		p.bad("", "%q is no key = value", s)
+		p.bad("", "%q is not of the form key = value", s)
 		return
 	}
 	key, value := strings.Trim(s[:i], " \t"), strings.Trim(s[i+1:], " \t")

@@ -42,7 +42,7 @@ window.size = 3
 			{11, "host.ring.width", `"32": a whole number is wanted, decimal or as 0x1000_0000`},
 			{12, "host.ring.big_endian", "yes: true or false is wanted"},
 			{13, "host.ring.vectors", `"offset = 8" behind the value: each key is a line of its own`},
-			{14, "", `"no equals sign" is no key = value`},
+			{14, "", `"no equals sign" is not of the form key = value`},
 			{17, "agent.window.size", "it stands in line 16 already"},
 			{18, "agent.window", "the table is there already, in line 15"},
 		}},
@@ -61,7 +61,7 @@ memory = "fast"
 vectors = 2
 `, []Problem{
 			{3, "host.window.bar", "9: BARs are 0 to 5"},
-			{4, "host.window.offset", "0x4 is no multiple of 8"},
+			{4, "host.window.offset", "0x4 is not a multiple of 8"},
 			{6, "host.ring.width", "24 bits: a register has 8, 16 or 32"},
 			{8, "host.interrupt.kind", `"nmi": msix, msi, intx or any is wanted`},
 			{9, "agent.window.size", "is missing: a multiple of 0x1000 from 0x10000 on"},

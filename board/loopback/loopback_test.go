@@ -436,7 +436,7 @@ func TestKill(t *testing.T) {
 	if s := sl.String(); !strings.Contains(s, fmt.Sprintf("uid %d", os.Getuid())) {
 		t.Errorf("the server's log has no credentials:\n%s", s)
 	}
-	if s := bl.String(); !strings.Contains(s, "peer 1 came") || !strings.Contains(s, "peer 1 went") {
+	if s := bl.String(); !strings.Contains(s, "peer 1 connected") || !strings.Contains(s, "peer 1 disconnected") {
 		t.Errorf("the board's log:\n%s", s)
 	}
 }
@@ -675,7 +675,7 @@ func TestSocketPath(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, f := range map[string]func(*loopback.ServerConfig){
-		"no socket":    func(*loopback.ServerConfig) {},
+		"not a socket": func(*loopback.ServerConfig) {},
 		"folder":       func(c *loopback.ServerConfig) { c.Path = filepath.Join(path, "nope", "s") },
 		"bytes":        func(c *loopback.ServerConfig) { c.Path += strings.Repeat("x", 100) },
 		"power of two": func(c *loopback.ServerConfig) { c.Size = 3 << 16 },
@@ -694,12 +694,12 @@ func TestSocketPath(t *testing.T) {
 		}
 	}
 	for arg, want := range map[string]string{
-		path:                              "is no socket",
+		path:                              "is not a socket",
 		"":                                "missing",
 		strings.Repeat("x", 108):          "108 bytes",
 		"fd=x":                            "number",
-		"fd=1000000":                      "no open file",
-		"fd=" + fmt.Sprint(os.Stdin.Fd()): "no socket",
+		"fd=1000000":                      "not an open file",
+		"fd=" + fmt.Sprint(os.Stdin.Fd()): "not a socket",
 	} {
 		if _, err := loopback.Open(arg, board.Options{}); !errors.Is(err, board.ErrInput) || !strings.Contains(err.Error(), want) {
 			t.Errorf("Open(%q): %v", arg, err)
@@ -859,13 +859,13 @@ func TestHostileServer(t *testing.T) {
 		{"no memory", func(c *net.UnixConn) { say(c, 0); say(c, 3); say(c, -1) }, "-1 without a file descriptor"},
 		{"not memory", func(c *net.UnixConn) { say(c, 0); say(c, 3); say(c, 3, ev) }, "is 3 with"},
 		{"two descriptors", func(c *net.UnixConn) { say(c, 0); say(c, 3); say(c, -1, mem(), ev) }, "more than one file descriptor"},
-		{"eventfd as memory", func(c *net.UnixConn) { say(c, 0); say(c, 3); say(c, -1, ev) }, "is no file"},
-		{"folder as memory", func(c *net.UnixConn) { say(c, 0); say(c, 3); say(c, -1, dir) }, "is no file"},
+		{"eventfd as memory", func(c *net.UnixConn) { say(c, 0); say(c, 3); say(c, -1, ev) }, "is not a file"},
+		{"folder as memory", func(c *net.UnixConn) { say(c, 0); say(c, 3); say(c, -1, dir) }, "is not a file"},
 		{"read-only memory", func(c *net.UnixConn) { say(c, 0); say(c, 3); say(c, -1, ro) }, ""},
 		{"small memory", func(c *net.UnixConn) { say(c, 0); say(c, 3); say(c, -1, small) }, "4096 bytes"},
 		{"odd memory", func(c *net.UnixConn) { say(c, 0); say(c, 3); say(c, -1, odd) }, "multiple of the page"},
 		{"no vectors", func(c *net.UnixConn) { hello(c); c.Close() }, "closed the connection where the interrupt vectors"},
-		{"vector is memory", func(c *net.UnixConn) { hello(c); say(c, 3, mem()) }, "is no eventfd"},
+		{"vector is memory", func(c *net.UnixConn) { hello(c); say(c, 3, mem()) }, "is not an eventfd"},
 		{"vector without fd", func(c *net.UnixConn) { hello(c); say(c, 3) }, "own interrupt vector is 3 without"},
 		{"peer's vector is memory", func(c *net.UnixConn) { hello(c); say(c, 5, mem()) }, "vector of peer 5"},
 		{"peer's number", func(c *net.UnixConn) { hello(c); say(c, 70000, ev) }, "70000"},

@@ -60,7 +60,7 @@ func Open(arg string, o board.Options) (*Board, error) {
 		} else if n, err := strconv.ParseUint(who, 10, 31); err == nil {
 			b.server = int(n)
 		} else {
-			return nil, b.fail(board.ErrInput, fmt.Sprintf("server=%s: the number of a user, or any", who), nil)
+			return nil, b.fail(board.ErrInput, fmt.Sprintf("server=%s: want the number of a user, or any", who), nil)
 		}
 		arg = arg[:i]
 	}
@@ -74,7 +74,7 @@ func Open(arg string, o board.Options) (*Board, error) {
 		if errors.As(err, &e) {
 			return nil, err
 		}
-		return nil, b.fail(board.ErrInput, "what listens there is no ivshmem server (boardlink serve)", err)
+		return nil, b.fail(board.ErrInput, "what listens there is not an ivshmem server (boardlink serve)", err)
 	}
 	_ = b.conn.SetReadDeadline(time.Time{})
 	go b.read()
@@ -95,18 +95,18 @@ func (b *Board) connect(arg string) error {
 		// what we were meant to take.
 		dup, err := unix.FcntlInt(uintptr(n), unix.F_DUPFD_CLOEXEC, 0)
 		if err != nil {
-			return b.fail(board.ErrInput, arg+" is no open file descriptor", err)
+			return b.fail(board.ErrInput, arg+" is not an open file descriptor", err)
 		}
 		f := os.NewFile(uintptr(dup), arg)
 		c, err := net.FileConn(f)
 		f.Close()
 		if err != nil {
-			return b.fail(board.ErrInput, arg+" is no socket", err)
+			return b.fail(board.ErrInput, arg+" is not a socket", err)
 		}
 		uc, ok := c.(*net.UnixConn)
 		if typ, err := unix.GetsockoptInt(int(n), unix.SOL_SOCKET, unix.SO_TYPE); !ok || err != nil || typ != unix.SOCK_STREAM {
 			c.Close()
-			return b.fail(board.ErrInput, arg+" is no unix stream socket", nil)
+			return b.fail(board.ErrInput, arg+" is not a unix stream socket", nil)
 		}
 		unix.Close(int(n))
 		b.conn = uc
@@ -131,7 +131,7 @@ func (b *Board) connect(arg string) error {
 		return b.fail(board.ErrAbsent, "no rendezvous socket there; start one with: boardlink serve "+arg, nil)
 	case errors.Is(err, unix.ECONNREFUSED):
 		if fi, e := os.Stat(arg); e == nil && fi.Mode()&os.ModeSocket == 0 {
-			return b.fail(board.ErrInput, "is no socket", nil)
+			return b.fail(board.ErrInput, "is not a socket", nil)
 		}
 		return b.fail(board.ErrAbsent, "nobody serves the rendezvous socket any more; start: boardlink serve "+arg, nil)
 	case errors.Is(err, unix.EAGAIN), os.IsTimeout(err):
@@ -139,7 +139,7 @@ func (b *Board) connect(arg string) error {
 	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.ENOBUFS):
 		return b.fail(nil, "cannot connect to the rendezvous socket now", err)
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
-		return b.fail(nil, "may not connect to the rendezvous socket: run as its user, or have it served with another --mode", err)
+		return b.fail(nil, "not permitted to connect to the rendezvous socket: run as its user, or have it served with another --mode", err)
 	}
 	return b.fail(board.ErrInput, "cannot connect to the rendezvous socket", err)
 }
@@ -163,7 +163,7 @@ func (b *Board) checkServer() error {
 // turnedAway is the error of a server that hangs up or says nothing. Our own does so where it has no
 // descriptors or no room for one more client, and both pass.
 func (b *Board) turnedAway(err error) error {
-	return b.fail(board.ErrAbsent, "the server takes no more clients now (its log tells), or is no ivshmem server (boardlink serve)", err)
+	return b.fail(board.ErrAbsent, "the server takes no more clients now (see its log), or is not an ivshmem server (boardlink serve)", err)
 }
 
 // handshake reads up to the last of this client's own vectors.
@@ -281,7 +281,7 @@ func (b *Board) takeMemory(fd int, o board.Options) (vectors int, err error) {
 	page := int64(os.Getpagesize())
 	switch {
 	case st.Mode&unix.S_IFMT != unix.S_IFREG:
-		err = fmt.Errorf("the shared memory is no file (mode %#o)", st.Mode)
+		err = fmt.Errorf("the shared memory is not a file (mode %#o)", st.Mode)
 	case checkFS(fd) != nil:
 		err = checkFS(fd)
 	case st.Size < MinSize:

@@ -34,7 +34,7 @@ func (b *Board) peer(m message) error {
 		delete(b.peers, m.val)
 		b.mu.Unlock()
 		if ok {
-			b.logf("%s: peer %d went", b.spec, m.val)
+			b.logf("%s: peer %d disconnected", b.spec, m.val)
 			b.event()
 		}
 		return nil
@@ -60,7 +60,7 @@ func (b *Board) peer(m message) error {
 		b.logf("%s: vector %d of peer %d is lost: %v", b.spec, n, m.val, errTruncated)
 	}
 	if n == 0 {
-		b.logf("%s: peer %d came", b.spec, m.val)
+		b.logf("%s: peer %d connected", b.spec, m.val)
 	}
 	b.notePeer()
 	b.event()

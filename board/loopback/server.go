@@ -190,7 +190,7 @@ func (s *Server) listen(bad func(string, ...interface{}) error) error {
 	case err != nil:
 		return bad("cannot look at the path: %v", err)
 	case st.Mode&unix.S_IFMT != unix.S_IFSOCK:
-		return bad("the path exists and is no socket")
+		return bad("the path exists and is not a socket")
 	default:
 		c, err := net.DialTimeout("unix", s.cfg.Path, time.Second)
 		if err == nil {

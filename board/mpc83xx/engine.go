@@ -69,7 +69,7 @@ func (b *Board) openEngine(f pci.Function, immr *pci.Mapping, window uint64, c C
 	size := uint64(POCMRMask&^mask+1) << 12
 	local := uint64(pobar.Load()&mask) << 12
 	if cm&POCMREnable == 0 || cm&(POCMRIO|POCMRDst) != 0 || size&(size-1) != 0 {
-		return b.bad(board.ErrInput, "outbound=%d: POCMR is %#x: it is no memory window of the first PCI controller that is on; "+
+		return b.bad(board.ErrInput, "outbound=%d: POCMR is %#x: it is not a memory window of the first PCI controller that is on; "+
 			"have the boot loader turn one on, with a local access window, or leave engine= out", c.Outbound, cm)
 	}
 	b.out.local, b.out.size, b.out.was = local, size, b.out.potar.Load()

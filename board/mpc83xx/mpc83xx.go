@@ -149,7 +149,7 @@ func identify(spec string, i *pci.Info) error {
 func checkBAR(spec string, b pci.BAR) error {
 	switch {
 	case b.Index == BARRegs && b.Size < PIWAR0+4:
-		return bad(spec, board.ErrInput, "BAR %d has %#x bytes: it is no internal memory map (1 MiB)", BARRegs, b.Size)
+		return bad(spec, board.ErrInput, "BAR %d has %#x bytes: it is not an internal memory map (1 MiB)", BARRegs, b.Size)
 	case b.Index == BARWindow && b.Size < MinWindow:
 		return bad(spec, board.ErrInput, "its window, BAR %d of %#x bytes, is too small (%#x at least)", BARWindow, b.Size, MinWindow)
 	}
@@ -319,7 +319,7 @@ func (b *Board) inbound(immr *pci.Mapping, size uint64, o board.Options, c Confi
 		return nil
 	}
 	if c.Target&(size-1) != 0 {
-		return b.bad(board.ErrInput, "target=%#x is no multiple of the window's size, %#x", c.Target, size)
+		return b.bad(board.ErrInput, "target=%#x is not a multiple of the window's size, %#x", c.Target, size)
 	}
 	// Off while it moves. The prefetch bit is the loader's choice: it shows in the BAR.
 	pf := piwar.Load() & PIWARPrefetch

@@ -18,7 +18,7 @@ import (
 // shows, while processes are killed, started again, stopped and continued. Each side owns
 // an area: the agent one in board memory, the host one in host memory (the pool). When a
 // handshake is complete it rewrites its area and tells the peer, in a message, the
-// number to write there from now on. A write of before that lands in the area
+// number to write there from now on. A write from before that lands in the area
 // afterwards is what the handshake must never allow.
 const (
 	linkA2H   = 0x1000
@@ -29,7 +29,7 @@ const (
 	messages  = 4 // each side sends, for each handshake
 )
 
-var errLate = errors.New("a write of before the handshake landed in an area of after it")
+var errLate = errors.New("a write from before the handshake landed in an area of the time after it")
 
 type linkTest struct {
 	faults []string

@@ -357,7 +357,7 @@ func (p *Proc) Fail(err error) {
 // Failf is Fail with a message.
 func (p *Proc) Failf(format string, args ...interface{}) { p.Fail(fmt.Errorf(format, args...)) }
 
-// barrier is a barrier that is no step of its own.
+// barrier is a barrier that is not a step of its own.
 func (p *Proc) barrier(b mmio.Barrier) {
 	if p.b.over {
 		runtime.Goexit()

@@ -166,7 +166,7 @@ func Replay(s Search, schedule string, setup func(b *Board)) (*Failure, error) {
 	for _, w := range strings.Fields(schedule)[2:] {
 		var d deviation
 		if n, _ := fmt.Sscanf(w, "%d=%d", &d.at, &d.choice); n != 2 {
-			return nil, fmt.Errorf("testboard: %q in %q is no deviation", w, schedule)
+			return nil, fmt.Errorf("testboard: %q in %q is not a deviation", w, schedule)
 		}
 		devs = append(devs, d)
 	}

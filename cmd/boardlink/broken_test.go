@@ -246,8 +246,8 @@ func TestSeveralBoards(t *testing.T) {
 				t.Fatal(err)
 			}
 			return func() { os.Remove(b.path("bad")); b.keep = nil }
-		}, "no socket"},
-		{"a stranger", "loopback:$D/s", func(t *testing.T, b *box) func() { foreign("220 mail ESMTP\r\n", false)(t, b); return nil }, "no ivshmem server"},
+		}, "not a socket"},
+		{"a stranger", "loopback:$D/s", func(t *testing.T, b *box) func() { foreign("220 mail ESMTP\r\n", false)(t, b); return nil }, "not an ivshmem server"},
 		{"hangs up", "loopback:$D/s", func(t *testing.T, b *box) func() { foreign("", true)(t, b); return nil }, "takes no more clients"},
 		{"no function", "ivshmem:0000:7f:1f.7", nil, "0000:7f:1f.7"},
 		{"no address", "ivshmem:nonsense", nil, "nonsense"},

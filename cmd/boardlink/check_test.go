@@ -36,7 +36,7 @@ func TestCheck(t *testing.T) {
 	want := "D/good.toml: ok: describes both ends, and they agree\n" +
 		"D/half.toml: ok: describes the host's end; there is no [agent]\n" +
 		"D/bad.toml:2: host.window.bar: 9: BARs are 0 to 5\n" +
-		"D/bad.toml:3: host.window.offset: 0x3 is no multiple of 8\n" +
+		"D/bad.toml:3: host.window.offset: 0x3 is not a multiple of 8\n" +
 		"D/bad.toml:4: agent.window.size: is missing: a multiple of 0x1000 from 0x10000 on\n" +
 		"D/none.toml: cannot be read: no such file or directory\n" +
 		"D: cannot be read: is a directory\n"

@@ -165,11 +165,11 @@ func TestBadInput(t *testing.T) {
 		{name: "vhost-user with two devices", args: "host --status none --board vhost-user:/x --net name=a --net name=b", want: "--board of its own"},
 		{name: "vhost-user with a tun", args: "host --status none --board vhost-user:/x --link tun", want: "tap"},
 		{name: "vhost-user at a file", args: "host --status none --board vhost-user:/proc/version", want: "is not a socket"},
-		{name: "board is a file", args: h, want: "no socket", setup: file},
-		{name: "board is a directory", args: "agent --status none --board loopback:$D", want: "no socket"},
+		{name: "board is a file", args: h, want: "not a socket", setup: file},
+		{name: "board is a directory", args: "agent --status none --board loopback:$D", want: "not a socket"},
 		{name: "board fd", args: "host --status none --board loopback:fd=99", want: "fd=99"},
 		{name: "board fd number", args: "host --status none --board loopback:fd=x", want: "number"},
-		{name: "a mail server", args: h, want: "no ivshmem server", setup: foreign("220 mail ESMTP\r\n", false)},
+		{name: "a mail server", args: h, want: "not an ivshmem server", setup: foreign("220 mail ESMTP\r\n", false)},
 		{name: "another protocol version", args: a, want: "version", setup: foreign("\x07\x00\x00\x00\x00\x00\x00\x00", false)},
 		{name: "side taken", args: a, want: "process", setup: func(t *testing.T, b *box) {
 			serve(t, b, "s")
@@ -248,12 +248,12 @@ func TestBadInput(t *testing.T) {
 		{name: "net bool", args: h + "--net name=a,offload=x", want: "true nor false"},
 		{name: "net second", args: h + "--net name=a --net name=b,mtu=3", want: "68"},
 
-		{name: "status is a file", args: "host --board loopback:$D/b --status $D/s", want: "no socket", setup: file},
+		{name: "status is a file", args: "host --board loopback:$D/b --status $D/s", want: "not a socket", setup: file},
 		{name: "status is taken", args: "host --board loopback:$D/b --status $D/s", want: "--status", setup: foreign("", false)},
 		{name: "status path long", args: "host --board loopback:$D/s --status /tmp/" + long, want: "107"},
 
 		{name: "serve no path", args: "serve", want: "path"},
-		{name: "serve a file", args: "serve $D/s", want: "no socket", setup: file},
+		{name: "serve a file", args: "serve $D/s", want: "not a socket", setup: file},
 		{name: "serve a path in use", args: "serve $D/s", want: "another server", setup: foreign("", false)},
 		{name: "serve no directory", args: "serve $D/no/s", want: "folder"},
 		{name: "serve size", args: "serve $D/s --size 3M", want: "power of two"},

@@ -67,7 +67,7 @@ func parseSize(s string) (int64, error) {
 	}
 	n, err := strconv.ParseInt(t, 10, 32)
 	if err != nil || n <= 0 {
-		return 0, usagef("%q is no size: a number of bytes, with K, M or G, e.g. 16M", s)
+		return 0, usagef("%q is not a size: a number of bytes, with K, M or G, e.g. 16M", s)
 	}
 	return n << shift, nil
 }

@@ -139,7 +139,7 @@ func (n *Net) SetFeatures(f virtio.Features, _ device.Options) error {
 		return fmt.Errorf("%s: the driver accepts what was not offered: %s", n.cfg.Name, bad)
 	}
 	if !f.Has(virtio.Version1) {
-		return fmt.Errorf("%s: the driver does not accept version_1: it is no virtio 1.x driver", n.cfg.Name)
+		return fmt.Errorf("%s: the driver does not accept version_1: it is not a virtio 1.x driver", n.cfg.Name)
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()

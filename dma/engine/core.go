@@ -108,7 +108,7 @@ type entry struct {
 	err      error
 }
 
-// NewCore returns an engine. It fails where the configuration makes no sense.
+// NewCore returns an engine. It fails where the configuration is not valid.
 func NewCore(c CoreConfig) (*Core, error) {
 	if len(c.Channels) == 0 || c.Map == nil || c.Chain < 1 {
 		return nil, fmt.Errorf("engine: %s: needs channels, a map, and chains of one item at least", c.Name)
@@ -118,7 +118,7 @@ func NewCore(c CoreConfig) (*Core, error) {
 			*a = 1
 		}
 		if *a&(*a-1) != 0 || *a > lowBits+1 {
-			return nil, fmt.Errorf("engine: %s: alignment %d is no power of two up to %d", c.Name, *a, lowBits+1)
+			return nil, fmt.Errorf("engine: %s: alignment %d is not a power of two up to %d", c.Name, *a, lowBits+1)
 		}
 	}
 	if c.MaxLen == 0 {

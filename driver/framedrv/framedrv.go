@@ -119,7 +119,7 @@ func (n *Net) choose(offered virtio.Features, push bool) (virtio.Features, error
 	f := offered.And(n.wanted())
 	switch {
 	case !f.Has(virtio.Version1):
-		return f, fmt.Errorf("%s: the host does not offer version_1: it is no virtio 1.x device", n.cfg.Name)
+		return f, fmt.Errorf("%s: the host does not offer version_1: it is not a virtio 1.x device", n.cfg.Name)
 	case offered.Has(virtio.NetRawIP):
 		return f, fmt.Errorf("%s: the host's end is a tun device (raw IP), and this end takes Ethernet frames: use a tap there", n.cfg.Name)
 	case n.cfg.Packed && push:

@@ -12,8 +12,8 @@ import (
 	"github.com/boardlink/boardlink/vring"
 )
 
-// laying is the set-up of a device's queues under way.
-type laying struct {
+// bringUp is what one call of Up works on: the queues that it sets up.
+type bringUp struct {
 	t      driver.Transport
 	m      driver.Layout
 	acked  virtio.Features
@@ -43,7 +43,7 @@ type place struct {
 var errNoRoom = errors.New("use a larger window, fewer devices or fewer queue pairs (--queues)")
 
 // layOut places rings and buffers in the device's memory, tells the device, and makes the loops.
-func (n *Net) layOut(l *laying) error {
+func (n *Net) layOut(l *bringUp) error {
 	mtu, f := n.ifc.MTU(), l.acked.Mask()
 	l.maxRX, l.maxTX = tunbridge.MaxFrameToDriver(mtu, f), tunbridge.MaxFrameToDevice(mtu, f)
 	const longest = tunbridge.HeaderLen + tunbridge.MaxFrameLen
@@ -142,7 +142,7 @@ func (n *Net) queueName(i, offers int) string {
 }
 
 // queueSize asks for the largest size of queue i and returns which one to use, at most wish.
-func (n *Net) queueSize(l *laying, i int, wish uint16) (uint16, error) {
+func (n *Net) queueSize(l *bringUp, i int, wish uint16) (uint16, error) {
 	limit, err := l.t.QueueMax(i)
 	if err != nil {
 		return 0, err
@@ -158,7 +158,7 @@ func (n *Net) queueSize(l *laying, i int, wish uint16) (uint16, error) {
 
 // reserve finds room for queues of the given sizes: the pairs', and the control queue's where there are several. Pairs get
 // equal shares of what is left for buffers. Nothing is shown to the device.
-func (n *Net) reserve(l *laying, sizes []uint16) ([]place, error) {
+func (n *Net) reserve(l *bringUp, sizes []uint16) ([]place, error) {
 	places := make([]place, len(sizes))
 	near, far := l.m.Near, l.m.Far
 	room := func(err error) error {
@@ -232,7 +232,7 @@ func (n *Net) reserve(l *laying, sizes []uint16) ([]place, error) {
 }
 
 // makeQueue makes the driver side of queue number i and tells the device.
-func (n *Net) makeQueue(l *laying, q *netQueue, i int, size uint16, p *place) error {
+func (n *Net) makeQueue(l *bringUp, q *netQueue, i int, size uint16, p *place) error {
 	for _, a := range [...]*dma.Span{&p.desc, &p.driver, &p.device} {
 		mem := a.Mem()
 		mem.Zero(0, uint64(a.Len))

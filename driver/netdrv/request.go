@@ -20,7 +20,7 @@ const answerTime = 2 * time.Second
 // the device has acknowledged it, the interface's queues. Until then, and if it does not, one pair goes on.
 type request struct {
 	n   *Net
-	lay *laying
+	lay *bringUp
 }
 
 // Run implements tunbridge.Pump: it returns when the command is answered, or the device stops.

@@ -120,7 +120,7 @@ func (n *Net) wants(f virtio.Features, mtu, offers int) wanted {
 }
 
 // plan chooses how many pairs are set up, l.count at most, and how large their queues are.
-func (n *Net) plan(l *laying, mtu int) (wanted, error) {
+func (n *Net) plan(l *bringUp, mtu int) (wanted, error) {
 	if n.cfg.Queues == 0 {
 		least := uint64(minPairMemory)
 		if l.m.Near == l.m.Far {

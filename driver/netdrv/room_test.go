@@ -49,7 +49,7 @@ var everything = virtio.FeaturesFromMask(tunbridge.NetFOffload).Or(virtio.Featur
 	virtio.NetMTU, virtio.NetMAC, virtio.NetStatus, virtio.NetMQ, virtio.NetCtrlVQ))
 
 // layOutOf does what a device's bring-up does with its memory. It returns the features that are left and the places.
-func layOutOf(c roomCase) (virtio.Features, string, *laying, []place, error) {
+func layOutOf(c roomCase) (virtio.Features, string, *bringUp, []place, error) {
 	n := &Net{cfg: Config{Name: "net0", Queues: c.queues, QueueSize: c.queue, RXBuffer: c.rxBuffer}, limit: 4, sizeChosen: c.queue != 0}
 	if c.queues != 0 {
 		n.limit = c.queues
@@ -64,7 +64,7 @@ func layOutOf(c roomCase) (virtio.Features, string, *laying, []place, error) {
 	if c.merge {
 		f.Set(virtio.NetMrgRxbuf)
 	}
-	l := &laying{m: shared(c.size, c.devices, c.push), offers: 4, count: n.limit}
+	l := &bringUp{m: shared(c.size, c.devices, c.push), offers: 4, count: n.limit}
 	f, note, err := n.fit(f, l.m, c.mtu, l.offers)
 	if err != nil {
 		return f, note, l, nil, err
@@ -87,7 +87,7 @@ func layOutOf(c roomCase) (virtio.Features, string, *laying, []place, error) {
 }
 
 // check tells what is wrong with a layout.
-func (c roomCase) check(l *laying, places []place) error {
+func (c roomCase) check(l *bringUp, places []place) error {
 	for i := 0; i < l.count; i++ {
 		rx, tx := places[2*i], places[2*i+1]
 		if uint64(tx.buffers.Len) < tunbridge.TXMemMin(l.maxTX) {

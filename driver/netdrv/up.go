@@ -38,7 +38,7 @@ func (n *Net) choose(offered virtio.Features, push bool) (virtio.Features, error
 		}
 	}
 	if !f.Has(virtio.Version1) {
-		return f, fmt.Errorf("%s: the host does not offer version_1: it is no virtio 1.x device", n.cfg.Name)
+		return f, fmt.Errorf("%s: the host does not offer version_1: it is not a virtio 1.x device", n.cfg.Name)
 	}
 	if raw := n.ifc.Type() == tunbridge.TUN; raw != offered.Has(virtio.NetRawIP) {
 		if raw {
@@ -102,7 +102,7 @@ func (n *Net) setUp(t driver.Transport, m driver.Layout, set uint32, notify func
 		return err
 	}
 	nc := virtio.DecodeNetConfig(cb)
-	lay := laying{t: t, m: m, offers: 1, count: 1, hostMTU: int(nc.MTU)}
+	lay := bringUp{t: t, m: m, offers: 1, count: 1, hostMTU: int(nc.MTU)}
 	if acked.Has(virtio.NetMQ) {
 		lay.offers = int(nc.MaxQueuePairs)
 		if lay.offers < 1 || lay.offers > virtio.NetPairsMax {

@@ -266,7 +266,7 @@ func TestMPC83xxTarget(t *testing.T) {
 		t.Errorf("the board reads %#x", v)
 	}
 	if _, err := open(mpc83xx.Config{Target: chipTarget + 0x1000, SetTarget: true}); !errors.Is(err, board.ErrInput) {
-		t.Errorf("a target that is no multiple of the size: %v", err)
+		t.Errorf("a target that is not a multiple of the size: %v", err)
 	}
 }
 

@@ -207,7 +207,7 @@ func capChain(b []byte, first uint32) ([]infoCap, error) {
 			return caps, fmt.Errorf("capability at %#x of %#x bytes", off, len(b))
 		}
 		if len(caps) >= 64 {
-			return caps, fmt.Errorf("capabilities that do not end")
+			return caps, fmt.Errorf("the list of capabilities does not end")
 		}
 		h := b[off:]
 		caps = append(caps, infoCap{id: native.Uint16(h), version: native.Uint16(h[2:]), data: h[8:]})

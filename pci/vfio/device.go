@@ -82,10 +82,10 @@ func (f *function) open() error {
 	unix.CloseOnExec(f.fd)
 	di := deviceInfo{argsz: uint32(unsafe.Sizeof(deviceInfo{}))}
 	if _, err := ioctlPtr(f.fd, reqDeviceGetInfo, unsafe.Pointer(&di)); err != nil {
-		return f.fail(pci.Other, err, "VFIO tells nothing about it")
+		return f.fail(pci.Other, err, "VFIO gives no information about it")
 	}
 	if di.flags&devicePCI == 0 || di.regions <= regionConfig {
-		return f.fail(pci.Other, nil, "is no PCI function for VFIO (flags %#x, %d regions)", di.flags, di.regions)
+		return f.fail(pci.Other, nil, "is not a PCI function for VFIO (flags %#x, %d regions)", di.flags, di.regions)
 	}
 	f.flags = di.flags
 	r, _, err := f.region(regionConfig)
@@ -144,7 +144,7 @@ func (f *function) region(index uint32) (regionInfo, []extent, error) {
 		r := (*regionInfo)(unsafe.Pointer(&b[0]))
 		r.argsz, r.index = size, index
 		if _, err := ioctlPtr(f.fd, reqDeviceGetRegion, unsafe.Pointer(r)); err != nil {
-			return regionInfo{}, nil, f.fail(pci.Other, err, "VFIO tells nothing about its region %d", index)
+			return regionInfo{}, nil, f.fail(pci.Other, err, "VFIO gives no information about its region %d", index)
 		}
 		if r.argsz > size && r.argsz < 1<<20 {
 			size = r.argsz

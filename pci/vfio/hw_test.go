@@ -137,7 +137,7 @@ func TestIvshmem(t *testing.T) {
 	i := f.Info()
 	t.Logf("%s: %s, BARs %v, MSI-X %+v, group %s with %v", f, i, i.BARs, i.MSIX, i.IOMMUGroup, i.GroupMembers)
 	if i.Vendor != 0x1af4 || i.Device != 0x1110 {
-		t.Fatalf("%s is no ivshmem function", i)
+		t.Fatalf("%s is not an ivshmem function", i)
 	}
 	if v, err := f.ReadConfig(pci.RegVendor, 4); err != nil || v != 0x11101af4 {
 		t.Errorf("vendor and device read as %#x, %v", v, err)
@@ -352,7 +352,7 @@ func eduRegs(t *testing.T, f pci.Function) edu {
 	e := edu{Mem: mem(t, f, 0, mmio.Uncached)}
 	e.swap = e.Mem.Load32(eduID) == 0xed000001
 	if id := e.Load32(eduID); id != 0x010000ed {
-		t.Fatalf("%s is no edu function: %#x", f, id)
+		t.Fatalf("%s is not an edu function: %#x", f, id)
 	}
 	return e
 }

@@ -32,7 +32,7 @@ type message struct {
 	attrs [3 * (unix.SizeofRtAttr + 16)]byte
 }
 
-var errShort = errors.New("netlink: the kernel's answer is no acknowledgement")
+var errShort = errors.New("netlink: the kernel's answer is not an acknowledgement")
 
 // address sends a request of type typ about an address and returns the kernel's answer, an
 // unix.Errno where it refuses.

@@ -175,7 +175,7 @@ func Listen(path string) (*Listener, error) {
 	}
 	if fi, err := os.Lstat(path); err == nil {
 		if fi.Mode()&os.ModeSocket == 0 {
-			return fail(errors.New("there is something else, no socket"))
+			return fail(errors.New("exists and is not a socket"))
 		}
 		c, err := net.DialTimeout("unix", path, time.Second)
 		if err == nil {

@@ -27,7 +27,7 @@ type Arg struct {
 	// Interrupts is the only kind of interrupt that the board raises; the zero value takes the best that the
 	// function has.
 	Interrupts pci.InterruptKind
-	// Match tells why a function is no board of this kind, nil where it is one; Fits what is wrong with the
+	// Match tells why a function is not a board of this kind, nil if it is one; Fits what is wrong with the
 	// BARs of one. Both go by what sysfs tells. They may be nil.
 	Match func(i *pci.Info) error
 	Fits  func(i *pci.Info) []error
@@ -108,7 +108,7 @@ func (a Arg) options(o board.Options) (pci.Address, pci.Options, error) {
 }
 
 // findings is what stands in the way of opening the function, as far as sysfs tells it: first of all that it
-// is no board of this kind, then that the kernel uses it.
+// is not a board of this kind, then that the kernel uses it.
 func (a Arg) findings(i *pci.Info, o pci.Options) []error {
 	if a.Match != nil {
 		if err := a.Match(i); err != nil {
@@ -229,7 +229,7 @@ func Warn(spec string, f pci.Function, o board.Options) {
 	}
 }
 
-// NoSuchBoard is the error for a function that is no board of a kind; want tells what one is.
+// NoSuchBoard is the error for a function that is not a board of a kind; want tells what one is.
 func NoSuchBoard(spec string, i *pci.Info, want string) error {
 	reason := fmt.Sprintf("the function is %04x:%04x, which is no such board: %s", i.Vendor, i.Device, want)
 	if i.Driver != "" && i.Driver != "vfio-pci" {

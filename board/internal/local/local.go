@@ -45,7 +45,7 @@ func (r Range) String() string {
 func (r Range) uio() bool { return strings.HasPrefix(r.Path, "/dev/uio") }
 
 // ParseRange reads "[PATH[:MAP]@]OFFSET[+SIZE]"; without a path, OFFSET is a physical address (DevMem). Numbers are
-// decimal, or hexadecimal with 0x. size is the one that is taken where none is written; 0 wants one to be.
+// decimal, or hexadecimal with 0x. size is the default; 0 means that a size has to be written.
 func ParseRange(s string, size uint64) (Range, error) {
 	r := Range{Path: DevMem, Size: size}
 	rest := s
@@ -54,7 +54,7 @@ func ParseRange(s string, size uint64) (Range, error) {
 		if j := strings.LastIndexByte(r.Path, ':'); j >= 0 && r.uio() {
 			n, err := strconv.ParseUint(r.Path[j+1:], 10, 8)
 			if err != nil {
-				return r, fmt.Errorf("%q: the map number behind the colon is none", s)
+				return r, fmt.Errorf("%q: invalid map number %q: want 0 to 255", s, r.Path[j+1:])
 			}
 			r.Path, r.Map = r.Path[:j], int(n)
 		}
@@ -62,7 +62,7 @@ func ParseRange(s string, size uint64) (Range, error) {
 	if i := strings.IndexByte(rest, '+'); i >= 0 {
 		n, err := strconv.ParseUint(rest[i+1:], 0, 64)
 		if err != nil || n == 0 {
-			return r, fmt.Errorf("%q: the size behind the + is none", s)
+			return r, fmt.Errorf("%q: invalid size %q: want a number of bytes above 0", s, rest[i+1:])
 		}
 		r.Size, rest = n, rest[:i]
 	}
@@ -258,7 +258,7 @@ func (q *IRQ) Ack() (uint64, error) {
 		case e != 0:
 			return 0, fmt.Errorf("reading the interrupt: %w", e)
 		case n != 4:
-			return 0, fmt.Errorf("reading the interrupt gave %d bytes of 4: it is no UIO device", n)
+			return 0, fmt.Errorf("reading the interrupt gave %d bytes of 4: it is not a UIO device", n)
 		}
 		break
 	}

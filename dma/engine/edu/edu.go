@@ -63,7 +63,7 @@ func New(c Config) (dma.Engine, error) {
 		return nil, fmt.Errorf("edu: %w", err)
 	}
 	if v := c.Regs.Load32(regID); v&idMask != id {
-		return nil, fmt.Errorf("edu: identification %#08x: this is no edu device", v)
+		return nil, fmt.Errorf("edu: identification %#08x: this is not an edu device", v)
 	}
 	for _, w := range c.Host {
 		if w.Side != engine.Far {

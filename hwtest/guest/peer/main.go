@@ -121,7 +121,7 @@ func wipe(fn string) error {
 func up(name, prefix string, mtu []string) error {
 	p, err := netip.ParsePrefix(prefix)
 	if err != nil || !p.Addr().Is4() {
-		return fmt.Errorf("%q is no IPv4 address with its prefix length", prefix)
+		return fmt.Errorf("%q is not an IPv4 address with its prefix length", prefix)
 	}
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
