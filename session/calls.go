@@ -30,7 +30,7 @@ type call struct {
 // device. Only methods of the Handler call it.
 func (s *Session) Call(bus bool, id uint8, dev uint16, timeout time.Duration, m *virtiomsg.Slot, encode func(token uint16)) error {
 	c := &call{bus: bus, dev: dev, m: m, inside: make(chan func(), 1), done: make(chan error, 1)}
-	if !s.tellLoop(func() { s.beginCall(c, id, encode) }, nil) {
+	if !s.onLoop(func() { s.beginCall(c, id, encode) }) {
 		return virtiomsg.ErrDown
 	}
 	limit := time.NewTimer(timeout)
@@ -52,7 +52,7 @@ func (s *Session) Call(bus bool, id uint8, dev uint16, timeout time.Duration, m 
 			})
 		case f := <-c.inside:
 			f()
-			s.tellLoop(func() { c.busy = false }, nil)
+			s.onLoop(func() { c.busy = false })
 		}
 	}
 }

@@ -17,32 +17,38 @@ const batch = 2 * virtiomsg.MaxSlots
 // run is the session's loop: one event after the other, and after each what has to be done then. It waits nowhere but
 // here. What may take its time has a goroutine of its own, whose end is an event: the owner's methods (job), and to
 // open, to ask and to close a board.
+//
+// Events are handled by whoever has the turn: this goroutine, or the owner's, where it calls the Session (onLoop) and
+// where its method has ended (own). That spares two changes of goroutines for each message.
 func (s *Session) run(ctx context.Context) error {
-	s.jobs, s.jobEnd = make(chan func() error, 1), make(chan error, 1)
-	s.asked, s.closed = make(chan error, 1), make(chan struct{}, 1)
-	go own(s.jobs, s.jobEnd)
-	defer close(s.over)
-	defer close(s.jobs)
+	s.turn.Lock()
+	defer s.turn.Unlock()
+	s.runs, s.ctx = true, ctx
+	s.jobs, s.asked, s.closed = make(chan func() error, 1), make(chan error, 1), make(chan struct{}, 1)
+	go s.own(s.jobs)
 	stop := ctx.Done()
 	if s.b != nil {
 		s.safely(s.serve)
 	}
-	for !s.proceed(ctx) {
+	for !s.proceed() {
+		on := s.waitsOn()
+		s.on = on
 		var tick <-chan time.Time
 		var events <-chan struct{}
-		if s.tick != nil {
-			tick, events = s.tick.C, s.b.Events()
+		if on.tick != nil {
+			tick, events = on.tick.C, s.b.Events()
 		}
+		bell := s.bell
+		s.turn.Unlock()
 		select {
 		case <-stop:
+			s.turn.Lock()
 			stop = nil
 			s.end()
-		case a := <-s.asks:
-			s.safely(a.f)
-			if a.done != nil {
-				close(a.done)
-			}
-		case o := <-s.opened:
+		case <-s.turned:
+			s.turn.Lock()
+		case o := <-on.opened:
+			s.turn.Lock()
 			s.opened = nil
 			if o.err != nil {
 				s.opening = false
@@ -50,36 +56,74 @@ func (s *Session) run(ctx context.Context) error {
 			} else {
 				s.fresh = o.b
 			}
-		case <-fires(s.pause):
+		case <-fires(on.pause):
+			s.turn.Lock()
 			s.pause = nil
-		case fault := <-s.jobEnd:
-			s.jobEnded(fault)
 		case err := <-s.asked:
+			s.turn.Lock()
 			s.asking = false
 			if err != nil {
 				s.lost(err)
 			}
 		case <-s.closed:
+			s.turn.Lock()
 			s.isClosed()
-		case <-fires(s.leave):
+		case <-fires(on.leave):
+			s.turn.Lock()
 			s.leave = nil
 			if s.in(Leaving) {
 				s.transition(Closing, "")
 			}
 		case <-tick:
+			s.turn.Lock()
 			s.beat()
-		case <-s.bell:
+		case <-bell:
+			s.turn.Lock()
 			s.safely(func() { s.poll(false) })
 		case <-events:
-			s.look, s.ended = true, true
-			s.link.Look()
-			s.safely(func() { s.poll(false) })
+			s.turn.Lock()
+			s.boardEvent()
 		case <-s.wake:
+			s.turn.Lock()
 			s.tickDue = true
 		case <-s.posts.bell:
+			s.turn.Lock()
 		}
 	}
+	close(s.jobs)
+	s.runs = false
 	return s.err
+}
+
+// waits is what the loop's goroutine waits on, as far as that changes.
+type waits struct {
+	over         bool // it does not wait
+	opened       chan opening
+	pause, leave *time.Timer
+	tick         *time.Ticker
+}
+
+func (s *Session) waitsOn() waits {
+	return waits{over: s.in(GivenUp, Stopped) && s.job == jobNone, opened: s.opened, pause: s.pause, leave: s.leave, tick: s.tick}
+}
+
+// giveTurn goes on behind an event that was not handled by the loop's goroutine, and gives the turn back.
+func (s *Session) giveTurn() {
+	defer s.turn.Unlock()
+	s.safely(func() { s.proceed() })
+	if s.waitsOn() != s.on {
+		ring(s.turned)
+	}
+}
+
+// boardEvent looks what happened to the board, or to the processes of the other side.
+func (s *Session) boardEvent() {
+	if s.link == nil {
+		return
+	}
+	s.look, s.ended = true, true
+	s.link.Look()
+	s.safely(func() { s.poll(false) })
 }
 
 func fires(t *time.Timer) <-chan time.Time {
@@ -90,12 +134,12 @@ func fires(t *time.Timer) <-chan time.Time {
 }
 
 // proceed begins what is due in the present state, and tells whether the session is over.
-func (s *Session) proceed(ctx context.Context) (over bool) {
+func (s *Session) proceed() (over bool) {
 	for {
 		before := s.at()
 		switch before {
 		case Starting, Absent:
-			s.proceedAbsent(ctx)
+			s.proceedAbsent()
 		case Listening, Handshake, Held:
 			s.mayAsk()
 			s.work()
@@ -126,7 +170,7 @@ func (s *Session) proceed(ctx context.Context) (over bool) {
 	}
 }
 
-func (s *Session) proceedAbsent(ctx context.Context) {
+func (s *Session) proceedAbsent() {
 	switch {
 	case s.job != jobNone:
 	case s.fresh != nil:
@@ -139,7 +183,7 @@ func (s *Session) proceedAbsent(ctx context.Context) {
 		}
 		s.transition(Stopped, "")
 	case !s.opening && s.pause == nil:
-		s.opening, s.opened = true, s.openBoard(ctx)
+		s.opening, s.opened = true, s.openBoard(s.ctx)
 	}
 	if s.in(Starting, Absent) {
 		s.work()
@@ -178,6 +222,9 @@ func (s *Session) proceedQuiescing() {
 
 // beat is the clock's.
 func (s *Session) beat() {
+	if s.link == nil {
+		return
+	}
 	s.safely(func() { s.poll(true) })
 	s.tickDue = true
 	if s.in(Listening, Handshake, Held) {
@@ -208,9 +255,12 @@ const (
 )
 
 // own is the owner's goroutine.
-func own(jobs <-chan func() error, ends chan<- error) {
+func (s *Session) own(jobs <-chan func() error) {
 	for f := range jobs {
-		ends <- f()
+		fault := f()
+		s.turn.Lock()
+		s.jobEnded(fault)
+		s.giveTurn()
 	}
 }
 
@@ -264,30 +314,17 @@ func (s *Session) safely(f func()) {
 	}
 }
 
-// ask is something to be done by the loop.
-type ask struct {
-	f    func()
-	done chan struct{} // closed when it is done; nil: nobody waits
-}
-
-// onLoop has the loop do f, and waits for it. It returns false where no loop runs. It is not called by the loop.
+// onLoop does f as an event of the loop. It returns false where no loop runs. Only what the loop does itself must not
+// call it.
 func (s *Session) onLoop(f func()) bool {
-	done := make(chan struct{})
-	if !s.tellLoop(f, done) {
+	s.turn.Lock()
+	if !s.runs {
+		s.turn.Unlock()
 		return false
 	}
-	<-done
+	s.safely(f)
+	s.giveTurn()
 	return true
-}
-
-// tellLoop has the loop do f, and does not wait for it.
-func (s *Session) tellLoop(f func(), done chan struct{}) bool {
-	select {
-	case s.asks <- ask{f, done}:
-		return true
-	case <-s.over:
-		return false
-	}
 }
 
 // listen turns rings of vector 0 into tokens.

@@ -106,13 +106,12 @@ type Session struct {
 	n     Counters // first: 64-bit alignment
 	limit int64    // stopLimit, but in tests; by sync/atomic
 
-	cfg  Config
-	wake chan struct{}
-	asks chan ask      // for the loop, of the owner's goroutine
-	over chan struct{} // closed: no loop runs
+	cfg    Config
+	wake   chan struct{}
+	turn   sync.Mutex    // held where an event is handled; guards the rest, down to mu
+	turned chan struct{} // what the loop's goroutine waits on has changed
 
-	// The rest, down to mu, is the loop's. While the owner's goroutine runs something, the loop leaves b, assigned and
-	// users to it.
+	// While the owner's goroutine runs something, no event changes these.
 	b        board.Board
 	assigned *doorbell.Assigned
 	users    map[QueueID]int
@@ -131,13 +130,16 @@ type Session struct {
 	pause   *time.Timer       // before the board is opened again; nil: none
 	jobs    chan func() error // for the owner's goroutine; at most one is under way
 	job     job
-	jobEnd  chan error // a bus error that ended it, or nil
-	posts   posts      // of Do
-	asking  bool       // the board is asked whether it is there
+	posts   posts // of Do
+	asking  bool  // the board is asked whether it is there
 	asked   chan error
 	closing bool // the board is being closed
 	closed  chan struct{}
 	leave   *time.Timer // limits Leaving; nil: none
+
+	runs bool // Run does
+	ctx  context.Context
+	on   waits
 
 	// What is to be done.
 	err      error     // Run's, in GivenUp
@@ -192,9 +194,8 @@ func New(c Config) *Session {
 	}
 	c.Log = Limit(c.Log)
 	c.Pace = c.Pace.Defaults()
-	s := &Session{cfg: c, wake: make(chan struct{}, 1), asks: make(chan ask), over: make(chan struct{}), retry: retryOpen, posts: posts{bell: make(chan struct{}, 1)},
+	s := &Session{cfg: c, wake: make(chan struct{}, 1), turned: make(chan struct{}, 1), retry: retryOpen, posts: posts{bell: make(chan struct{}, 1)},
 		messages: NewBucket(c.Pace.Messages), breaks: NewBucket(c.Pace.Breaks), bells: new(doorbell.Counters), since: time.Now(), limit: int64(stopLimit)}
-	close(s.over)
 	return s
 }
 
@@ -246,7 +247,6 @@ func (s *Session) Open(ctx context.Context) error {
 func (s *Session) Run(ctx context.Context) error {
 	s.posts.begin()
 	defer s.posts.end(lifeEnded)
-	s.over = make(chan struct{})
 	done := make(chan error, 1)
 	go func() { done <- s.run(ctx) }()
 	select {

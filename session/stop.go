@@ -71,22 +71,23 @@ func (s *Session) unstuck() {
 // overdue is asked where the time to stop is over, and tells whether the link is given up as stuck. Any goroutine may call it.
 func (s *Session) overdue() (stuck bool) {
 	told := make(chan bool, 1)
-	go s.onLoop(func() {
-		if s.in(Leaving) { // the owner has let go: nothing is stuck
-			s.transition(Closing, "")
-			told <- false
-			return
-		}
-		s.stuck(ErrStuck.Error(), Quiescing, Closing)
-		told <- true
-	})
+	go func() {
+		stuck := false
+		s.onLoop(func() {
+			if s.in(Leaving) { // the owner has let go: nothing is stuck
+				s.transition(Closing, "")
+				return
+			}
+			s.stuck(ErrStuck.Error(), Quiescing, Closing)
+			stuck = true
+		})
+		told <- stuck
+	}()
 	limit := time.NewTimer(stopTime)
 	defer limit.Stop()
 	select {
 	case stuck := <-told:
 		return stuck
-	case <-s.over:
-		return false
 	case <-limit.C:
 		// The loop itself: an access to the window does not end.
 		s.tellStuck(ErrStuck.Error())
