@@ -73,6 +73,9 @@ const (
 	NetCtrlVQ    Feature = 17
 	NetMQ        Feature = 22
 
+	// ConsoleSize is of the console device (virtio 1.2, 5.3.3).
+	ConsoleSize Feature = 0
+
 	IndirectDesc Feature = 28
 	EventIdx     Feature = 29
 
