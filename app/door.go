@@ -12,11 +12,12 @@ import (
 	"github.com/boardlink/boardlink/tunbridge"
 )
 
-// isDoor tells whether a spec of --board is that of a vhost-user front end (a virtual machine, a DPDK program), which stands where
-// a board does.
+// isDoor tells whether a spec of --board is that of a vhost-user front end (a virtual machine, a
+// DPDK program), which stands where a board does.
 func isDoor(spec string) bool { return strings.HasPrefix(spec, vhostuser.Prefix) }
 
-// checkDoors checks what depends on the boards that are front ends, and gives their devices what the spec says.
+// checkDoors checks what depends on the boards that are front ends, and gives their devices what
+// the spec says.
 func (c *Config) checkDoors() error {
 	for b, spec := range c.Boards {
 		if !isDoor(spec) {

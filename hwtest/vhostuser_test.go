@@ -53,7 +53,8 @@ func (d *doors) connected(n, pairs int) status.Link {
 	})
 }
 
-// newDoors starts a host in a namespace of its own, which ends with the test; args follow those that all have.
+// newDoors starts a host in a namespace of its own, which ends with the test; args follow those
+// that all have.
 func newDoors(t *testing.T, dir string, args ...string) *doors {
 	t.Helper()
 	if netns.NeedsUser() {
@@ -96,8 +97,9 @@ func shortDir(t *testing.T) string {
 	return dir
 }
 
-// TestVhostUserGuest: a virtual machine with an unmodified virtio_net stands where a board does. One process serves two sockets: a split
-// device, and a packed one with two queue pairs. The host is killed and started anew under the guest.
+// TestVhostUserGuest: a virtual machine with an unmodified virtio_net stands where a board does.
+// One process serves two sockets: a split device, and a packed one with two queue pairs. The host
+// is killed and started anew under the guest.
 func TestVhostUserGuest(t *testing.T) {
 	dir := shortDir(t)
 	a, b := filepath.Join(dir, "a"), filepath.Join(dir, "b")
@@ -154,8 +156,8 @@ func has(names []string, name string) bool {
 	return false
 }
 
-// TestVhostUserDPDK: DPDK's virtio_user driver drives the device and answers pings, over each kind of ring; it ends, is killed, and
-// comes back. What it says that it sent has arrived.
+// TestVhostUserDPDK: DPDK's virtio_user driver drives the device and answers pings, over each kind
+// of ring; it ends, is killed, and comes back. What it says that it sent has arrived.
 func TestVhostUserDPDK(t *testing.T) {
 	exe, err := exec.LookPath("dpdk-testpmd")
 	if err != nil {

@@ -15,8 +15,8 @@ import (
 // changeLimit is how long a queue may take to come to rest.
 const changeLimit = 5 * time.Second
 
-// backend is what one front end has negotiated and set up. All methods run on the door's goroutine, under pci.Guard: the
-// front end may truncate its memory at any time.
+// backend is what one front end has negotiated and set up. All methods run on the door's goroutine,
+// under pci.Guard: the front end may truncate its memory at any time.
 type backend struct {
 	name string
 	dev  device.Device
@@ -40,9 +40,9 @@ type backend struct {
 	pause time.Duration
 }
 
-// notOffered are features that are the front end's own business on this control plane: it serves the control queue and
-// gives the guest its MAC address; ACCESS_PLATFORM would need messages that this back end does not send. Bit 127 is for
-// devices of our own.
+// notOffered are features that are the front end's own business on this control plane: it serves
+// the control queue and gives the guest its MAC address; ACCESS_PLATFORM would need messages that
+// this back end does not send. Bit 127 is for devices of our own.
 var notOffered = virtio.FeaturesOf(virtio.AccessPlatform, virtio.NetCtrlVQ, virtio.NetMAC, virtio.NetRawIP)
 
 func newBackend(name string, dev device.Device, log Logger, n *counters) *backend {
@@ -59,7 +59,8 @@ func newBackend(name string, dev device.Device, log Logger, n *counters) *backen
 	return b
 }
 
-// dataQueues returns the number of queues that the front end may set up: all but a network device's control queue.
+// dataQueues returns the number of queues that the front end may set up: all but a network device's
+// control queue.
 func dataQueues(dev device.Device) int {
 	n := dev.Queues()
 	if dev.DeviceID() == virtio.IDNet && dev.Features().Has(virtio.NetCtrlVQ) {
@@ -93,8 +94,8 @@ func (b *backend) protocol() uint64 {
 	return p
 }
 
-// handle serves a message and returns its answer, nil where there is none. An error is one that nobody can be told of:
-// the connection is to be closed.
+// handle serves a message and returns its answer, nil where there is none. An error is one that
+// nobody can be told of: the connection is to be closed.
 func (b *backend) handle(m *message) ([]byte, error) {
 	reply, err := b.serve(m)
 	if n := m.close(); n > 0 {
@@ -210,7 +211,8 @@ func (b *backend) negotiated(m *message, bit uint64) error {
 	return m.errorf(ErrUnknown, "protocol feature %s was not negotiated", name)
 }
 
-// setFeatures serves SET_FEATURES. QEMU sends it once for each queue pair, while others run already: what is the same changes nothing.
+// setFeatures serves SET_FEATURES. QEMU sends it once for each queue pair, while others run
+// already: what is the same changes nothing.
 func (b *backend) setFeatures(m *message) error {
 	v, err := m.u64()
 	if err != nil {
@@ -227,7 +229,8 @@ func (b *backend) setFeatures(m *message) error {
 	}
 	b.features, b.usable = v, false
 	if !b.accepted().Has(virtio.Version1) {
-		// Front ends send this before the guest's driver has said anything, too: it is told when a queue is kicked.
+		// Front ends send this before the guest's driver has said anything, too: it is told when a
+		// queue is kicked.
 		return nil
 	}
 	if err := b.take(); err != nil {
@@ -271,8 +274,8 @@ func (b *backend) reset() error {
 	return nil
 }
 
-// close ends the use of the front end's memory and doorbells. It fails with device.ErrStuck where the device does not let go of
-// them: nothing was given back then, and it is to be called again.
+// close ends the use of the front end's memory and doorbells. It fails with device.ErrStuck where
+// the device does not let go of them: nothing was given back then, and it is to be called again.
 func (b *backend) close(limit time.Time) error {
 	if err := b.dev.Reset(limit); err != nil {
 		return err
@@ -365,7 +368,8 @@ func (b *backend) stopped(m *message, r *ring) error {
 	return nil
 }
 
-// setAddr serves SET_VRING_ADDR. For a ring that runs, front ends send it again to turn its log on and off.
+// setAddr serves SET_VRING_ADDR. For a ring that runs, front ends send it again to turn its log on
+// and off.
 func (b *backend) setAddr(m *message, a vringAddr) error {
 	r, err := b.ringOf(m, a.index)
 	if err != nil {
@@ -445,7 +449,8 @@ func (b *backend) setVringFD(m *message) error {
 	return b.settleRing(r)
 }
 
-// settleRing starts a ring that was kicked, and all else that can be started. What is wrong with the ring is the error.
+// settleRing starts a ring that was kicked, and all else that can be started. What is wrong with
+// the ring is the error.
 func (b *backend) settleRing(r *ring) error {
 	if err := b.start(r, false); err != nil {
 		r.kicked = false
@@ -454,7 +459,8 @@ func (b *backend) settleRing(r *ring) error {
 	return b.settle(true)
 }
 
-// getConfig serves GET_CONFIG: a piece of the configuration space, or nothing at all as the answer for what is wrong.
+// getConfig serves GET_CONFIG: a piece of the configuration space, or nothing at all as the answer
+// for what is wrong.
 func (b *backend) getConfig(m *message) ([]byte, error) {
 	if err := b.negotiated(m, protoConfig); err != nil {
 		return nil, err
@@ -486,8 +492,8 @@ func (b *backend) setConfig(m *message) error {
 	return nil
 }
 
-// deviceStatus serves SET_STATUS and GET_STATUS. Status 0 stops the rings; their places and the features stay, as GET_VRING_BASE
-// comes behind it.
+// deviceStatus serves SET_STATUS and GET_STATUS. Status 0 stops the rings; their places and the
+// features stay, as GET_VRING_BASE comes behind it.
 func (b *backend) deviceStatus(m *message) ([]byte, error) {
 	if err := b.negotiated(m, protoStatus); err != nil {
 		return nil, err
@@ -515,7 +521,8 @@ func (b *backend) deviceStatus(m *message) ([]byte, error) {
 	return nil, nil
 }
 
-// announce serves SEND_RARP: the guest has moved here, and the network is to learn where its address is.
+// announce serves SEND_RARP: the guest has moved here, and the network is to learn where its
+// address is.
 func (b *backend) announce(m *message) error {
 	if err := b.negotiated(m, protoRARP); err != nil {
 		return err
@@ -552,7 +559,8 @@ func (b *backend) setMTU(m *message) error {
 // minMTU is the smallest MTU of a network device (virtio 1.2, 5.1.4.1).
 const minMTU = 68
 
-// retryFirst and retryMax bound the time between tries to start what the interface's loss has stopped.
+// retryFirst and retryMax bound the time between tries to start what the interface's loss has
+// stopped.
 const (
 	retryFirst = 250 * time.Millisecond
 	retryMax   = 4 * time.Second

@@ -53,10 +53,11 @@ const (
 const (
 	// writeLimit is how long a front end may leave an answer unread when its socket is full.
 	writeLimit = 5 * time.Second
-	// busyLimit is how long another front end waits for the end of the present one's connection before it is turned away.
+	// busyLimit is how long another front end waits for the end of the present one's connection
+	// before it is turned away.
 	busyLimit = time.Second
-	// connectEvery and connectBurst bound how often front ends are served: one whose program refuses what this side offers
-	// may connect again at once.
+	// connectEvery and connectBurst bound how often front ends are served: one whose program
+	// refuses what this side offers may connect again at once.
 	connectEvery = 500 * time.Millisecond
 	connectBurst = 10
 	// dialPause is the time between tries to connect.
@@ -65,7 +66,8 @@ const (
 	stuckLimit = 5 * time.Second
 )
 
-// ErrStuck is returned by Run where a queue's loop does not end: its memory and descriptors are still in use.
+// ErrStuck is returned by Run where a queue's loop does not end: its memory and descriptors are
+// still in use.
 var ErrStuck = device.ErrStuck
 
 // Door serves one device to one front end at a time.
@@ -111,7 +113,8 @@ func (d *Door) event(e device.Event) {
 	}
 }
 
-// maxEvents bounds the events that wait: one for each queue at most, as a queue that has ended stays so.
+// maxEvents bounds the events that wait: one for each queue at most, as a queue that has ended
+// stays so.
 const maxEvents = 2*maxPairs + 1
 
 func (d *Door) takeEvents() []device.Event {
@@ -150,8 +153,8 @@ func (d *Door) Open(context.Context) error {
 	return nil
 }
 
-// Run serves front ends until ctx ends. Where the socket cannot be made it tries again. A single connection that was passed as
-// a descriptor ends it too.
+// Run serves front ends until ctx ends. Where the socket cannot be made it tries again. A single
+// connection that was passed as a descriptor ends it too.
 func (d *Door) Run(ctx context.Context) (err error) {
 	defer func() { d.setState(stateStopped, err) }()
 	logged := ""
@@ -205,8 +208,8 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// accept hands over those who connect. One that comes while another is served waits a moment, as that one may just end, and is
-// turned away.
+// accept hands over those who connect. One that comes while another is served waits a moment, as
+// that one may just end, and is turned away.
 func (d *Door) accept(conns chan<- *net.UnixConn, stop <-chan struct{}) {
 	for {
 		c, err := d.ln.AcceptUnix()
@@ -275,7 +278,8 @@ func (d *Door) next(ctx context.Context, conns <-chan *net.UnixConn) *net.UnixCo
 	}
 }
 
-// serve serves one front end until it goes, does what cannot be served, or ctx ends. The error is one after which this door cannot go on.
+// serve serves one front end until it goes, does what cannot be served, or ctx ends. The error is
+// one after which this door cannot go on.
 func (d *Door) serve(ctx context.Context, c *net.UnixConn) error {
 	atomic.AddUint64(&d.n.Connections, 1)
 	d.takeEvents() // of the connection before

@@ -21,8 +21,8 @@ var kinds = []struct {
 	{"packed in order", virtio.FeaturesOf(virtio.Version1, virtio.RingPacked, virtio.InOrder)},
 }
 
-// TestRoundTrips: messages with every byte checked, across stops and starts of the queues, and across a front end that goes and
-// comes back.
+// TestRoundTrips: messages with every byte checked, across stops and starts of the queues, and
+// across a front end that goes and comes back.
 func TestRoundTrips(t *testing.T) {
 	for _, k := range kinds {
 		t.Run(k.name, func(t *testing.T) {
@@ -79,7 +79,8 @@ func TestRoundTrips(t *testing.T) {
 	}
 }
 
-// TestCrash: a front end's rings go on where the used index says, after a back end that never answered GET_VRING_BASE.
+// TestCrash: a front end's rings go on where the used index says, after a back end that never
+// answered GET_VRING_BASE.
 func TestCrash(t *testing.T) {
 	k := kinds[0]
 	e := newEcho(t, 1)
@@ -230,7 +231,8 @@ func TestQueuePairs(t *testing.T) {
 	}
 }
 
-// TestQEMU is the order of messages of QEMU 7.2: features and doorbells for each pair, STATUS before GET_VRING_BASE.
+// TestQEMU is the order of messages of QEMU 7.2: features and doorbells for each pair, STATUS
+// before GET_VRING_BASE.
 func TestQEMU(t *testing.T) {
 	k := kinds[2]
 	e := newEcho(t, 1)
@@ -256,7 +258,8 @@ func TestQEMU(t *testing.T) {
 	f.set(SetStatus, encodeU64(0xf))
 	move := func() error { _, err := e.echo(0); return err }
 	f.trip(0, 100, 3, move)
-	// The guest's driver masks an interrupt, and unmasks it: another descriptor, on a queue that runs.
+	// The guest's driver masks an interrupt, and unmasks it: another descriptor, on a queue that
+	// runs.
 	bell := f.qs[0].call
 	f.bells(0)
 	f.set(SetVringCall, encodeU64(0), f.qs[0].call.FD())

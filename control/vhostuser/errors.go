@@ -21,7 +21,8 @@ var (
 	ErrAddress = errors.New("ring outside the memory")
 	// ErrFeatures: features that were not offered, or that cannot be used.
 	ErrFeatures = errors.New("impossible features")
-	// ErrUnknown: a request that this back end does not know, or whose protocol feature was not negotiated.
+	// ErrUnknown: a request that this back end does not know, or whose protocol feature was not
+	// negotiated.
 	ErrUnknown = errors.New("unknown request")
 	// ErrValue: a value out of bounds.
 	ErrValue = errors.New("value out of bounds")

@@ -27,8 +27,8 @@ import (
 // limit is how long a test waits for what has to happen.
 const limit = 30 * time.Second
 
-// echo is a device whose queue pairs send back what they receive. It moves nothing by itself: the test calls echo. It checks
-// that the control plane keeps the order that package device asks for.
+// echo is a device whose queue pairs send back what they receive. It moves nothing by itself: the
+// test calls echo. It checks that the control plane keeps the order that package device asks for.
 type echo struct {
 	t      testing.TB
 	id     uint32

@@ -28,8 +28,8 @@ func (p *pieces) recv(b, _ []byte) (n, oobn, flags int, err error) {
 	return n, 0, 0, nil
 }
 
-// FuzzReader: whatever the bytes and however they are cut, the reader returns messages that are what was sent, and an
-// error at the end; the decoders of payloads take any payload.
+// FuzzReader: whatever the bytes and however they are cut, the reader returns messages that are
+// what was sent, and an error at the end; the decoders of payloads take any payload.
 func FuzzReader(f *testing.F) {
 	table := make([]byte, 8+2*regionLen)
 	native.PutUint32(table, 2)

@@ -107,8 +107,8 @@ func TestRefused(t *testing.T) {
 	f.trip(0, 10, 3, move)
 }
 
-// TestClosed: what nobody can be told of ends the connection: a request without REPLY_ACK, a message that makes no sense. The
-// device, the memory and the socket are free afterwards.
+// TestClosed: what nobody can be told of ends the connection: a request without REPLY_ACK, a
+// message that makes no sense. The device, the memory and the socket are free afterwards.
 func TestClosed(t *testing.T) {
 	e := newEcho(t, 1)
 	d := newDoor(t, e)
@@ -139,7 +139,8 @@ func TestClosed(t *testing.T) {
 	}
 }
 
-// TestBrokenQueue: a ring that makes no sense stops by itself; the front end is told by the err descriptor, and starts it anew.
+// TestBrokenQueue: a ring that makes no sense stops by itself; the front end is told by the err
+// descriptor, and starts it anew.
 func TestBrokenQueue(t *testing.T) {
 	feat := kinds[0].f
 	e := newEcho(t, 1)
@@ -200,7 +201,8 @@ func TestInterfaceAway(t *testing.T) {
 	}
 }
 
-// TestTruncated: memory that is truncated under the queues is an error of the connection, and of nothing else.
+// TestTruncated: memory that is truncated under the queues is an error of the connection, and of
+// nothing else.
 func TestTruncated(t *testing.T) {
 	e := newEcho(t, 1)
 	d := newDoor(t, e)
@@ -223,7 +225,8 @@ func TestTruncated(t *testing.T) {
 	f.trip(0, 10, 2, func() error { _, err := e.echo(0); return err })
 }
 
-// TestLegacy: a driver that does not accept VERSION_1 is told of once, with what to do, and can come back.
+// TestLegacy: a driver that does not accept VERSION_1 is told of once, with what to do, and can
+// come back.
 func TestLegacy(t *testing.T) {
 	e := newEcho(t, 1)
 	d := newDoor(t, e)
@@ -245,7 +248,8 @@ func TestLegacy(t *testing.T) {
 	f.trip(0, 50, 2, func() error { _, err := e.echo(0); return err })
 }
 
-// TestSecondFrontEnd: one front end at a time; another one is turned away, and the first one goes on.
+// TestSecondFrontEnd: one front end at a time; another one is turned away, and the first one goes
+// on.
 func TestSecondFrontEnd(t *testing.T) {
 	e := newEcho(t, 1)
 	d := newDoor(t, e)
@@ -260,7 +264,8 @@ func TestSecondFrontEnd(t *testing.T) {
 	}
 }
 
-// TestSilentFrontEnd: one that does not read its answers, or says nothing, keeps nobody from stopping.
+// TestSilentFrontEnd: one that does not read its answers, or says nothing, keeps nobody from
+// stopping.
 func TestSilentFrontEnd(t *testing.T) {
 	d := newDoor(t, newEcho(t, 1))
 	fd := d.connect(t)
@@ -389,8 +394,9 @@ func TestParseSpec(t *testing.T) {
 	}
 }
 
-// FuzzConversation: any bytes, with any number of descriptors here and there, as a conversation with a back end: no panic, no access outside the
-// memory, and at the end nothing is left open or mapped.
+// FuzzConversation: any bytes, with any number of descriptors here and there, as a conversation
+// with a back end: no panic, no access outside the memory, and at the end nothing is left open or
+// mapped.
 func FuzzConversation(f *testing.F) {
 	add := func(ms ...[]byte) {
 		var all []byte

@@ -31,8 +31,9 @@ type listener struct {
 	stat unix.Stat_t
 }
 
-// listen makes a socket that listens at path. It makes it under another name, with its permissions, and then renames it:
-// nobody sees it before it is complete. A socket on which nobody listens is replaced.
+// listen makes a socket that listens at path. It makes it under another name, with its permissions,
+// and then renames it: nobody sees it before it is complete. A socket on which nobody listens is
+// replaced.
 func listen(path string, mode os.FileMode) (*listener, error) {
 	if mode == 0 {
 		mode = 0o600
@@ -82,7 +83,8 @@ func listen(path string, mode os.FileMode) (*listener, error) {
 	return o, nil
 }
 
-// Close closes the socket, and removes it from its folder unless somebody has put another one there.
+// Close closes the socket, and removes it from its folder unless somebody has put another one
+// there.
 func (l *listener) Close() error {
 	var st unix.Stat_t
 	if l.path != "" && unix.Lstat(l.path, &st) == nil && st.Ino == l.stat.Ino && st.Dev == l.stat.Dev {
@@ -91,7 +93,8 @@ func (l *listener) Close() error {
 	return l.UnixListener.Close()
 }
 
-// inherited takes a socket that was passed to this program: one that listens, or one that is connected.
+// inherited takes a socket that was passed to this program: one that listens, or one that is
+// connected.
 func inherited(fd int) (*listener, *net.UnixConn, error) {
 	kind, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
 	if err != nil {

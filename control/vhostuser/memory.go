@@ -11,8 +11,8 @@ import (
 	"github.com/boardlink/boardlink/pci"
 )
 
-// regionAlign is what the addresses and the file offset of a region have to be multiples of, in bytes: the strictest
-// alignment that a ring asks for. Front ends use whole pages.
+// regionAlign is what the addresses and the file offset of a region have to be multiples of, in
+// bytes: the strictest alignment that a ring asks for. Front ends use whole pages.
 const regionAlign = 16
 
 // mapping is one memory region of the front end, mapped into this process.
@@ -24,12 +24,13 @@ type mapping struct {
 	unguard  func()
 }
 
-// fileSystems are those whose files are mapped: memory of the kernel. A file system of a program (FUSE) that stopped
-// answering would stop this whole process at the next garbage collection, as a page fault cannot be interrupted.
+// fileSystems are those whose files are mapped: memory of the kernel. A file system of a program
+// (FUSE) that stopped answering would stop this whole process at the next garbage collection, as a
+// page fault cannot be interrupted.
 var fileSystems = map[uint32]bool{unix.TMPFS_MAGIC: true, unix.HUGETLBFS_MAGIC: true}
 
-// mapRegion maps the region r of the file fd, which stays the caller's. name is the door's, for the error of an access that
-// fails. All errors match ErrMemory.
+// mapRegion maps the region r of the file fd, which stays the caller's. name is the door's, for the
+// error of an access that fails. All errors match ErrMemory.
 func mapRegion(name string, r region, fd int) (*mapping, error) {
 	bad := func(format string, args ...interface{}) (*mapping, error) {
 		return nil, fmt.Errorf("region at %#x of %#x bytes: %w: %s", r.guest, r.size, ErrMemory, fmt.Sprintf(format, args...))
@@ -95,7 +96,8 @@ func (m *mapping) same(r region, fd int) bool {
 	return m.region == r && unix.Fstat(fd, &st) == nil && uint64(st.Dev) == m.dev && st.Ino == m.ino
 }
 
-// memory is the regions of one connection. It is immutable: a change makes another one, which shares the mappings that stay.
+// memory is the regions of one connection. It is immutable: a change makes another one, which
+// shares the mappings that stay.
 type memory struct {
 	maps  []*mapping
 	table *dma.Table // by guest physical addresses, as descriptors have them
@@ -140,8 +142,8 @@ func (m *memory) without(gone *mapping) []*mapping {
 	return maps
 }
 
-// guest translates n bytes at an address of the front end's process into a guest physical address, by which the table finds
-// them; false where they do not lie in one region.
+// guest translates n bytes at an address of the front end's process into a guest physical address,
+// by which the table finds them; false where they do not lie in one region.
 func (m *memory) guest(user, n uint64) (dma.Addr, bool) {
 	for _, o := range m.maps {
 		if off := user - o.user; user >= o.user && off < o.size && n <= o.size-off {

@@ -105,7 +105,8 @@ func TestMapRegionOnDisk(t *testing.T) {
 
 func TestMemory(t *testing.T) {
 	fd := memfd(t, 2*mib)
-	// As a PC's: a hole between two regions of the guest, and one file; in the front end's addresses both are one piece.
+	// As a PC's: a hole between two regions of the guest, and one file; in the front end's
+	// addresses both are one piece.
 	low := mapped(t, region{0, mib, 0x7f0000000000, 0}, fd)
 	high := mapped(t, region{1 << 32, mib - 4096, 0x7f0000000000 + mib, mib + 4096}, fd)
 	m, err := newMemory([]*mapping{low, high})
@@ -173,7 +174,8 @@ func TestMemoryOverlap(t *testing.T) {
 	}
 }
 
-// TestMemoryTruncated: an access to a file that was truncated is an error of this door, which names it.
+// TestMemoryTruncated: an access to a file that was truncated is an error of this door, which names
+// it.
 func TestMemoryTruncated(t *testing.T) {
 	fd := memfd(t, mib)
 	m := mapped(t, region{0, mib, 0, 0}, fd)

@@ -18,7 +18,8 @@ import (
 	"github.com/boardlink/boardlink/vring"
 )
 
-// newNet makes a network device with a tap in a namespace of its own, where the kernel answers ARP requests for 10.66.0.1.
+// newNet makes a network device with a tap in a namespace of its own, where the kernel answers ARP
+// requests for 10.66.0.1.
 func newNet(t *testing.T) *netdev.Net {
 	t.Helper()
 	if netns.NeedsUser() || netns.CheckTun() != nil {
@@ -60,8 +61,9 @@ func newNet(t *testing.T) *netdev.Net {
 	return n
 }
 
-// arps asks the kernel for its address count times, and checks each answer: request number k comes from an address of its own.
-// between is called before each request. The carrier may have been off before the first request, and each one where k%10 is 8.
+// arps asks the kernel for its address count times, and checks each answer: request number k comes
+// from an address of its own. between is called before each request. The carrier may have been off
+// before the first request, and each one where k%10 is 8.
 func (f *front) arps(count int, between func(k int)) {
 	f.t.Helper()
 	rx, tx := &f.qs[0], &f.qs[1]
@@ -141,8 +143,8 @@ func (f *front) arps(count int, between func(k int)) {
 	}
 }
 
-// TestNetworkDevice: the kernel's answers come through a tap, its loops, and rings, while memory, doorbells and queues
-// are changed under them.
+// TestNetworkDevice: the kernel's answers come through a tap, its loops, and rings, while memory,
+// doorbells and queues are changed under them.
 func TestNetworkDevice(t *testing.T) {
 	for _, k := range kinds[:3] {
 		t.Run(k.name, func(t *testing.T) {
@@ -196,7 +198,8 @@ func TestNetworkDevice(t *testing.T) {
 			f.enable(1, 1)
 			f.arps(10, func(int) {})
 
-			// The memory is truncated under the loops: this connection ends, and the next front end finds the device as new.
+			// The memory is truncated under the loops: this connection ends, and the next front end
+			// finds the device as new.
 			if err := unix.Ftruncate(f.file, 0); err != nil {
 				t.Fatal(err)
 			}

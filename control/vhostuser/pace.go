@@ -2,8 +2,9 @@ package vhostuser
 
 import "time"
 
-// A front end may ask for starts of queues and changes of memory without end, and each takes time of the kernel:
-// startBurst of them at once, and one each startEvery in the long run. Messages are bounded as well.
+// A front end may ask for starts of queues and changes of memory without end, and each takes time
+// of the kernel: startBurst of them at once, and one each startEvery in the long run. Messages are
+// bounded as well.
 const (
 	startEvery   = 5 * time.Millisecond
 	startBurst   = 512

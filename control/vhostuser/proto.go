@@ -81,8 +81,8 @@ var protoNames = [...]struct {
 }{{protoMQ, "mq"}, {protoRARP, "rarp"}, {protoReplyAck, "reply_ack"}, {protoMTU, "mtu"}, {protoConfig, "config"},
 	{protoResetDevice, "reset_device"}, {protoMemSlots, "mem_slots"}, {protoStatus, "status"}}
 
-// The header (specification, "Header"): request, flags, payload size, each a 32-bit number. All numbers are in the
-// machine's own byte order.
+// The header (specification, "Header"): request, flags, payload size, each a 32-bit number. All
+// numbers are in the machine's own byte order.
 const (
 	headerLen     = 12
 	flagVersion   = 1      // the version, in bits 0 and 1
@@ -92,11 +92,11 @@ const (
 )
 
 const (
-	// maxPayload is the longest payload that is read, in bytes. The longest of a message that this back end knows is
-	// that of GET_CONFIG: 12 + 256.
+	// maxPayload is the longest payload that is read, in bytes. The longest of a message that this
+	// back end knows is that of GET_CONFIG: 12 + 256.
 	maxPayload = 4096
-	// maxFDs is how many descriptors a message may carry (specification, "Communication": at most 8, those of
-	// SET_MEM_TABLE).
+	// maxFDs is how many descriptors a message may carry (specification, "Communication": at most
+	// 8, those of SET_MEM_TABLE).
 	maxFDs = 8
 	// maxTable is how many regions SET_MEM_TABLE may name.
 	maxTable = 8
@@ -104,8 +104,8 @@ const (
 	maxSlots = 64
 	// maxConfig is the longest piece of a configuration space in a message, in bytes.
 	maxConfig = 256
-	// noFD is the bit of SET_VRING_KICK, CALL and ERR that tells that no descriptor comes with it; the queue's index is in
-	// the bits of indexMask.
+	// noFD is the bit of SET_VRING_KICK, CALL and ERR that tells that no descriptor comes with it;
+	// the queue's index is in the bits of indexMask.
 	noFD      uint64 = 1 << 8
 	indexMask uint64 = 0xff
 )
@@ -119,8 +119,8 @@ var native = func() binary.ByteOrder {
 	return binary.BigEndian
 }()
 
-// message is one message of a front end, with the descriptors that came with it. Whoever takes a descriptor out of fds
-// sets its place to -1; close closes the others.
+// message is one message of a front end, with the descriptors that came with it. Whoever takes a
+// descriptor out of fds sets its place to -1; close closes the others.
 type message struct {
 	req     Request
 	flags   uint32
@@ -191,8 +191,8 @@ func (s vringState) encode() []byte {
 	return b
 }
 
-// vringAddr is the payload of SET_VRING_ADDR. desc, used and avail are addresses of the front end's process; for a
-// packed ring avail is the driver area, used the device area.
+// vringAddr is the payload of SET_VRING_ADDR. desc, used and avail are addresses of the front end's
+// process; for a packed ring avail is the driver area, used the device area.
 type vringAddr struct {
 	index, flags      uint32
 	desc, used, avail uint64
@@ -210,8 +210,8 @@ func (m *message) vringAddr() (a vringAddr, err error) {
 		avail: native.Uint64(b[24:]), log: native.Uint64(b[32:])}, nil
 }
 
-// region describes one memory region: guest physical address, size, address in the front end's process, and offset in the file
-// of its descriptor.
+// region describes one memory region: guest physical address, size, address in the front end's
+// process, and offset in the file of its descriptor.
 type region struct{ guest, size, user, offset uint64 }
 
 const regionLen = 32

@@ -20,15 +20,15 @@ type source interface {
 	recv(p, oob []byte) (n, oobn, flags int, err error)
 }
 
-// reader reads messages. It never reads beyond the end of a message, so descriptors belong to the message that they
-// came with.
+// reader reads messages. It never reads beyond the end of a message, so descriptors belong to the
+// message that they came with.
 type reader struct {
 	src source
 	n   *counters
 }
 
-// next returns the next message; its descriptors are the caller's. io.EOF: the front end has closed the connection
-// between two messages.
+// next returns the next message; its descriptors are the caller's. io.EOF: the front end has closed
+// the connection between two messages.
 func (r *reader) next() (m *message, err error) {
 	m = &message{}
 	defer func() {
@@ -64,7 +64,8 @@ func (r *reader) next() (m *message, err error) {
 func (r *reader) fill(m *message, b []byte) error {
 	whole := len(b)
 	for len(b) > 0 {
-		// The kernel drops the descriptors for which there is no room here: they never become descriptors of this process.
+		// The kernel drops the descriptors for which there is no room here: they never become
+		// descriptors of this process.
 		var oob []byte
 		room := maxFDs - len(m.fds)
 		if room > 0 {
@@ -119,8 +120,8 @@ func (m *message) takeRights(oob []byte) error {
 	return nil
 }
 
-// socket is a source: a connection's socket. The goroutine that reads waits in the runtime's poller; closing the
-// connection ends the wait.
+// socket is a source: a connection's socket. The goroutine that reads waits in the runtime's
+// poller; closing the connection ends the wait.
 type socket struct{ raw syscall.RawConn }
 
 func newSocket(c *net.UnixConn) (*socket, error) {

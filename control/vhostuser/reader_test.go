@@ -14,7 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pair returns a connected pair of stream sockets: the front end's descriptor, and the back end's connection.
+// pair returns a connected pair of stream sockets: the front end's descriptor, and the back end's
+// connection.
 func pair(t testing.TB) (front int, back *net.UnixConn) {
 	t.Helper()
 	p, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -98,7 +99,8 @@ func TestReaderSplitAtEveryByte(t *testing.T) {
 		done := make(chan struct{})
 		go func(cut int) {
 			defer close(done)
-			// The descriptor comes with a byte of the second message: its first one, or its part behind the cut.
+			// The descriptor comes with a byte of the second message: its first one, or its part
+			// behind the cut.
 			switch {
 			case cut <= len(a):
 				if cut > 0 {

@@ -12,8 +12,9 @@ import (
 	"github.com/boardlink/boardlink/vring"
 )
 
-// ring is one virtqueue as the front end has set it up. It is started, i.e. given to the device, when its features, size
-// and addresses are known, its areas lie in the memory, and SET_VRING_KICK has come (specification, "Ring states"):
+// ring is one virtqueue as the front end has set it up. It is started, i.e. given to the device,
+// when its features, size and addresses are known, its areas lie in the memory, and SET_VRING_KICK
+// has come (specification, "Ring states"):
 //
 //	stopped --SET_VRING_KICK--> started --GET_VRING_BASE, SET_STATUS 0, an error in the ring--> stopped
 //	           started --its areas' memory is removed--> waiting --memory is added--> started
@@ -101,8 +102,9 @@ func (b *backend) areas(r *ring, m *memory) (device.Areas, error) {
 	return as, nil
 }
 
-// state returns where a ring goes on. Chains that were taken before and not completed are taken again: the front end knows
-// no more than the available index (split), and nothing is in flight here.
+// state returns where a ring goes on. Chains that were taken before and not completed are taken
+// again: the front end knows no more than the available index (split), and nothing is in flight
+// here.
 func (b *backend) state(r *ring, as device.Areas) (s vring.State, err error) {
 	c := vring.Config{Name: b.dev.Queue(r.index).Name, Size: r.size, Desc: as.Desc, Driver: as.Driver, Device: as.Device}
 	if b.packed() {
@@ -127,7 +129,8 @@ func (b *backend) ready(r *ring) bool {
 	return b.usable && b.again.IsZero() && r.kicked && r.addressed && r.size > 0
 }
 
-// start starts a ring that is ready. With pending, one whose memory is not there waits for it, else that is an error.
+// start starts a ring that is ready. With pending, one whose memory is not there waits for it, else
+// that is an error.
 func (b *backend) start(r *ring, pending bool) error {
 	if r.started || !b.ready(r) {
 		return nil
@@ -158,8 +161,8 @@ func (b *backend) start(r *ring, pending bool) error {
 	return nil
 }
 
-// notNow sorts the errors of the device: what lies in the ring, and a device that is stuck, are errors; all else is not the
-// front end's fault (the interface is away), and is tried again.
+// notNow sorts the errors of the device: what lies in the ring, and a device that is stuck, are
+// errors; all else is not the front end's fault (the interface is away), and is tried again.
 func (b *backend) notNow(err error) error {
 	var bad *vring.Error
 	switch {
@@ -171,7 +174,8 @@ func (b *backend) notNow(err error) error {
 	return b.suspend(err)
 }
 
-// suspend gives the device back, as its other end is away, and has all tried again later. The rings keep their places.
+// suspend gives the device back, as its other end is away, and has all tried again later. The rings
+// keep their places.
 func (b *backend) suspend(err error) error {
 	b.log.Warn("the device cannot run, it is tried again", "link", b.name, "error", err)
 	for i := range b.rings {
@@ -187,12 +191,12 @@ func (b *backend) suspend(err error) error {
 	return nil
 }
 
-// enabled tells whether a ring may move. Without the feature bit that SET_VRING_ENABLE depends on, all may
-// (specification, "Ring states").
+// enabled tells whether a ring may move. Without the feature bit that SET_VRING_ENABLE depends on,
+// all may (specification, "Ring states").
 func (b *backend) enabled(r *ring) bool { return r.enabled || b.features&featProtocol == 0 }
 
-// stop stops a ring and keeps where it was. It stays to be started by the next SET_VRING_KICK, or by
-// memory that is added where kicked is left.
+// stop stops a ring and keeps where it was. It stays to be started by the next SET_VRING_KICK, or
+// by memory that is added where kicked is left.
 func (b *backend) stop(r *ring) error {
 	if !r.started {
 		return nil
@@ -271,5 +275,6 @@ func (b *backend) broke(e device.Event) error {
 	return b.settle(true)
 }
 
-// isStuck tells whether a queue did not come to rest: the memory and its doorbells are still in use.
+// isStuck tells whether a queue did not come to rest: the memory and its doorbells are still in
+// use.
 func isStuck(err error) bool { return errors.Is(err, device.ErrStuck) }

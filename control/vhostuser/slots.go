@@ -8,7 +8,8 @@ import (
 	"github.com/boardlink/boardlink/device"
 )
 
-// setMemTable serves SET_MEM_TABLE: a table in place of the one there is. Regions that stay keep their mappings.
+// setMemTable serves SET_MEM_TABLE: a table in place of the one there is. Regions that stay keep
+// their mappings.
 func (b *backend) setMemTable(m *message) error {
 	rs, err := m.memTable()
 	if err != nil {
@@ -42,8 +43,8 @@ func (b *backend) setMemTable(m *message) error {
 	return b.replaceMemory(next)
 }
 
-// memSlots serves GET_MAX_MEM_SLOTS, ADD_MEM_REG and REM_MEM_REG. QEMU sends each once for each queue pair: what is there, or gone, already
-// is acknowledged.
+// memSlots serves GET_MAX_MEM_SLOTS, ADD_MEM_REG and REM_MEM_REG. QEMU sends each once for each
+// queue pair: what is there, or gone, already is acknowledged.
 func (b *backend) memSlots(m *message) ([]byte, error) {
 	if err := b.negotiated(m, protoMemSlots); err != nil {
 		return nil, err
@@ -100,9 +101,10 @@ func contains(maps []*mapping, o *mapping) bool {
 	return false
 }
 
-// replaceMemory puts next in place of the memory, while queues run: the table is stored, each queue takes it at the end of its
-// batch, and what is not in it any more is unmapped when all have. Queues whose rings it does not hold stop, until memory is added
-// that does. After an error neither memory is unmapped: the connection ends, and close unmaps both.
+// replaceMemory puts next in place of the memory, while queues run: the table is stored, each queue
+// takes it at the end of its batch, and what is not in it any more is unmapped when all have.
+// Queues whose rings it does not hold stop, until memory is added that does. After an error neither
+// memory is unmapped: the connection ends, and close unmaps both.
 func (b *backend) replaceMemory(next *memory) error {
 	atomic.AddUint64(&b.n.Tables, 1)
 	b.starts.take(time.Now())

@@ -16,7 +16,8 @@ const Help = "vhost-user:PATH[,client][,mode=0660][,queues=N], or vhost-user:fd=
 // maxPath is the longest path of a Unix socket: sun_path of unix(7) less its zero byte.
 const maxPath = 107
 
-// maxPairs is how many queue pairs a spec may ask for: SET_VRING_KICK has 8 bits for the number of a queue.
+// maxPairs is how many queue pairs a spec may ask for: SET_VRING_KICK has 8 bits for the number of
+// a queue.
 const maxPairs = 128
 
 // Spec says where a door's socket is.

@@ -11,10 +11,12 @@ import (
 
 var _ device.Announcer = (*Net)(nil)
 
-// rarpLen is the length of an announcement in bytes: the shortest Ethernet frame without its checksum.
+// rarpLen is the length of an announcement in bytes: the shortest Ethernet frame without its
+// checksum.
 const rarpLen = 60
 
-// rarp returns a RARP request (RFC 903) of the address for itself: what bridges and switches learn a station's place from.
+// rarp returns a RARP request (RFC 903) of the address for itself: what bridges and switches learn
+// a station's place from.
 func rarp(mac [6]byte) (b [rarpLen]byte) {
 	for i := 0; i < 6; i++ {
 		b[i] = 0xff
@@ -30,7 +32,8 @@ func rarp(mac [6]byte) (b [rarpLen]byte) {
 	return b
 }
 
-// Announce implements device.Announcer: it writes one RARP request to the interface, as if the driver had sent it.
+// Announce implements device.Announcer: it writes one RARP request to the interface, as if the
+// driver had sent it.
 func (n *Net) Announce(mac [6]byte) error {
 	n.mu.Lock() // so that the interface is not made again meanwhile
 	defer n.mu.Unlock()
