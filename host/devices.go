@@ -160,7 +160,7 @@ func (l *Link) tell(n uint16, change func(*notice)) {
 	if !l.s.Up() {
 		return
 	}
-	defer l.s.Wake()
+	defer l.tellAgent()
 	for i := range l.notices {
 		if l.notices[i].number == n {
 			change(&l.notices[i])
@@ -169,6 +169,17 @@ func (l *Link) tell(n uint16, change func(*notice)) {
 	}
 	l.notices = append(l.notices, notice{number: n})
 	change(&l.notices[len(l.notices)-1])
+}
+
+// hidden tells whether the agent was not told yet that an earlier device of this number was removed.
+// It must not meet the next one before that: the event would take that one away.
+func (l *Link) hidden(n uint16) bool {
+	for i := range l.notices {
+		if l.notices[i].number == n {
+			return l.notices[i].removed
+		}
+	}
+	return false
 }
 
 // tellAgent sends what the agent is to be told, as far as there is room.

@@ -232,7 +232,7 @@ func (l *handler) Down() {
 }
 
 func (l *handler) device(n uint16) *offered {
-	if i, ok := (*Link)(l).find(n); ok {
+	if i, ok := (*Link)(l).find(n); ok && !(*Link)(l).hidden(n) {
 		return l.devs[i]
 	}
 	return nil
@@ -328,6 +328,9 @@ func (l *handler) bus(h virtiomsg.Header, m *virtiomsg.Slot) (answer bool, err e
 		}
 		r := virtiomsg.Devices{Offset: off, Count: count}
 		for _, d := range l.devs {
+			if (*Link)(l).hidden(d.number) {
+				continue
+			}
 			r.Set(d.number)
 			if int(d.number) >= int(off)+int(count) && r.Next == 0 {
 				r.Next = d.number &^ 7
