@@ -3,8 +3,6 @@
 package packetbench
 
 import (
-	"slices"
-
 	"github.com/boardlink/boardlink/bench/benchkit"
 )
 
@@ -49,14 +47,4 @@ type Sample struct {
 	Mpps   float64 `json:"mpps"`
 	Before float64 `json:"round_trip_before_ns"`
 	After  float64 `json:"round_trip_after_ns"`
-}
-
-// Best returns the fastest run, in millions of frames a second.
-func (r *Result) Best() float64 {
-	return slices.MaxFunc(r.Runs, func(a, b Sample) int {
-		if a.Mpps < b.Mpps {
-			return -1
-		}
-		return 1
-	}).Mpps
 }
