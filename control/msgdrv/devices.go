@@ -17,12 +17,12 @@ func Devices(l Link) ([]uint16, error) {
 		if asks == maxAsks {
 			return nil, fmt.Errorf("GET_DEVICES: %d answers, and the list of devices has not ended (next: %d)", asks, off)
 		}
+		first, n := off, uint16(virtiomsg.MaxDevices&^7)
+		if rest := 1<<16 - int(off); rest < int(n) {
+			n = uint16(rest)
+		}
 		err := l.Call(true, virtiomsg.BusGetDevices, 0, answerTime, &m, func(token uint16) {
-			n := uint16(virtiomsg.MaxDevices &^ 7)
-			if rest := 1<<16 - int(off); rest < int(n) {
-				n = uint16(rest)
-			}
-			virtiomsg.EncodeGetDevices(&m, token, off, n)
+			virtiomsg.EncodeGetDevices(&m, token, first, n)
 		})
 		if err != nil {
 			return nil, err
