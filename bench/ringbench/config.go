@@ -3,9 +3,11 @@
 package ringbench
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/boardlink/boardlink/bench/benchkit"
+	"github.com/boardlink/boardlink/vring"
 )
 
 // Config says what to measure. The zero value of a field stands for its default.
@@ -43,18 +45,30 @@ func (c *Config) defaults() error {
 			*p = v
 		}
 	}
+	if c.Ring == "" {
+		c.Ring = "split"
+	}
+	if c.Placement == "" {
+		c.Placement = "local"
+	}
+	if c.Memory == "" {
+		c.Memory = "cached"
+	}
 	set(&c.Size, 256)
 	set(&c.Batch, 64)
 	set(&c.Outstanding, c.Size)
 	set(&c.Runs, 31)
 	set(&c.Buffers, 100000)
 	set(&c.Spins, 200)
-	l := benchkit.Layout{Ring: c.Ring, Placement: c.Placement, Memory: c.Memory, Size: c.Size}
-	if err := l.Check(1); err != nil {
-		return err
-	}
-	c.Ring, c.Placement, c.Memory = l.Ring, l.Placement, l.Memory
 	switch {
+	case c.Ring != "split" && c.Ring != "packed":
+		return fmt.Errorf("ring %q: split or packed", c.Ring)
+	case c.Placement != "local" && c.Placement != "window" && c.Placement != "push":
+		return fmt.Errorf("placement %q: local, window or push", c.Placement)
+	case c.Memory != "cached" && c.Memory != "write-combining" && c.Memory != "uncached":
+		return fmt.Errorf("memory %q: cached, write-combining or uncached", c.Memory)
+	case c.Size < 1 || c.Size > vring.MaxSize || c.Ring == "split" && c.Size&(c.Size-1) != 0:
+		return fmt.Errorf("size %d: 1 to %d, and of a split ring a power of two", c.Size, vring.MaxSize)
 	case c.Batch < 1 || c.Batch > c.Size:
 		return fmt.Errorf("batch %d: 1 to the size of the ring (%d)", c.Batch, c.Size)
 	case c.Outstanding < c.Batch || c.Outstanding > c.Size:
@@ -67,11 +81,14 @@ func (c *Config) defaults() error {
 	}
 	c.Buffers -= c.Buffers % c.Batch
 	if c.CPU == nil {
-		cpus, err := benchkit.TwoCPUs()
+		cpus, err := benchkit.CPUs()
 		if err != nil {
 			return err
 		}
-		c.CPU = cpus[:]
+		if len(cpus) < 2 {
+			return errors.New("two processors are needed: the sides poll")
+		}
+		c.CPU = []int{cpus[0], cpus[1]}
 	}
 	return nil
 }

@@ -55,7 +55,10 @@ type Sample struct {
 
 // Bus is what went across, for each buffer.
 type Bus struct {
-	benchkit.Bus
+	Reads      float64 `json:"reads"`
+	Writes     float64 `json:"writes"`
+	ReadBytes  float64 `json:"read_bytes"`
+	WriteBytes float64 `json:"write_bytes"`
 	FlushReads float64 `json:"flush_reads"`
 	// Areas is the same, by area: "descriptor", "driver", "device". There is no payload.
 	Areas map[string]Bus `json:"areas,omitempty"`
@@ -63,12 +66,15 @@ type Bus struct {
 
 func perQueue(a *dma.QueueAccount, n float64) Bus {
 	b := Bus{Areas: make(map[string]Bus)}
-	for name, acc := range map[string]*dma.Account{"descriptor": &a.Descriptor, "driver": &a.Driver, "device": &a.Device} {
-		p := Bus{Bus: benchkit.BusOf(n, acc), FlushReads: float64(acc.Load().FlushReads) / n}
+	for name, acc := range map[string]dma.Account{"descriptor": a.Descriptor, "driver": a.Driver, "device": a.Device} {
+		p := perBuffer(acc, n)
 		b.Areas[name] = p
+		b.Reads += p.Reads
+		b.Writes += p.Writes
+		b.ReadBytes += p.ReadBytes
+		b.WriteBytes += p.WriteBytes
 		b.FlushReads += p.FlushReads
 	}
-	b.Bus = benchkit.BusOf(n, &a.Descriptor, &a.Driver, &a.Device)
 	return b
 }
 
@@ -107,6 +113,11 @@ func (r *Result) Add(o *Result) {
 	r.Lost += o.Lost
 	r.Runs = append(r.Runs, o.Runs...)
 	r.summarise()
+}
+
+func perBuffer(a dma.Account, n float64) Bus {
+	return Bus{Reads: float64(a.Reads) / n, Writes: float64(a.Writes) / n, ReadBytes: float64(a.ReadBytes) / n,
+		WriteBytes: float64(a.WriteBytes) / n, FlushReads: float64(a.FlushReads) / n}
 }
 
 // String is the result in a line.

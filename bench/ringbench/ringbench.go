@@ -10,14 +10,15 @@ package ringbench
 import (
 	"context"
 	"encoding/json"
+	"fmt"
+	"os"
 	"time"
 
 	"github.com/boardlink/boardlink/bench/benchkit"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/vring"
+	"golang.org/x/sys/unix"
 )
-
-const pingRounds = 2000
 
 // told is what the peer reports.
 type told struct {
@@ -53,13 +54,18 @@ func serve(c *Config, t *told) error {
 	if _, err := s.line.RoundTrips(pingRounds); err != nil {
 		return err
 	}
-	q, err := s.mem.Device(s.queue)
+	var q vring.Device
+	if c.Ring == "packed" {
+		q, err = vring.NewPackedDevice(s.queue)
+	} else {
+		q, err = vring.NewSplitDevice(s.queue)
+	}
 	if err != nil {
 		return err
 	}
 	q.DisarmKick()
 	for i := 0; i <= c.Runs; i++ { // the first one warms up
-		s.Start()
+		s.deadline = time.Now().Add(patience)
 		if _, err := s.line.RoundTrips(pingRounds); err != nil {
 			return err
 		}
@@ -73,14 +79,14 @@ func serve(c *Config, t *told) error {
 			return err
 		}
 	}
-	t.Bus, t.Sleeps, t.Rings, t.Lost, t.Idle = *s.mem.Bus, s.sleeps, s.rings, s.lost, idle(q.Stats())-s.idle
+	t.Bus, t.Sleeps, t.Rings, t.Lost, t.Idle = *s.bus, s.sleeps, s.rings, s.lost, idle(q.Stats())-s.idle
 	return nil
 }
 
 // start forgets what was counted while warming up. Nobody else counts meanwhile.
 func (s *side) start(q *vring.Stats) {
 	s.sleeps, s.rings, s.idle = 0, 0, idle(q)
-	*s.mem.Bus = dma.QueueAccount{}
+	*s.bus = dma.QueueAccount{}
 }
 
 // idle returns how often a side has looked in vain.
@@ -95,12 +101,27 @@ func Run(ctx context.Context, cfg Config) (*Result, error) {
 	if err := c.defaults(); err != nil {
 		return nil, err
 	}
-	files, fds, err := benchkit.Files("ringbench", 2*memSize, 2, 0)
+	fd, err := unix.MemfdCreate("ringbench", unix.MFD_CLOEXEC)
 	if err != nil {
+		return nil, fmt.Errorf("memfd_create: %w", err)
+	}
+	files := []*os.File{os.NewFile(uintptr(fd), "memory")}
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
+	if err := files[0].Truncate(2 * memSize); err != nil {
 		return nil, err
 	}
-	defer benchkit.CloseFiles(files)
-	s, err := newSide(&c, false, fds[0], fds[1], fds[2])
+	for i := 0; i < 2; i++ {
+		e, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+		if err != nil {
+			return nil, fmt.Errorf("eventfd: %w", err)
+		}
+		files = append(files, os.NewFile(uintptr(e), "eventfd"))
+	}
+	s, err := newSide(&c, false, fd, int(files[1].Fd()), int(files[2].Fd()))
 	if err != nil {
 		return nil, err
 	}
@@ -112,8 +133,30 @@ func Run(ctx context.Context, cfg Config) (*Result, error) {
 		return nil, err
 	}
 	defer p.Stop()
+	result := make(chan error, 1)
+	go func() { result <- r.lead(&c, s) }()
 	var t told
-	err = p.Lead(ctx, benchkit.Sides{Own: "driver", Peer: "device"}, func() error { return r.lead(&c, s) }, s.Gone, &t)
+	select {
+	case err = <-result:
+		if err != nil {
+			p.Stop()
+			err = fmt.Errorf("driver side: %w", err)
+		} else if err = p.Wait(&t); err != nil {
+			err = fmt.Errorf("device side: %w", err)
+		}
+	case <-p.Gone():
+		// This side may still be behind the last round trip, or wait for ever.
+		if err = p.Wait(&t); err != nil {
+			err = fmt.Errorf("device side: %w", err)
+			s.gone.Store(true)
+		}
+		if lerr := <-result; err == nil && lerr != nil {
+			err = fmt.Errorf("driver side: %w", lerr)
+		}
+	}
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -139,7 +182,12 @@ func (r *Result) lead(c *Config, s *side) error {
 		return err
 	}
 	defer unpin()
-	q, err := s.mem.Driver(s.queue)
+	var q vring.Driver
+	if c.Ring == "packed" {
+		q, err = vring.NewPackedDriver(s.queue)
+	} else {
+		q, err = vring.NewSplitDriver(s.queue)
+	}
 	if err != nil {
 		return err
 	}
@@ -148,7 +196,7 @@ func (r *Result) lead(c *Config, s *side) error {
 	}
 	q.DisarmCall()
 	for i := 0; i <= c.Runs; i++ { // the first one warms up
-		s.Start()
+		s.deadline = time.Now().Add(patience)
 		before, err := s.line.RoundTrips(pingRounds)
 		if err != nil {
 			return err
@@ -175,7 +223,7 @@ func (r *Result) lead(c *Config, s *side) error {
 		r.Runs = append(r.Runs, Sample{took, rt})
 	}
 	r.summarise()
-	r.Driver = perQueue(s.mem.Bus, float64(c.Buffers)*float64(c.Runs))
+	r.Driver = perQueue(s.bus, float64(c.Buffers)*float64(c.Runs))
 	r.Sleeps, r.Rings, r.Lost = float64(s.sleeps), float64(s.rings), s.lost
 	r.Idle = float64(idle(q.Stats()) - s.idle)
 	return nil

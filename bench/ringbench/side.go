@@ -3,7 +3,11 @@
 package ringbench
 
 import (
+	"errors"
 	"fmt"
+	"sync/atomic"
+	"time"
+	"unsafe"
 
 	"github.com/boardlink/boardlink/bench/benchkit"
 	"github.com/boardlink/boardlink/dma"
@@ -12,13 +16,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Where things lie in the board's memory, and of "push" in the host's.
+// Both memories lie in one file: the board's, then the host's, each with a link address.
 const (
-	memSize   = 8 << 20
-	offDesc   = 4096 // behind the round trip's line
-	offDriver = offDesc + 32768*16
-	offDevice = offDriver + 1<<17
-	offData   = 2 << 20
+	memSize            = 8 << 20
+	boardBase dma.Addr = 0x1000_0000
+	hostBase  dma.Addr = 0x9_0000_0000
+	offDesc            = 4096 // of the board's: behind the round trip's line
+	offDriver          = offDesc + 32768*16
+	offDevice          = offDriver + 1<<17
+	offData            = 2 << 20
+
+	pingRounds = 2000
+	patience   = 30 * time.Second
 )
 
 // frames is how many different buffers there are, length the bytes of one.
@@ -26,15 +35,18 @@ const frames = 65521
 
 func length(i int) uint32 { return 60 + uint32(i*37%1440) }
 
-// side is one process' view: its memories, its queue's configuration.
+// side is one process' view: its regions, its queue's configuration.
 type side struct {
-	benchkit.Watch
-	c     *Config
-	mem   *benchkit.Memories
-	kick  int // eventfds
-	call  int
-	line  *benchkit.Line
-	queue vring.Config
+	c        *Config
+	mem      []byte
+	kick     int // eventfds
+	call     int
+	line     *benchkit.Line
+	bus      *dma.QueueAccount
+	queue    vring.Config
+	deadline time.Time
+	gone     atomic.Bool // the peer
+	buffer   dma.Addr    // where the buffers lie
 
 	sleeps, rings uint64
 	lost, idle    uint64
@@ -48,32 +60,73 @@ type side struct {
 }
 
 func newSide(c *Config, device bool, memfd, kick, call int) (*side, error) {
-	mem, err := benchkit.MapMemories(benchkit.Layout{Ring: c.Ring, Placement: c.Placement, Memory: c.Memory, Size: c.Size}, memfd, memSize, device)
+	b, err := unix.Mmap(memfd, 0, 2*memSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("mmap: %w", err)
 	}
-	s := &side{c: c, mem: mem, kick: kick, call: call}
-	s.Start()
-	ram, _ := mmio.FromBytes(mem.Bytes[:benchkit.LineBytes]).RAM()
+	s := &side{c: c, mem: b, kick: kick, call: call, bus: new(dma.QueueAccount), deadline: time.Now().Add(patience)}
+	ram, _ := mmio.FromBytes(b[:benchkit.LineBytes]).RAM()
 	s.line = benchkit.NewLine(ram, !device)
-	s.line.Late = s.Late
-	s.queue = mem.Queue("bench", offDesc, offDriver, offDevice)
-	s.queue.EventIdx, s.queue.InOrder = c.EventIdx, c.InOrder
-	if device {
-		s.used = make([]vring.Used, 0, c.Batch)
-		return s, nil
+	s.line.Late = s.late
+	kind := map[string]mmio.Kind{"cached": mmio.Cached, "write-combining": mmio.WriteCombining, "uncached": mmio.Uncached}[c.Memory]
+	region := func(name string, addr dma.Addr, off int, across bool) *dma.Region {
+		r := &dma.Region{Name: name, Addr: addr, Access: dma.DeviceRead | dma.DeviceWrite}
+		k := mmio.Cached
+		if across {
+			r.Across, r.Account, k = true, new(dma.Account), kind // the areas have accounts of their own
+		}
+		r.Mem = mmio.NewMem(unsafe.Pointer(&b[off]), memSize, k)
+		return r
 	}
-	s.reqs, s.done = make([]vring.Request, c.Batch), make([]vring.Completion, c.Batch)
-	// As frames that are sent: no descriptor is what it was one lap ago, so that what rings save by not
-	// writing what does not change is not measured. Their number is prime.
-	s.bufs = make([]vring.Buffer, frames)
-	for i := range s.bufs {
-		s.bufs[i] = vring.Buffer{Addr: mem.Far.Addr + dma.Addr(offData+i*64), Len: length(i)}
+	local := c.Placement == "local"
+	board := region("board", boardBase, 0, device && !local)
+	host := region("host", hostBase, memSize, !device && !local)
+	far := board
+	s.buffer = boardBase + offData
+	if c.Placement == "push" {
+		far = host
+		s.buffer = hostBase + offData
+	}
+	sizes := vring.SplitSizes
+	if c.Ring == "packed" {
+		sizes = vring.PackedSizes
+	}
+	desc, driver, dev := sizes(uint16(c.Size))
+	s.queue = vring.Config{Name: "bench", Size: uint16(c.Size), EventIdx: c.EventIdx, InOrder: c.InOrder,
+		Desc:   dma.Span{Region: far, Off: offDesc, Len: uint32(desc)}.Accounted(&s.bus.Descriptor),
+		Driver: dma.Span{Region: far, Off: offDriver, Len: uint32(driver)}.Accounted(&s.bus.Driver),
+		Device: dma.Span{Region: board, Off: offDevice, Len: uint32(dev)}.Accounted(&s.bus.Device)}
+	if !device {
+		s.reqs, s.done = make([]vring.Request, c.Batch), make([]vring.Completion, c.Batch)
+		// As frames that are sent: no descriptor is what it was one lap ago, so that what rings save by not
+		// writing what does not change is not measured. Their number is prime.
+		s.bufs = make([]vring.Buffer, frames)
+		for i := range s.bufs {
+			s.bufs[i] = vring.Buffer{Addr: s.buffer + dma.Addr(i*64), Len: length(i)}
+		}
+	} else {
+		s.used = make([]vring.Used, 0, c.Batch)
+		t, err := dma.NewTable(*board, *host)
+		if err != nil {
+			return nil, err
+		}
+		s.queue.Table = new(dma.TableRef)
+		s.queue.Table.Store(t)
 	}
 	return s, nil
 }
 
-func (s *side) close() error { return s.mem.Close() }
+func (s *side) close() error { return unix.Munmap(s.mem) }
+
+var errPatience = errors.New("the other side does not answer")
+
+// late is asked now and then by whoever waits.
+func (s *side) late() error {
+	if s.gone.Load() || time.Now().After(s.deadline) {
+		return errPatience
+	}
+	return nil
+}
 
 func (s *side) ring(fd int) error {
 	one := [8]byte{1} // whatever the byte order: not 0
@@ -94,16 +147,13 @@ func (s *side) wait(fd int) error {
 		}
 		if err == nil {
 			s.lost++
-			return s.Late()
+			return s.late()
 		}
 		if err != unix.EINTR {
 			return err
 		}
 	}
 }
-
-// pace is how often a side that polls reads a word of its own between two looks.
-const pace = 16
 
 func (s *side) driver(q vring.Driver) error {
 	c := s.c
@@ -148,12 +198,12 @@ func (s *side) driver(q vring.Driver) error {
 		}
 		idle++
 		if idle&(1<<18-1) == 0 {
-			if err := s.Late(); err != nil {
+			if err := s.late(); err != nil {
 				return err
 			}
 		}
 		if !c.Sleep || idle < c.Spins {
-			benchkit.Relax(pace)
+			relax()
 			continue
 		}
 		idle = 0
@@ -204,12 +254,12 @@ func (s *side) device(q vring.Device) error {
 		}
 		idle++
 		if idle&(1<<18-1) == 0 {
-			if err := s.Late(); err != nil {
+			if err := s.late(); err != nil {
 				return err
 			}
 		}
 		if !c.Sleep || idle < c.Spins {
-			benchkit.Relax(pace)
+			relax()
 			continue
 		}
 		idle = 0
@@ -225,4 +275,16 @@ func (s *side) device(q vring.Device) error {
 		q.DisarmKick()
 	}
 	return nil
+}
+
+// pace is how often relax reads a word of its own.
+const pace = 16
+
+var idleWord uint64
+
+// relax lets a moment pass between two looks, so that the line is not taken from who writes it.
+func relax() {
+	for i := 0; i < pace; i++ {
+		mmio.Load64(unsafe.Pointer(&idleWord))
+	}
 }
