@@ -33,6 +33,14 @@ type Transport interface {
 	Call(i int) doorbell.Waiter
 }
 
+// Enabler is a Transport whose control plane puts the queues of a network device into use, in place of the device's
+// control queue: VIRTIO_NET_F_MQ is offered without VIRTIO_NET_F_CTRL_VQ.
+type Enabler interface {
+	// EnableQueue puts queue i into use, or out of it; it is called while DRIVER_OK is set. Queues are out of
+	// use until then: the device drops what is sent by them, and sends nothing.
+	EnableQueue(i int, on bool) error
+}
+
 // Driver drives one device of a link. Its owner calls the methods from one goroutine; Status, Close and the methods that
 // tell of the interface may be called from others.
 type Driver interface {

@@ -19,7 +19,9 @@ type bringUp struct {
 	acked  virtio.Features
 	offers int // pairs that the host offers
 	count  int // pairs to set up; lowered where there is no room, and the operator did not choose
-	stop   *tunbridge.Stop
+	// The transport enables the queues of pairs: there is no control queue.
+	enabled bool
+	stop    *tunbridge.Stop
 
 	hostMTU      int // as the configuration space has it
 	maxRX, maxTX int // longest frames with headers, to this side and from it
@@ -38,6 +40,9 @@ type place struct {
 	buffers              dma.Span
 	bufferSize           uint32 // of a receive queue
 }
+
+// hasCtrl tells whether the control queue is set up.
+func (l *bringUp) hasCtrl() bool { return l.count > 1 && !l.enabled }
 
 // errNoRoom: the device's memory does not do for so many queue pairs.
 var errNoRoom = errors.New("use a larger window, fewer devices or fewer queue pairs (--queues)")
@@ -64,7 +69,7 @@ func (n *Net) layOut(l *bringUp) error {
 		sizes = append(sizes, size)
 	}
 	ctrl := virtio.NetQueueCtrl(l.offers)
-	if l.count > 1 {
+	if l.hasCtrl() {
 		size, err := n.queueSize(l, ctrl, ctrlQueueSize)
 		if err != nil {
 			return err
@@ -73,10 +78,10 @@ func (n *Net) layOut(l *bringUp) error {
 	}
 	places, err := n.reserve(l, sizes)
 	for err != nil && errors.Is(err, errNoRoom) && n.cfg.Queues == 0 && l.count > 1 {
-		if l.count--; l.count > 1 {
-			sizes = append(sizes[:2*l.count], sizes[len(sizes)-1])
-		} else {
-			sizes = sizes[:2]
+		last := sizes[len(sizes)-1]
+		l.count--
+		if sizes = sizes[:2*l.count]; l.hasCtrl() {
+			sizes = append(sizes, last)
 		}
 		l.m.Near.Alloc.Reset()
 		l.m.Far.Alloc.Reset()
@@ -123,7 +128,7 @@ func (n *Net) layOut(l *bringUp) error {
 			}
 		}
 	}
-	if l.count > 1 {
+	if l.hasCtrl() {
 		l.kick, l.call = l.t.Kick(ctrl), l.t.Call(ctrl)
 	}
 	return nil
@@ -185,7 +190,7 @@ func (n *Net) reserve(l *bringUp, sizes []uint16) ([]place, error) {
 			}
 		}
 	}
-	if l.count > 1 {
+	if l.hasCtrl() {
 		if l.cmd, err = far.Take(n.cfg.Name+" ctrl", 64, 64); err == nil {
 			l.ack, err = near.Take(n.cfg.Name+" ctrl", 64, 64)
 		}

@@ -59,7 +59,7 @@ func (r *request) Run() error {
 			if told {
 				r.n.Failed(nil)
 			}
-			return r.use()
+			return r.n.use(l.count)
 		}
 		if !told && time.Since(began) > answerTime {
 			told = true
@@ -72,11 +72,11 @@ func (r *request) Run() error {
 	return nil
 }
 
-// use lets the kernel send through the queues of all pairs.
-func (r *request) use() error {
-	err := r.n.ifc.SetQueues(r.lay.count)
-	r.n.mu.Lock()
-	r.n.inUse = r.n.ifc.InUse()
-	r.n.mu.Unlock()
+// use lets the kernel send through the queues of so many pairs.
+func (n *Net) use(pairs int) error {
+	err := n.ifc.SetQueues(pairs)
+	n.mu.Lock()
+	n.inUse = n.ifc.InUse()
+	n.mu.Unlock()
 	return err
 }

@@ -28,7 +28,7 @@ func (n *Net) Status() status.Device {
 	for i := 0; i < 2*n.limit; i++ {
 		s.Queues = append(s.Queues, n.pairs[i/2].queue(i).describe(i, virtio.NetQueueName(i, len(n.pairs)), i < 2*n.setUps))
 	}
-	if n.setUps > 1 {
+	if n.ctrl.q != nil && n.setUps > 1 {
 		ctrl := virtio.NetQueueCtrl(n.offers)
 		s.Queues = append(s.Queues, n.ctrl.describe(ctrl, "ctrl", true))
 	}

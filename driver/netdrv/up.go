@@ -26,8 +26,9 @@ func (n *Net) wanted() virtio.Features {
 	return f.Or(virtio.FeaturesFromMask(tunbridge.OffloadFeatures(n.ifc.OffloadSupported())))
 }
 
-// choose returns the features to accept of those offered, for placement push or window.
-func (n *Net) choose(offered virtio.Features, push bool) (virtio.Features, error) {
+// choose returns the features to accept of those offered, for placement push or window. enabled: the transport enables queues
+// (driver.Enabler), so that several pairs need no control queue.
+func (n *Net) choose(offered virtio.Features, push, enabled bool) (virtio.Features, error) {
 	f := offered.And(n.wanted()).Without(n.cfg.Deny)
 	if n.cfg.Ring == "packed" {
 		if push {
@@ -46,8 +47,11 @@ func (n *Net) choose(offered virtio.Features, push bool) (virtio.Features, error
 		}
 		return f, fmt.Errorf("%s: this end is a tap device, the host's a tun (raw IP): give both ends the same --link", n.cfg.Name)
 	}
+	if enabled {
+		f.Set(virtio.NetCtrlVQ) // the transport stands for it
+	}
 	f = virtio.WithoutOrphans(f)
-	if !f.Has(virtio.NetMQ) {
+	if enabled || !f.Has(virtio.NetMQ) {
 		f.Clear(virtio.NetCtrlVQ) // of no use alone
 	}
 	return f, nil
@@ -92,7 +96,8 @@ func (n *Net) setUp(t driver.Transport, m driver.Layout, set uint32, notify func
 	n.mu.Lock()
 	n.offered = offered
 	n.mu.Unlock()
-	acked, err := n.choose(offered, m.Near != m.Far)
+	enabler, enabled := t.(driver.Enabler)
+	acked, err := n.choose(offered, m.Near != m.Far, enabled)
 	if err != nil {
 		return err
 	}
@@ -102,7 +107,7 @@ func (n *Net) setUp(t driver.Transport, m driver.Layout, set uint32, notify func
 		return err
 	}
 	nc := virtio.DecodeNetConfig(cb)
-	lay := bringUp{t: t, m: m, offers: 1, count: 1, hostMTU: int(nc.MTU)}
+	lay := bringUp{t: t, m: m, offers: 1, count: 1, enabled: enabled, hostMTU: int(nc.MTU)}
 	if acked.Has(virtio.NetMQ) {
 		lay.offers = int(nc.MaxQueuePairs)
 		if lay.offers < 1 || lay.offers > virtio.NetPairsMax {
@@ -159,6 +164,11 @@ func (n *Net) setUp(t driver.Transport, m driver.Layout, set uint32, notify func
 	if err != nil {
 		return err
 	}
+	for i := 0; enabled && i < 2*lay.count; i++ {
+		if err := enabler.EnableQueue(i, true); err != nil {
+			return err
+		}
+	}
 	started = true // Down stops it from here on
 	n.mu.Lock()
 	n.acked, n.devStatus, n.stop = acked, set, stop
@@ -179,9 +189,14 @@ func (n *Net) setUp(t driver.Transport, m driver.Layout, set uint32, notify func
 	n.mu.Lock()
 	n.carrier = carrier
 	n.mu.Unlock()
-	if lay.count > 1 {
+	if lay.hasCtrl() {
 		n.loops.Add(1)
 		go n.run(&request{n: n, lay: &lay}, notify)
+	} else if lay.count > 1 {
+		if err := n.use(lay.count); err != nil {
+			n.Down()
+			return err
+		}
 	}
 	return nil
 }
