@@ -188,18 +188,13 @@ func (c *Config) checkBoards() error {
 		kinds = append(kinds, k.Name)
 		known[k.Name] = true
 	}
-	if c.Side == board.Host {
-		kinds = append(kinds, strings.TrimSuffix(vhostuser.Prefix, ":"))
-	}
+	kinds = append(kinds, strings.TrimSuffix(vhostuser.Prefix, ":"))
 	if len(c.Boards) == 0 {
 		return Usagef("--board KIND:ARG is missing: the board; the kinds are: %s", strings.Join(kinds, " "))
 	}
 	seen := map[string]bool{}
 	for _, spec := range c.Boards {
 		i := strings.IndexByte(spec, ':')
-		if isDoor(spec) && c.Side == board.Agent {
-			return Usagef("--board %s: a vhost-user front end is served by boardlink host", spec)
-		}
 		if !isDoor(spec) && (i < 0 || !known[spec[:i]]) {
 			return Usagef("--board %s: it is KIND:ARG, and the kinds of board are: %s", spec, strings.Join(kinds, " "))
 		}

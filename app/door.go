@@ -6,14 +6,18 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/control/vhostuser"
 	"github.com/boardlink/boardlink/device"
+	"github.com/boardlink/boardlink/driver"
+	"github.com/boardlink/boardlink/driver/netdrv"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/tunbridge"
 )
 
-// isDoor tells whether a spec of --board is that of a vhost-user front end (a virtual machine, a
-// DPDK program), which stands where a board does.
+// isDoor tells whether a spec of --board is that of a vhost-user socket. At the host a front end (a
+// virtual machine, a DPDK program) stands where a board does; at the agent a back end (a switch, a
+// DPDK program) stands where the host does.
 func isDoor(spec string) bool { return strings.HasPrefix(spec, vhostuser.Prefix) }
 
 // checkDoors checks what depends on the boards that are front ends, and gives their devices what
@@ -23,9 +27,12 @@ func (c *Config) checkDoors() error {
 		if !isDoor(spec) {
 			continue
 		}
-		s, err := vhostuser.ParseSpec(spec)
+		s, err := c.parseDoor(spec)
 		if err != nil {
-			return Usagef("--board %v", err)
+			return err
+		}
+		if c.Side == board.Agent && c.Placement == "push" {
+			return Usagef("--placement push: not with a vhost-user back end: all of the shared memory is this machine's")
 		}
 		devices := 0
 		for i := range c.Nets {
@@ -34,10 +41,10 @@ func (c *Config) checkDoors() error {
 				continue
 			}
 			if devices++; devices > 1 {
-				return Usagef("--board %s: several devices: a front end has one for each socket; give each a --board of its own", spec)
+				return Usagef("--board %s: several devices: there is one for each socket; give each a --board of its own, and of several agents each one", spec)
 			}
 			if n.Type != tunbridge.TAP {
-				return Usagef("--board %s: --link tun: front ends have Ethernet frames; leave it at tap", spec)
+				return Usagef("--board %s: --link tun: vhost-user carries Ethernet frames; leave it at tap", spec)
 			}
 			if s.Queues > 0 {
 				if n.Queues = s.Queues; n.Queues > tunbridge.MaxQueues {
@@ -49,11 +56,24 @@ func (c *Config) checkDoors() error {
 	return nil
 }
 
+// parseDoor reads the spec of a vhost-user socket, as this side has it.
+func (c *Config) parseDoor(spec string) (s vhostuser.Spec, err error) {
+	if c.Side == board.Agent {
+		s, err = vhostuser.ParseFrontendSpec(spec)
+	} else {
+		s, err = vhostuser.ParseSpec(spec)
+	}
+	if err != nil {
+		err = Usagef("--board %v", err)
+	}
+	return s, err
+}
+
 // newDoor makes the end of a link to a front end.
 func (e *ends) newDoor(l *link, d device.Device) (end, error) {
-	s, err := vhostuser.ParseSpec(l.board)
+	s, err := e.c.parseDoor(l.board)
 	if err != nil {
-		return nil, Usagef("--board %v", err)
+		return nil, err
 	}
 	return doorEnd{vhostuser.New(vhostuser.Config{Name: l.name, Board: l.board, Spec: s, Device: d, Log: session.Limit(e.log)}), d}, nil
 }
@@ -64,15 +84,48 @@ type doorEnd struct {
 	dev device.Device
 }
 
+// newFrontend makes the end of a link to a back end.
+func (e *ends) newFrontend(l *link, d driver.Driver) (end, error) {
+	s, err := e.c.parseDoor(l.board)
+	if err != nil {
+		return nil, err
+	}
+	n, ok := d.(*netdrv.Net)
+	if !ok {
+		return nil, Usagef("--board %s: the device of a vhost-user back end has to be a network device", l.board)
+	}
+	return frontEnd{vhostuser.NewFrontend(vhostuser.FrontendConfig{Name: l.name, Board: l.board, Spec: s, Driver: d, MTU: n.Interface().MTU, Log: session.Limit(e.log)}), d}, nil
+}
+
+// frontEnd is the end of a link to a back end.
+type frontEnd struct {
+	*vhostuser.Frontend
+	drv driver.Driver
+}
+
 // Open implements end.
-func (d doorEnd) Open(ctx context.Context) error {
-	err := d.Door.Open(ctx)
+func (f frontEnd) Open(ctx context.Context) error { return openError(f.Frontend.Open(ctx)) }
+
+// Run implements end.
+func (f frontEnd) Run(ctx context.Context) error {
+	err := f.Frontend.Run(ctx)
+	if cerr := f.drv.Close(); err == nil {
+		err = cerr
+	}
+	return err
+}
+
+// openError marks an error of the user's making.
+func openError(err error) error {
 	var in *vhostuser.InputError
 	if errors.As(err, &in) {
 		return UsageError{err}
 	}
 	return err
 }
+
+// Open implements end.
+func (d doorEnd) Open(ctx context.Context) error { return openError(d.Door.Open(ctx)) }
 
 // Run implements end. The device is closed at its end, unless its loops may still run.
 func (d doorEnd) Run(ctx context.Context) error {

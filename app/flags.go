@@ -77,7 +77,7 @@ func queueSize(to func(c *Config) *uint16) func(c *Config, v string) error {
 var flags = []Flag{
 	{Name: "board", Arg: "KIND:ARG", sides: hostOnly, Help: "The board, e.g. loopback:/run/a.sock, or a vhost-user front end in its place: vhost-user:/run/x.sock, with ,client ,mode=0660 or ,queues=N behind it. It may come later. May be repeated.",
 		set: func(c *Config, v string) error { c.Boards = append(c.Boards, v); return nil }},
-	{Name: "board", Arg: "KIND:ARG", sides: agentOnly, Help: "The board, e.g. loopback:/run/a.sock. It may come later.",
+	{Name: "board", Arg: "KIND:ARG", sides: agentOnly, Help: "The board, e.g. loopback:/run/a.sock, or a vhost-user back end in the host's place: vhost-user:/run/y.sock (,server ,mode=0660 may follow). It may come later.",
 		set: func(c *Config, v string) error { c.Boards = append(c.Boards, v); return nil }},
 	{Name: "name", Arg: "NAME", Def: "board0", sides: hostOnly, Help: "Name of the link, for log, status and stable MAC addresses. With several boards the next ones count on from it.",
 		set: func(c *Config, v string) error { c.Name = v; return nil }},

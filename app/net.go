@@ -44,6 +44,12 @@ func planNets(c *Config, b int, log session.Logger) ([]Plan, error) {
 			if err := p.stableMACs(); err != nil {
 				return nil, err
 			}
+		} else if isDoor(c.Boards[b]) && p.MAC == (tunbridge.MAC{}) {
+			// A vhost-user back end gives no MAC address.
+			if err := p.stableMACs(); err != nil {
+				return nil, err
+			}
+			p.MAC = p.BoardMAC
 		}
 		if err := p.valid(); err != nil {
 			return nil, err

@@ -149,6 +149,10 @@ func (e *ends) createAgent(l *link) (end, []io.Closer, error) {
 		}
 		made, drivers = append(made, d), append(drivers, d)
 	}
+	if isDoor(l.board) {
+		end, err := e.newFrontend(l, drivers[0])
+		return end, made, err
+	}
 	return agent.NewLink(agent.Config{Name: l.name, Board: l.board, Placement: c.Placement, Options: e.options(), Devices: drivers,
 		Log: e.log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts}), made, nil
 }

@@ -1,8 +1,8 @@
-// Package driver says what a virtio driver is to the program that runs it, and what a driver needs: a transport to
-// its device, and memory to lay its queues and buffers out in.
+// Package driver says what a virtio driver is to the program that runs it, and what a driver needs:
+// a transport to its device, and memory to lay its queues and buffers out in.
 //
-// It must not know messages, sockets, boards, or link pages: the same drivers run over virtio-msg and other
-// transports.
+// It must not know messages, sockets, boards, or link pages: the same drivers run over virtio-msg
+// and other transports.
 package driver
 
 import (
@@ -33,16 +33,16 @@ type Transport interface {
 	Call(i int) doorbell.Waiter
 }
 
-// Enabler is a Transport whose control plane puts the queues of a network device into use, in place of the device's
-// control queue: VIRTIO_NET_F_MQ is offered without VIRTIO_NET_F_CTRL_VQ.
+// Enabler is a Transport whose control plane puts the queues of a network device into use, in place
+// of the device's control queue: VIRTIO_NET_F_MQ is offered without VIRTIO_NET_F_CTRL_VQ.
 type Enabler interface {
-	// EnableQueue puts queue i into use, or out of it; it is called while DRIVER_OK is set. Queues are out of
-	// use until then: the device drops what is sent by them, and sends nothing.
+	// EnableQueue puts queue i into use, or out of it; it is called while DRIVER_OK is set. Queues
+	// are out of use until then: the device drops what is sent by them, and sends nothing.
 	EnableQueue(i int, on bool) error
 }
 
-// Driver drives one device of a link. Its owner calls the methods from one goroutine; Status, Close and the methods that
-// tell of the interface may be called from others.
+// Driver drives one device of a link. Its owner calls the methods from one goroutine; Status, Close
+// and the methods that tell of the interface may be called from others.
 type Driver interface {
 	// Name is for errors, log and status ("net0"); Number is the device number on the link.
 	Name() string
@@ -53,12 +53,12 @@ type Driver interface {
 	Joined() string
 	// Doorbells is for how many queues, from 0 on, the device is to call this side.
 	Doorbells() int
-	// Pairs returns how many queue pairs the driver could use, and whether the operator chose that number;
-	// LimitPairs lowers it.
+	// Pairs returns how many queue pairs the driver could use, and whether the operator chose that
+	// number; LimitPairs lowers it.
 	Pairs() (n int, chosen bool)
 	LimitPairs(n int)
-	// Up brings the device up over t (virtio 1.2, 3.1.1), with rings and buffers in m. broken hears, from any
-	// goroutine, that a queue ended by an error.
+	// Up brings the device up over t (virtio 1.2, 3.1.1), with rings and buffers in m. broken
+	// hears, from any goroutine, that a queue ended by an error.
 	Up(t Transport, m Layout, broken func(error)) error
 	// Down stops all access to rings and buffers before it returns. It is idempotent.
 	Down()
@@ -68,12 +68,13 @@ type Driver interface {
 	Failed(error)
 	// OnChange sets who hears that LinkUp or Remade may have changed.
 	OnChange(func())
-	// LinkUp tells whether what the device is joined to is up; Remade whether it was made anew since the last call, so
-	// that the device has to come up again at once.
+	// LinkUp tells whether what the device is joined to is up; Remade whether it was made anew
+	// since the last call, so that the device has to come up again at once.
 	LinkUp() bool
 	Remade() bool
-	// Warning returns a warning for the log that was not returned before, empty if there is none. ShortOf says what
-	// is left out for lack of memory, Unmet what the operator asked for and the device does not have.
+	// Warning returns a warning for the log that was not returned before, empty if there is none.
+	// ShortOf says what is left out for lack of memory, Unmet what the operator asked for and the
+	// device does not have.
 	Warning() string
 	ShortOf() string
 	Unmet() []string

@@ -127,7 +127,7 @@ func (c *statusCmd) print(s *streams, p *status.Program) {
 		if l.LastError != "" {
 			fmt.Fprintf(w, "  error\t%s\n", l.LastError)
 		}
-		if !strings.HasPrefix(l.Board, vhostuser.Prefix) { // a front end has none
+		if !strings.HasPrefix(l.Board, vhostuser.Prefix) { // vhost-user has none
 			fmt.Fprintf(w, "  epoch\t0x%08x, peer 0x%08x\n", l.Epoch, l.PeerEpoch)
 		}
 		fmt.Fprintf(w, "  window\t%s, %s memory, placement %s\n", sizeString(l.Window.Size), l.Window.Kind, l.Placement)

@@ -7,8 +7,9 @@ import (
 
 // What is wrong with a message. An Error has one of them as its Code.
 var (
-	// ErrVersion: the header has another version than 1, or is that of a reply.
-	ErrVersion = errors.New("no request of protocol version 1")
+	// ErrVersion: the header has another version than 1, or is that of a reply where a request is
+	// wanted, or the other way round.
+	ErrVersion = errors.New("no message of protocol version 1 in this direction")
 	// ErrLength: the payload is too long, too short, or not as long as it says.
 	ErrLength = errors.New("wrong length")
 	// ErrDescriptors: too few or too many file descriptors, or one of the wrong kind.

@@ -210,6 +210,17 @@ func (m *message) vringAddr() (a vringAddr, err error) {
 		avail: native.Uint64(b[24:]), log: native.Uint64(b[32:])}, nil
 }
 
+func (a vringAddr) encode() []byte {
+	b := make([]byte, vringAddrLen)
+	native.PutUint32(b, a.index)
+	native.PutUint32(b[4:], a.flags)
+	native.PutUint64(b[8:], a.desc)
+	native.PutUint64(b[16:], a.used)
+	native.PutUint64(b[24:], a.avail)
+	native.PutUint64(b[32:], a.log)
+	return b
+}
+
 // region describes one memory region: guest physical address, size, address in the front end's
 // process, and offset in the file of its descriptor.
 type region struct{ guest, size, user, offset uint64 }

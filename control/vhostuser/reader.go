@@ -23,12 +23,13 @@ type source interface {
 // reader reads messages. It never reads beyond the end of a message, so descriptors belong to the
 // message that they came with.
 type reader struct {
-	src source
-	n   *counters
+	src     source
+	n       *counters
+	replies bool // it reads a back end's answers, not a front end's requests
 }
 
-// next returns the next message; its descriptors are the caller's. io.EOF: the front end has closed
-// the connection between two messages.
+// next returns the next message; its descriptors are the caller's. io.EOF: the other side has
+// closed the connection between two messages.
 func (r *reader) next() (m *message, err error) {
 	m = &message{}
 	defer func() {
@@ -42,7 +43,7 @@ func (r *reader) next() (m *message, err error) {
 		return m, err
 	}
 	m.req, m.flags = Request(native.Uint32(head[:])), native.Uint32(head[4:])
-	if m.flags&versionMask != flagVersion || m.flags&flagReply != 0 {
+	if m.flags&versionMask != flagVersion || (m.flags&flagReply != 0) != r.replies {
 		return m, m.errorf(ErrVersion, "flags %#x", m.flags)
 	}
 	size := native.Uint32(head[8:])

@@ -13,6 +13,9 @@ const Prefix = "vhost-user:"
 // Help describes the spec of a door.
 const Help = "vhost-user:PATH[,client][,mode=0660][,queues=N], or vhost-user:fd=N[,queues=N]"
 
+// FrontendHelp describes the spec of a front end.
+const FrontendHelp = "vhost-user:PATH[,server][,mode=0660], or vhost-user:fd=N"
+
 // maxPath is the longest path of a Unix socket: sun_path of unix(7) less its zero byte.
 const maxPath = 107
 
@@ -34,11 +37,19 @@ type Spec struct {
 	Queues int
 }
 
-// ParseSpec reads "vhost-user:PATH,...". Errors are the user's, in one line.
-func ParseSpec(s string) (Spec, error) {
-	spec := Spec{FD: -1}
+// ParseSpec reads the spec of a door, "vhost-user:PATH,...". Errors are the user's, in one line.
+func ParseSpec(s string) (Spec, error) { return parseSpec(s, false) }
+
+// ParseFrontendSpec reads the spec of a front end: it connects unless it is told to be the server.
+func ParseFrontendSpec(s string) (Spec, error) { return parseSpec(s, true) }
+
+func parseSpec(s string, front bool) (Spec, error) {
+	spec, help := Spec{FD: -1}, Help
+	if front {
+		help = FrontendHelp
+	}
 	bad := func(format string, args ...interface{}) (Spec, error) {
-		return Spec{}, fmt.Errorf("%s: %s; it is %s", s, fmt.Sprintf(format, args...), Help)
+		return Spec{}, fmt.Errorf("%s: %s; it is %s", s, fmt.Sprintf(format, args...), help)
 	}
 	if !strings.HasPrefix(s, Prefix) {
 		return bad("it does not begin with %s", Prefix)
@@ -56,17 +67,20 @@ func ParseSpec(s string) (Spec, error) {
 			return bad("the path has %d bytes, 1 to %d are possible", len(spec.Path), maxPath)
 		}
 	}
+	spec.Client = front && spec.FD < 0
 	for _, p := range parts[1:] {
 		switch {
-		case p == "client" && spec.FD < 0:
+		case p == "client" && spec.FD < 0 && !front:
 			spec.Client = true
+		case p == "server" && spec.FD < 0 && front:
+			spec.Client = false
 		case strings.HasPrefix(p, "mode=") && spec.FD < 0:
 			n, err := strconv.ParseUint(p[5:], 8, 32)
 			if err != nil || n == 0 || n > 0o777 {
 				return bad("mode %q is none: 1 to 777, octal", p[5:])
 			}
 			spec.Mode = os.FileMode(n)
-		case strings.HasPrefix(p, "queues="):
+		case strings.HasPrefix(p, "queues=") && !front:
 			n, err := strconv.ParseUint(p[7:], 10, 31)
 			if err != nil || n < 1 || n > maxPairs {
 				return bad("%q is no number of queue pairs: 1 to %d", p[7:], maxPairs)
@@ -77,7 +91,7 @@ func ParseSpec(s string) (Spec, error) {
 		}
 	}
 	if spec.Client && spec.Mode != 0 {
-		return bad("mode is for a socket that this program makes, client for one that the front end makes")
+		return bad("mode is for a socket that this program makes, and it connects to that of the other side")
 	}
 	return spec, nil
 }

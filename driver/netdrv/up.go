@@ -26,8 +26,8 @@ func (n *Net) wanted() virtio.Features {
 	return f.Or(virtio.FeaturesFromMask(tunbridge.OffloadFeatures(n.ifc.OffloadSupported())))
 }
 
-// choose returns the features to accept of those offered, for placement push or window. enabled: the transport enables queues
-// (driver.Enabler), so that several pairs need no control queue.
+// choose returns the features to accept of those offered, for placement push or window. enabled:
+// the transport enables queues (driver.Enabler), so that several pairs need no control queue.
 func (n *Net) choose(offered virtio.Features, push, enabled bool) (virtio.Features, error) {
 	f := offered.And(n.wanted()).Without(n.cfg.Deny)
 	if n.cfg.Ring == "packed" {
@@ -233,7 +233,8 @@ func (n *Net) configure(acked virtio.Features, c virtio.NetConfig) error {
 	return nil
 }
 
-// mtu returns the MTU that the interface is to have: the operator's, lowered to the host's, or the host's.
+// mtu returns the MTU that the interface is to have: the operator's, lowered to the host's, or the
+// host's.
 func (n *Net) mtu(acked virtio.Features, c virtio.NetConfig) int {
 	mtu := n.cfg.Interface.MTU
 	if mtu == 0 {
@@ -248,8 +249,9 @@ func (n *Net) mtu(acked virtio.Features, c virtio.NetConfig) int {
 	return mtu
 }
 
-// Reconfigure implements driver.Driver: it takes over a configuration that changed while the device runs: the link's state, the
-// MAC. The MTU decides how large buffers are: a change of it takes effect with the next reset.
+// Reconfigure implements driver.Driver: it takes over a configuration that changed while the device
+// runs: the link's state, the MAC. The MTU decides how large buffers are: a change of it takes
+// effect with the next reset.
 func (n *Net) Reconfigure(t driver.Transport) error {
 	b, err := t.Config(0, virtio.NetConfigLen)
 	if err != nil {
