@@ -322,7 +322,8 @@ func newFront(t testing.TB, conn int) *front {
 	f.mem = mmio.NewMem(unsafe.Pointer(&b[0]), frontSize, mmio.Cached)
 	f.reg = dma.Region{Name: "guest", Addr: guestBase, Mem: f.mem, Access: dma.DeviceRead | dma.DeviceWrite}
 	f.regs = []region{{guestBase, bufBase, userBase, 0}, {guestBase + bufBase, frontSize - bufBase, userBase + 1<<36, bufBase}}
-	unix.SetsockoptTimeval(conn, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(limit / time.Second)})
+	tv := unix.NsecToTimeval(int64(limit))
+	unix.SetsockoptTimeval(conn, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv)
 	return f
 }
 
