@@ -47,6 +47,7 @@ type Way struct {
 
 // Setup is how the link was set up.
 type Setup struct {
+	Door       string   `json:"door,omitempty"` // "vhost-user": no board, but a socket of that protocol
 	Link       string   `json:"link"`
 	MTU        int      `json:"mtu"`
 	Offload    string   `json:"offload"` // what the board's interface leaves to the host
@@ -191,7 +192,7 @@ func (res *Result) figures(before, after [2]totals) {
 }
 
 func (r *Rig) setup(host status.Program) Setup {
-	s := Setup{Link: r.cfg.Link, MTU: r.cfg.MTU, Memory: r.cfg.Memory}
+	s := Setup{Door: r.cfg.Door, Link: r.cfg.Link, MTU: r.cfg.MTU, Memory: r.cfg.Memory}
 	// Not known is no error: it is told, and no more.
 	_ = r.Pairs(0)[0].Host.NS.Do(func() error {
 		b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control")

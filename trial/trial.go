@@ -41,7 +41,10 @@ type Config struct {
 	// another machine. Default: Exe and "host" or "agent".
 	Command [2][]string
 	Env     []string // added to the environment of both ends
-	Link    string   // "tap" (default) or "tun"
+	// Door is how the ends are joined: "" by a loopback board, "vhost-user" by a socket of that protocol, with the
+	// agent as front end: one device of type tap.
+	Door    string
+	Link    string // "tap" (default) or "tun"
 	Offload bool
 	MTU     int    // bytes; default 1500
 	Window  int64  // shared memory, bytes; default 16 MiB
@@ -144,7 +147,7 @@ func (t *tail) String() string {
 	return t.buf.String()
 }
 
-// Start serves a loopback board, makes the namespaces and starts both ends. The caller closes the
+// Start serves a loopback board, or leaves the socket to the host, makes the namespaces and starts both ends. The caller closes the
 // Rig.
 func Start(cfg Config) (*Rig, error) {
 	r := &Rig{cfg: cfg.withDefaults(), served: make(chan error, 1)}
@@ -160,10 +163,12 @@ func (r *Rig) start() error {
 	if r.place, err = newPlace(); err != nil {
 		return err
 	}
-	if r.server, err = loopback.NewServer(loopback.ServerConfig{Path: r.place.path(boardSocket), Size: r.cfg.Window, Vectors: r.cfg.Vectors}); err != nil {
-		return err
+	if r.cfg.Door == "" {
+		if r.server, err = loopback.NewServer(loopback.ServerConfig{Path: r.place.path(boardSocket), Size: r.cfg.Window, Vectors: r.cfg.Vectors}); err != nil {
+			return err
+		}
+		go func() { r.served <- r.server.Serve() }()
 	}
-	go func() { r.served <- r.server.Serve() }()
 	for i := range r.ns {
 		if r.ns[i], err = netns.New(); err != nil {
 			return err
@@ -202,7 +207,11 @@ func (r *Rig) args(s board.Side) []string {
 	if s == board.Agent {
 		ip4, ip6, extra = boardIP4, boardIP6, r.cfg.AgentArgs
 	}
-	a := []string{"--board", "loopback:" + r.place.childPath(boardSocket), "--status", r.place.childPath(statusSocket(s))}
+	kind := "loopback"
+	if r.cfg.Door != "" {
+		kind = r.cfg.Door
+	}
+	a := []string{"--board", kind + ":" + r.place.childPath(boardSocket), "--status", r.place.childPath(statusSocket(s))}
 	for n := 0; n < r.cfg.Nets; n++ {
 		spec := fmt.Sprintf("name=%s,link=%s,offload=%v,persist=%v,addr="+ip4+"/24",
 			Interface(n), r.cfg.Link, r.cfg.Offload, r.cfg.Persist, n)
@@ -334,7 +343,8 @@ func running(p status.Program, devices, pairs int) bool {
 	n := 0
 	for _, l := range p.Links {
 		for _, d := range l.Devices {
-			if l.State == "up" && d.Carrier && d.Pairs >= min(pairs, d.MaxPairs) {
+			// A host is "connected" to a front end.
+			if (l.State == "up" || l.State == "connected") && d.Carrier && d.Pairs >= min(pairs, d.MaxPairs) {
 				n++
 			}
 		}

@@ -210,6 +210,36 @@ func TestModes(t *testing.T) {
 	}
 }
 
+// TestDoor: both ends joined by a vhost-user socket, the agent as front end, carry what they carry over a board.
+func TestDoor(t *testing.T) {
+	needRoot(t)
+	for _, c := range []trial.Config{
+		{Offload: true, MTU: 1500},
+		{Offload: false, MTU: 9000, Ring: "packed", Queues: 2},
+		{Offload: true, MTU: 65000, Ring: "packed"},
+	} {
+		c.Exe, c.Door = exe, "vhost-user"
+		t.Run(fmt.Sprintf("offload=%v mtu=%d %s queues=%d", c.Offload, c.MTU, c.Ring, c.Queues), func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+			defer cancel()
+			res, err := trial.Run(ctx, c, traffic.RunConfig{Duration: 120 * time.Millisecond,
+				Ping: traffic.PingConfig{Count: 50, Interval: 2 * time.Millisecond}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !res.OK() || res.TCPGbps.BoardToHost == 0 || res.TCPGbps.HostToBoard == 0 || res.UDP64Kpps.BoardToHost == 0 || res.UDP64Kpps.HostToBoard == 0 {
+				t.Errorf("%+v", res)
+			}
+			if (res.GSOFrames != 0) != c.Offload {
+				t.Errorf("%d super-packets with offload=%v", res.GSOFrames, c.Offload)
+			}
+			if s := res.Setup; s.Door != "vhost-user" || s.MTU != c.MTU || (s.Ring == "packed") != (c.Ring == "packed") || s.Pairs != max(1, c.Queues) {
+				t.Errorf("set up as %+v", s)
+			}
+		})
+	}
+}
+
 // carrier is what the kernel counted of an interface. Link notifications would not do: the
 // kernel gathers those that follow each other within a second.
 type carrier struct {

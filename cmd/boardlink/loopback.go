@@ -22,6 +22,7 @@ import (
 
 type loopbackCmd struct {
 	Duration  time.Duration `default:"3s" help:"Of each measurement: TCP and UDP, each way."`
+	Door      string        `enum:"board,vhost-user" default:"board" help:"What joins both ends (${enum}): a loopback board, or a vhost-user socket, with the board's end as front end and the host as back end."`
 	Link      string        `enum:"tap,tun" default:"tap" help:"tap: Ethernet frames. tun: raw IP packets."`
 	Offload   bool          `default:"true" negatable:"" help:"Leave checksums and segmentation to the other side where the kernel can."`
 	MTU       int           `default:"1500" help:"MTU in bytes."`
@@ -76,6 +77,13 @@ func (c *loopbackCmd) Run(s *streams) error {
 	if c.Ring == "packed" && c.Placement == "push" {
 		return usagef("--ring packed: not with --placement push (both sides write the one ring, and one of them would read it across the bus)")
 	}
+	door := ""
+	if c.Door == "vhost-user" {
+		if err := c.checkDoor(); err != nil {
+			return err
+		}
+		door = c.Door
+	}
 	if err := netns.CheckTun(); err != nil {
 		return usageError{err}
 	}
@@ -90,7 +98,7 @@ func (c *loopbackCmd) Run(s *streams) error {
 	defer stop()
 
 	p := newProgress(s.err, !c.JSON && !c.Verbose)
-	cfg := trial.Config{Exe: exe, Link: c.Link, Offload: c.Offload, MTU: c.MTU, Window: window, Memory: c.Memory, Nets: c.Devices,
+	cfg := trial.Config{Exe: exe, Door: door, Link: c.Link, Offload: c.Offload, MTU: c.MTU, Window: window, Memory: c.Memory, Nets: c.Devices,
 		Placement: c.Placement, Ring: c.Ring, Queues: c.Queues}
 	cfg.AgentArgs, cfg.HostArgs = []string{"--busy-poll", c.BusyPoll}, []string{"--busy-poll", c.BusyPoll}
 	if len(c.CPU) > 0 {
@@ -132,6 +140,23 @@ func (c *loopbackCmd) Run(s *streams) error {
 	return nil
 }
 
+// checkDoor refuses what has no meaning over vhost-user, where the front end's memory is this machine's.
+func (c *loopbackCmd) checkDoor() error {
+	switch {
+	case c.Link != "tap":
+		return usagef("--link %s: not with --door vhost-user, which carries Ethernet frames", c.Link)
+	case c.Placement != "auto":
+		return usagef("--placement %s: not with --door vhost-user: no bus is between the ends", c.Placement)
+	case c.Memory != "cached":
+		return usagef("--memory %s: not with --door vhost-user: no bus is between the ends", c.Memory)
+	case c.Devices != 1:
+		return usagef("--devices %d: not with --door vhost-user: a socket has one device", c.Devices)
+	case c.Window != "16M":
+		return usagef("--window %s: not with --door vhost-user: the front end brings its own memory", c.Window)
+	}
+	return nil
+}
+
 func printTrial(s *streams, r *trial.Result) {
 	w := tabwriter.NewWriter(s.out, 0, 8, 2, ' ', 0)
 	row := func(name, format string, args ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
@@ -139,8 +164,12 @@ func printTrial(s *streams, r *trial.Result) {
 	if r.Setup.Pairs > 1 {
 		pairs = fmt.Sprintf(", %d queue pairs", r.Setup.Pairs)
 	}
-	row("link", "%s, MTU %d, window %s (%s memory), placement %s, %s rings%s", r.Setup.Link, r.Setup.MTU, sizeString(r.Setup.Window), r.Setup.Memory, r.Setup.Placement,
-		r.Setup.Ring, pairs)
+	if r.Setup.Door != "" {
+		row("link", "%s over %s, MTU %d, %s rings%s", r.Setup.Link, r.Setup.Door, r.Setup.MTU, r.Setup.Ring, pairs)
+	} else {
+		row("link", "%s, MTU %d, window %s (%s memory), placement %s, %s rings%s", r.Setup.Link, r.Setup.MTU, sizeString(r.Setup.Window), r.Setup.Memory, r.Setup.Placement,
+			r.Setup.Ring, pairs)
+	}
 	row("features", "%s", strings.Join(r.Setup.Negotiated, " "))
 	row("ping", "%d sent, %d lost, round trip %.0f us median, %.0f us p99", r.Ping.Sent, r.Ping.Lost, r.RTT.P50, r.RTT.P99)
 	tcp := "every byte checked"
@@ -150,6 +179,15 @@ func printTrial(s *streams, r *trial.Result) {
 	row("tcp", "%.2f Gbit/s board to host, %.2f host to board, %s", r.TCPGbps.BoardToHost, r.TCPGbps.HostToBoard, tcp)
 	row("udp, 64 bytes", "%.0f kpps board to host, %.0f host to board", r.UDP64Kpps.BoardToHost, r.UDP64Kpps.HostToBoard)
 	row("corrupt", "%d", r.Corrupt)
+	if r.Setup.Door == "" {
+		printBus(row, r)
+	}
+	row("doorbells", "%.3f a frame, %d rescued by polling", r.DoorbellsPerFrame, r.Rescued)
+	w.Flush()
+}
+
+// printBus prints what a frame takes across the bus.
+func printBus(row func(name, format string, args ...any), r *trial.Result) {
 	row("bus, a frame", "%.2f reads, %.2f writes, %.0f bytes read, %.0f written, %.3f reads to flush, both sides", r.Bus.Reads, r.Bus.Writes, r.Bus.ReadBytes, r.Bus.WriteBytes, r.Bus.FlushReads)
 	for _, d := range []struct {
 		name string
@@ -161,8 +199,6 @@ func printTrial(s *streams, r *trial.Result) {
 		}
 		row("bus, "+d.name, "%s%s", busAreas(d.w.BusPerFrame), idle)
 	}
-	row("doorbells", "%.3f a frame, %d rescued by polling", r.DoorbellsPerFrame, r.Rescued)
-	w.Flush()
 }
 
 // busAreas tells where the accesses across the bus for a frame go.
