@@ -28,16 +28,17 @@ const (
 )
 
 type cli struct {
-	Loopback loopbackCmd `cmd:"" help:"Try it here: both ends on this machine, with real traffic between two namespaces."`
-	Host     hostCmd     `cmd:"" passthrough:"" help:"The carrier's end: offers network devices to a board."`
-	Agent    agentCmd    `cmd:"" passthrough:"" help:"The board's end: drives the devices that the host offers."`
-	Serve    serveCmd    `cmd:"" help:"The rendezvous of a loopback board (an ivshmem server: QEMU can be either end)."`
-	Probe    probeCmd    `cmd:"" help:"PCI functions that could be boards, and what is missing to use them."`
-	Check    checkCmd    `cmd:"" help:"Check a file that describes a board, without the board; samples to start from."`
-	Doctor   doctorCmd   `cmd:"" help:"Try a board: driver, IOMMU, window, doorbells, with latencies."`
-	Bench    benchCmd    `cmd:"" help:"Measure a board."`
-	Status   statusCmd   `cmd:"" help:"State, features, queues and counters of running ends."`
-	Version  versionCmd  `cmd:"" help:"Print the version."`
+	Loopback loopbackCmd     `cmd:"" help:"Try it here: both ends on this machine, with real traffic between two namespaces."`
+	Host     hostCmd         `cmd:"" passthrough:"" help:"The carrier's end: offers network devices to a board."`
+	Agent    agentCmd        `cmd:"" passthrough:"" help:"The board's end: drives the devices that the host offers."`
+	Serve    serveCmd        `cmd:"" help:"The rendezvous of a loopback board (an ivshmem server: QEMU can be either end)."`
+	Probe    probeCmd        `cmd:"" help:"PCI functions that could be boards, and what is missing to use them."`
+	Check    checkCmd        `cmd:"" help:"Check a file that describes a board, without the board; samples to start from."`
+	Doctor   doctorCmd       `cmd:"" help:"Try a board: driver, IOMMU, window, doorbells, with latencies."`
+	Bench    benchCmd        `cmd:"" help:"Measure a board."`
+	Status   statusCmd       `cmd:"" help:"State, features, queues and counters of running ends."`
+	VhostNet vhostUserNetCmd `cmd:"" name:"vhost-user-net" passthrough:"" help:"A host for one vhost-user front end, with the flags that QEMU's conventions give back ends."`
+	Version  versionCmd      `cmd:"" help:"Print the version."`
 }
 
 // usageError is the user's fault, in one line: app.UsageError in short.
@@ -94,8 +95,8 @@ func run(args []string, stdout, stderr io.Writer) int {
 		return exitUsage
 	}
 	name, _, _ := strings.Cut(ctx.Command(), " ") // without the arguments' names
-	if name == "host" || name == "agent" {
-		c.Host.Args, c.Agent.Args = args[1:], args[1:] // as they were typed: the parser alters what is not UTF-8
+	if name == "host" || name == "agent" || name == "vhost-user-net" {
+		c.Host.Args, c.Agent.Args, c.VhostNet.Args = args[1:], args[1:], args[1:] // as they were typed: the parser alters what is not UTF-8
 	}
 	if longRunning[name] && stderr == io.Writer(os.Stderr) {
 		defer daemon.Stderr().Flush(daemon.FlushLimit)
@@ -117,7 +118,7 @@ func vars() kong.Vars {
 func oneLine(err error) string { return app.OneLine(err) }
 
 // longRunning are the commands that a standard error which nobody reads must not hold up.
-var longRunning = map[string]bool{"host": true, "agent": true, "serve": true}
+var longRunning = map[string]bool{"host": true, "agent": true, "serve": true, "vhost-user-net": true}
 
 type streams struct{ out, err io.Writer }
 

@@ -35,7 +35,7 @@ func (r *run) runAgain(rep *report, env, args []string) {
 		}
 		short := strings.TrimPrefix(t[0], modulePath+"/") + " " + t[1]
 		r.out.doing(short + ", again")
-		a := append(append([]string{"test", "-json"}, flags...), "-count=2", "-run=^"+t[1]+"$", t[0])
+		a := append(append([]string{"test", "-json"}, flags...), "-count=2", "-failfast", "-run=^"+t[1]+"$", t[0])
 		cmd := r.start(env, "go", a...)
 		stdout, err := cmd.StdoutPipe()
 		if err == nil {
