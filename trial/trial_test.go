@@ -421,7 +421,7 @@ func TestKill(t *testing.T) {
 				if err := r.StartSide(side); err != nil {
 					t.Fatal(err)
 				}
-				l.flows(t, r, time.Second)
+				l.flows(t, r, 5*time.Second)
 				if d := time.Since(begin); d > worst {
 					worst = d
 				}
@@ -474,7 +474,7 @@ func TestStopped(t *testing.T) {
 				if err := r.Signal(side, syscall.SIGCONT); err != nil {
 					t.Fatal(err)
 				}
-				l.flows(t, r, time.Second)
+				l.flows(t, r, 5*time.Second)
 				l.moves(t, r, 10*time.Second)
 				l.stop(t)
 				waitUp(t, r)
