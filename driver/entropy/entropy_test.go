@@ -258,7 +258,7 @@ func TestBroken(t *testing.T) {
 }
 
 // The kernel takes the bytes: without credit from everybody, with credit from root.
-func TestKernel(t *testing.T) {
+func TestKernelPool(t *testing.T) {
 	k, err := openKernel(false)
 	if err != nil {
 		t.Fatal(err)

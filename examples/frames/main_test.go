@@ -38,7 +38,9 @@ type proc struct {
 
 func start(t *testing.T, args ...string) *proc {
 	t.Helper()
-	p := &proc{t: t, cmd: exec.Command(os.Args[0], append(args, "-every", "20ms")...)}
+	words := append(strings.Fields(os.Getenv("BOARDLINK_TEST_EXEC")), os.Args[0]) // behind the emulator that runs it, where one does
+	words = append(append(words, args...), "-every", "20ms")
+	p := &proc{t: t, cmd: exec.Command(words[0], words[1:]...)}
 	p.cmd.Env = append(os.Environ(), "FRAMES_EXAMPLE=1")
 	p.cmd.Stdout, p.cmd.Stderr = writer{p, &p.out}, writer{p, &p.log}
 	if err := p.cmd.Start(); err != nil {
