@@ -3,7 +3,6 @@ package agent_test
 import (
 	"context"
 	"math/rand/v2"
-	"os"
 	"strings"
 	"testing"
 	"time"
@@ -19,6 +18,7 @@ import (
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
 	"github.com/boardlink/boardlink/virtiomsg"
@@ -30,17 +30,6 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // unpaced is for tests that break things as fast as they can.
 var unpaced = session.Pace{Messages: session.Rate{Every: 1, Burst: 1 << 20}, Breaks: session.Rate{Every: 1, Burst: 1 << 20},
 	Starts: session.Rate{Every: 1, Burst: 1 << 20}, Changes: session.Rate{Every: 1, Burst: 1 << 20}}
-
-func needRoot(t testing.TB) {
-	t.Helper()
-	if !netns.NeedsUser() && netns.CheckTun() == nil {
-		return
-	}
-	if os.Getenv("CI") == "true" {
-		t.Fatal("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-	}
-	t.Skip("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-}
 
 const dev = 0
 
@@ -74,7 +63,7 @@ type rig struct {
 
 func newRig(t *testing.T, change func(*rig)) *rig {
 	t.Helper()
-	needRoot(t)
+	netnstest.Need(t)
 	r := &rig{t: t, log: new(peer.Log), done: make(chan error, 1), queueMax: 64, placement: "window", pace: unpaced,
 		offered: virtio.FeaturesOf(virtio.Version1, virtio.NetMTU, virtio.NetMAC, virtio.NetStatus, virtio.EventIdx, virtio.NetMrgRxbuf),
 		config:  virtio.NetConfig{MAC: [6]byte{2, 0, 0, 0, 0, 9}, LinkUp: true, MaxQueuePairs: 1, MTU: 1400}}

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -23,6 +22,7 @@ import (
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
 	"github.com/boardlink/boardlink/virtiomsg"
@@ -60,17 +60,6 @@ const (
 // unpaced is for tests that break things as fast as they can.
 var unpaced = session.Pace{Messages: session.Rate{Every: 1, Burst: 1 << 20}, Breaks: session.Rate{Every: 1, Burst: 1 << 20},
 	Starts: session.Rate{Every: 1, Burst: 1 << 20}, Changes: session.Rate{Every: 1, Burst: 1 << 20}}
-
-func needRoot(t testing.TB) {
-	t.Helper()
-	if !netns.NeedsUser() && netns.CheckTun() == nil {
-		return
-	}
-	if os.Getenv("CI") == "true" {
-		t.Fatal("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-	}
-	t.Skip("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-}
 
 // onBoards runs a test on the test board, whose window is device memory to the host, and on shared
 // memory.
@@ -117,7 +106,7 @@ func newPacedRig(t *testing.T, spec string, pairs int, pace session.Pace) *rig {
 // newRigWith is newPacedRig with such an interface.
 func newRigWith(t *testing.T, spec string, ifc tunbridge.Config, pace session.Pace) *rig {
 	t.Helper()
-	needRoot(t)
+	netnstest.Need(t)
 	r := &rig{t: t, pace: pace, log: new(peer.Log), done: make(chan error, 1)}
 	t.Cleanup(func() {
 		if t.Failed() {

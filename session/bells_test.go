@@ -13,12 +13,13 @@ import (
 	"github.com/boardlink/boardlink/board/testboard"
 	"github.com/boardlink/boardlink/hwtest/peer"
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 )
 
 // newLoopback is newLink over the shared memory and eventfds of a rendezvous server.
 func newLoopback(t *testing.T) *link {
 	t.Helper()
-	needRoot(t)
+	netnstest.Need(t)
 	path := filepath.Join(t.TempDir(), "s")
 	srv, err := loopback.NewServer(loopback.ServerConfig{Path: path, Size: 4 << 20, Vectors: 4})
 	if err != nil {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
-	"os"
 	"testing"
 	"time"
 
@@ -21,6 +20,7 @@ import (
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/boardlink/boardlink/trial/traffic"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/vishvananda/netlink"
@@ -28,17 +28,6 @@ import (
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
-
-func needRoot(t testing.TB) {
-	t.Helper()
-	if !netns.NeedsUser() && netns.CheckTun() == nil {
-		return
-	}
-	if os.Getenv("CI") == "true" {
-		t.Fatal("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-	}
-	t.Skip("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-}
 
 // end is a host or an agent.
 type end interface {
@@ -66,7 +55,7 @@ var addrs = [2]string{"10.77.0.1", "10.77.0.2"}
 
 func newLink(t *testing.T, o testboard.PairOptions, placement string) *link {
 	t.Helper()
-	needRoot(t)
+	netnstest.Need(t)
 	l := &link{t: t, placement: placement}
 	l.pair, l.spec = peer.NewBoard(t, o)
 	for s := range l.ns {

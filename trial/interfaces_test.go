@@ -15,6 +15,7 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/trial"
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -110,7 +111,7 @@ func (s seen) has(addrs []string) bool {
 // Somebody removes the interface of a running end, again and again, under traffic: each time it is made again, with its addresses,
 // MTU, MAC address and queues, and traffic goes on.
 func TestInterfaceRemoved(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, side := range []board.Side{board.Host, board.Agent} {
 		for _, c := range []trial.Config{
 			{Offload: true, MTU: 1400}, {Offload: true, Queues: 4, Persist: true}, {Link: "tun"},
@@ -212,7 +213,7 @@ func stranger(h *netlink.Handle, name string, mode netlink.TuntapMode) (netlink.
 // The interface goes to another namespace, as eth0, where it came from there is another eth0, and the other end starts again
 // with another MTU: the link's own interface follows, the other one stays as it is.
 func TestInterfaceMoved(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, side := range []board.Side{board.Host, board.Agent} {
 		t.Run(side.String(), func(t *testing.T) {
 			t.Parallel()
@@ -294,7 +295,7 @@ func TestInterfaceMoved(t *testing.T) {
 
 // An end whose interface is set down shows at the other end as no carrier; set up again both are as before, with all addresses.
 func TestInterfaceDown(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, side := range []board.Side{board.Host, board.Agent} {
 		t.Run(side.String(), func(t *testing.T) {
 			t.Parallel()

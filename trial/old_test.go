@@ -15,6 +15,7 @@ import (
 
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/trial"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/boardlink/boardlink/trial/traffic"
 )
 
@@ -62,7 +63,7 @@ func buildOld(t *testing.T) string {
 
 // TestOldProgram links this program with that of an earlier commit, as either end: the wire is the same.
 func TestOldProgram(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	old := buildOld(t)
 	for _, side := range []board.Side{board.Host, board.Agent} {
 		command := [2][]string{board.Host: {exe, "host"}, board.Agent: {exe, "agent"}}

@@ -19,6 +19,7 @@ import (
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/trial"
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/boardlink/boardlink/trial/traffic"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -51,20 +52,9 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-func needRoot(t testing.TB) {
-	t.Helper()
-	if !netns.NeedsUser() && netns.CheckTun() == nil {
-		return
-	}
-	if os.Getenv("CI") == "true" {
-		t.Fatal("needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-	}
-	t.Skip("needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-}
-
 func start(t testing.TB, c trial.Config) *trial.Rig {
 	t.Helper()
-	needRoot(t)
+	netnstest.Need(t)
 	c.Exe = exe
 	r, err := trial.Start(c)
 	if err != nil {
@@ -143,7 +133,7 @@ func checkBus(t *testing.T, placement string, packed bool, b trial.Bus) {
 
 // The main job, in every mode that an operator can choose.
 func TestModes(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, c := range []trial.Config{
 		{Link: "tap", Offload: true, MTU: 1500},
 		{Link: "tap", Offload: true, MTU: 65000},
@@ -212,7 +202,7 @@ func TestModes(t *testing.T) {
 
 // TestDoor: both ends joined by a vhost-user socket, the agent as front end, carry what they carry over a board.
 func TestDoor(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, c := range []trial.Config{
 		{Offload: true, MTU: 1500},
 		{Offload: false, MTU: 9000, Ring: "packed", Queues: 2},

@@ -19,7 +19,7 @@ import (
 
 	"github.com/boardlink/boardlink/bench/benchkit"
 	"github.com/boardlink/boardlink/trial"
-	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/boardlink/boardlink/trial/traffic"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
@@ -55,18 +55,6 @@ func testMain(m *testing.M) int {
 	return code
 }
 
-func needRoot(t testing.TB) {
-	t.Helper()
-	if !netns.NeedsUser() && netns.CheckTun() == nil {
-		return
-	}
-	const what = "needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun"
-	if os.Getenv("CI") == "true" {
-		t.Fatal(what)
-	}
-	t.Skip(what)
-}
-
 func short(link string, offload bool, queues int) Config {
 	return Config{Boardlink: []Boardlink{{"boardlink", trial.Config{Exe: exe}}}, MTUs: []int{1500}, Rounds: 1, Streams: []int{2},
 		Duration: 10 * time.Millisecond, Link: link, Offload: offload, Queues: queues}
@@ -91,7 +79,7 @@ func leftovers(t *testing.T) []string {
 // TestCongestionControl: the congestion control that is asked for, also one that the kernel does not allow to namespaces, is that of
 // both ends of every connection; the machine keeps its own.
 func TestCongestionControl(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	before, err := os.ReadFile(congestionControl)
 	if err != nil {
 		t.Fatal(err)
@@ -181,7 +169,7 @@ func TestCongestionRefused(t *testing.T) {
 
 // TestPaths: each path carries everything, and has its figures.
 func TestPaths(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	plain := short("tun", false, 2)
 	plain.Paths, plain.Verified = []string{OneProcess, TwoProcesses, "boardlink"}, true
 	for _, c := range []Config{short("tap", true, 1), plain} {
@@ -244,7 +232,7 @@ func TestPaths(t *testing.T) {
 
 // TestInterrupted: wherever it is ended, nothing is left.
 func TestInterrupted(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, at := range []string{"start boardlink", "tcp 2 streams host to board, " + TwoProcesses, "udp 64 B board to host, " + Veth} {
 		c := short("tap", true, 1)
 		if strings.HasPrefix(at, "start") {

@@ -11,17 +11,12 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/bench/netbench"
-	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 )
 
 // TestBenchNet: the figures that scripts read, the table, what is refused.
 func TestBenchNet(t *testing.T) {
-	if netns.NeedsUser() || netns.CheckTun() != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal("needs root and /dev/net/tun")
-		}
-		t.Skip("needs root and /dev/net/tun")
-	}
+	netnstest.Need(t)
 	b := newBox(t)
 	save := filepath.Join(t.TempDir(), "x.json")
 	few := []string{"bench", "net", "--mtu", "1500", "--rounds", "2", "--duration", "10ms", "--streams", "1", "--only", "^tcp board|^ping flood", "--paths", "one-process,boardlink,w",
@@ -61,12 +56,7 @@ func TestBenchNet(t *testing.T) {
 
 // TestBenchNetInterrupted: nothing is left behind.
 func TestBenchNetInterrupted(t *testing.T) {
-	if netns.NeedsUser() || netns.CheckTun() != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal("needs root and /dev/net/tun")
-		}
-		t.Skip("needs root and /dev/net/tun")
-	}
+	netnstest.Need(t)
 	dir := t.TempDir()
 	cmd := exec.Command(exe, "bench", "net", "--duration", "1h", "--only", "^tcp", "--paths", "boardlink,two-processes")
 	cmd.Env = append(os.Environ(), "TMPDIR="+dir)

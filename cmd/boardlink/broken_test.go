@@ -15,6 +15,7 @@ import (
 	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/boardlink/boardlink/trial/traffic"
 	"golang.org/x/sys/unix"
 )
@@ -234,7 +235,7 @@ func TestTruncated(t *testing.T) {
 // TestSeveralBoards: a host with two boards of which one cannot be used serves the other, tries the bad
 // one again, and shows what is wrong with it.
 func TestSeveralBoards(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, c := range []struct {
 		name, spec string
 		setup      func(t *testing.T, b *box) (mend func())
@@ -356,7 +357,7 @@ func TestLockHeld(t *testing.T) {
 
 // TestFewFiles: a limit of open files that is too low is one line that says so, whatever it is.
 func TestFewFiles(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, n := range []int{8, 12, 20, 31, 40} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			t.Parallel()
@@ -382,7 +383,7 @@ func TestFewFiles(t *testing.T) {
 // TestServeOutOfFiles: a server without free descriptors says so once; a starting agent waits, and is
 // served when there are some.
 func TestServeOutOfFiles(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for name, room := range map[string]int{"for no connection": 0, "for a connection": 3} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

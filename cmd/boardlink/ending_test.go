@@ -9,13 +9,14 @@ import (
 
 	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
 	"github.com/boardlink/boardlink/hwtest/peer"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"golang.org/x/sys/unix"
 )
 
 // TestStderrNobodyReads: programs whose standard error is full, or whose reader has left, work all the same, end cleanly by SIGHUP, and tell in
 // their status how much of the log is lost.
 func TestStderrNobodyReads(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, left := range []bool{false, true} {
 		name := "unread"
 		if left {
@@ -64,7 +65,7 @@ func TestStderrNobodyReads(t *testing.T) {
 // TestTamperedBells: a client of the rendezvous that makes the doorbells of both ends block, under traffic, keeps neither from ending cleanly by
 // SIGTERM; the status tells what it did.
 func TestTamperedBells(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, fill := range []bool{true, false} {
 		name := "drained"
 		if fill {

@@ -16,6 +16,7 @@ import (
 	"github.com/boardlink/boardlink/cmd/boardlink/internal/statusd"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/boardlink/boardlink/trial/traffic"
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
@@ -116,7 +117,7 @@ func (h *hand) ping() {
 
 // TestAnyOrder starts the three programs in every order.
 func TestAnyOrder(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, order := range [][3]int{{0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {1, 2, 0}, {2, 0, 1}, {2, 1, 0}} {
 		name := fmt.Sprintf("%s, %s, %s", sides[order[0]], sides[order[1]], sides[order[2]])
 		t.Run(name, func(t *testing.T) {
@@ -250,7 +251,7 @@ func TestFlags(t *testing.T) {
 // TestSmallMemory: links with little memory, and with small queues, come up with the defaults, and pass pings and TCP both ways. What
 // they go without is in the status of both ends.
 func TestSmallMemory(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, c := range []struct {
 		name, size string
 		agent      []string
@@ -340,7 +341,7 @@ func TestDefaultStatus(t *testing.T) {
 // TestHostileStatusDirectory: where others could have made the directory of the status sockets, none is made
 // there and none is asked; the programs work without.
 func TestHostileStatusDirectory(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, c := range []struct {
 		name string
 		make func(dir string) error
@@ -479,7 +480,7 @@ func TestServerRestart(t *testing.T) {
 
 // TestLinkTypes: a tap here and a tun there never come up, and each side says why, once.
 func TestLinkTypes(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, tun := range []string{"host", "agent"} {
 		t.Run(tun+" tun", func(t *testing.T) {
 			t.Parallel()

@@ -6,12 +6,13 @@ import (
 
 	"github.com/boardlink/boardlink/app"
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 )
 
 // TestMachineIdentity: both ends' MAC addresses follow the machine, the board and the name: others on another
 // machine, the same after a restart.
 func TestMachineIdentity(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	t.Parallel()
 	h := newHand(t)
 	base := h.arg["host"]

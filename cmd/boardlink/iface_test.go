@@ -9,6 +9,7 @@ import (
 
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -155,7 +156,7 @@ func release(t *testing.T, b *box, name string) {
 // TestInterfaceOfOneBoard: a host with two boards, whose interface for one of them cannot be made, serves the other one with that
 // undisturbed, shows what is wrong and tries on, and has both as soon as it can.
 func TestInterfaceOfOneBoard(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, c := range []struct {
 		name, how string
 		setup     func(t *testing.T, b *box) (mend func())

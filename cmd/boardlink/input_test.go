@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board/loopback"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -136,7 +137,7 @@ func foreign(answer string, hangUp bool) func(*testing.T, *box) {
 }
 
 func TestBadInput(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	const h = "host --status none --board loopback:$D/s "
 	const a = "agent --status none --board loopback:$D/s "
 	long := strings.Repeat("x", 120)

@@ -9,13 +9,14 @@ import (
 
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/trial"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"golang.org/x/sys/unix"
 )
 
 // TestKindsOfEveryProgram: each kind of board of docs/ports.md opens with each program, as far as it gets without the
 // hardware: what is told is the device that is missing, never the kind.
 func TestKindsOfEveryProgram(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	t.Parallel()
 	b := newBox(t)
 	b.own("board.toml")

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"golang.org/x/sys/unix"
 )
 
@@ -42,7 +43,7 @@ func lackUser(t *testing.T, stderr string) {
 
 // TestLoopbackJSON: the figures that scripts read, under the names that were promised.
 func TestLoopbackJSON(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for who, how := range asUser {
 		t.Run(who, func(t *testing.T) {
 			t.Parallel()
@@ -124,7 +125,7 @@ func (b *box) ends(n int) {
 
 // TestLoopbackInterrupted: ^C at any time leaves nothing behind.
 func TestLoopbackInterrupted(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for who, how := range asUser {
 		for _, sig := range []syscall.Signal{unix.SIGINT, unix.SIGTERM} {
 			for _, after := range []time.Duration{0, 100 * time.Millisecond, time.Second} {
@@ -158,7 +159,7 @@ func TestLoopbackInterrupted(t *testing.T) {
 
 // TestLoopbackKilled: SIGKILL at any time leaves no process and no file.
 func TestLoopbackKilled(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for who, how := range asUser {
 		for _, early := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s early=%v", who, early), func(t *testing.T) {

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"go.uber.org/goleak"
@@ -130,17 +131,6 @@ func become(how string) error {
 	return syscall.Exec(os.Args[1], os.Args[1:], os.Environ())
 }
 
-func needRoot(t testing.TB) {
-	t.Helper()
-	if !netns.NeedsUser() && netns.CheckTun() == nil {
-		return
-	}
-	if os.Getenv("CI") == "true" {
-		t.Fatal("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-	}
-	t.Skip("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-}
-
 // box is where programs run: a network namespace, a directory for everything they make, and a name of
 // the program that nobody else runs. When the test ends it is to be as it was.
 type box struct {
@@ -156,7 +146,7 @@ type box struct {
 
 func newBox(t testing.TB) *box {
 	t.Helper()
-	needRoot(t)
+	netnstest.Need(t)
 	dir, err := os.MkdirTemp(filepath.Dir(exe), "box-") // short: unix sockets
 	if err != nil {
 		t.Fatal(err)

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/status"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -15,7 +16,7 @@ import (
 // pairs that the host does not have, a device that the other end does not have, an address that an interface
 // kept.
 func TestTold(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	t.Parallel()
 	h := newHand(t)
 	board := "loopback:" + h.path("b")
@@ -57,7 +58,7 @@ func TestTold(t *testing.T) {
 
 // TestPersistTellsOfOldAddresses: an interface that persists with the address of an earlier start.
 func TestPersistTellsOfOldAddresses(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	t.Parallel()
 	b := newBox(t)
 	start := func(addrs ...string) string {

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/boardlink/boardlink/trial/traffic"
 )
 
@@ -13,7 +14,7 @@ import (
 // ways, each side killed and started again, the end in order. The interface of the side that stays
 // loses its carrier and keeps all else.
 func TestVhostUserEnds(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, c := range []struct {
 		name        string
 		host, agent string // options of the socket

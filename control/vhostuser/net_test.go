@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"net"
-	"os"
 	"testing"
 	"time"
 
@@ -13,6 +12,7 @@ import (
 	"github.com/boardlink/boardlink/device/netdev"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
 	"github.com/boardlink/boardlink/vring"
@@ -22,12 +22,7 @@ import (
 // requests for 10.66.0.1.
 func newNet(t *testing.T) *netdev.Net {
 	t.Helper()
-	if netns.NeedsUser() || netns.CheckTun() != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-		}
-		t.Skip("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-	}
+	netnstest.Need(t)
 	ns, err := netns.New()
 	if err != nil {
 		t.Fatal(err)

@@ -2,6 +2,7 @@ package vhostuser
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"io"
 	"net"
@@ -278,36 +279,59 @@ func TestReaderClose(t *testing.T) {
 	}
 }
 
-// TestGolden holds the layouts to the bytes of the specification, on a little-endian machine.
-func TestGolden(t *testing.T) {
-	if encodeU64(1)[0] != 1 {
-		t.Skip("the layouts are those of a little-endian machine")
+// inOrder joins fields, which are given little-endian, in this machine's order of bytes: vhost-user has the order of
+// the machine that both ends run on.
+func inOrder(fields ...[]byte) []byte {
+	little := binary.NativeEndian.Uint16([]byte{1, 0}) == 1
+	var b []byte
+	for _, f := range fields {
+		for i := range f {
+			if little {
+				b = append(b, f[i])
+			} else {
+				b = append(b, f[len(f)-1-i])
+			}
+		}
 	}
+	return b
+}
+
+// TestGolden holds the layouts to the bytes of the specification.
+func TestGolden(t *testing.T) {
+	u32 := func(v byte) []byte { return []byte{v, 0, 0, 0} }
 	for _, c := range []struct {
 		name      string
 		got, want []byte
 	}{
 		{"SET_VRING_NUM", encodeMessage(SetVringNum, flagVersion|flagNeedReply, vringState{2, 0x100}.encode()),
-			[]byte{8, 0, 0, 0, 9, 0, 0, 0, 8, 0, 0, 0, 2, 0, 0, 0, 0, 1, 0, 0}},
+			inOrder(u32(8), u32(9), u32(8), u32(2), []byte{0, 1, 0, 0})},
 		{"GET_FEATURES", encodeReply(GetFeatures, encodeU64(featProtocol|1<<32)),
-			[]byte{1, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0x40, 1, 0, 0, 0}},
+			inOrder(u32(1), u32(5), u32(8), []byte{0, 0, 0, 0x40, 1, 0, 0, 0})},
 		{"GET_CONFIG", encodeReply(GetConfig, config{offset: 6, flags: 1, data: []byte{0xa, 0xb}}.encode()),
-			[]byte{24, 0, 0, 0, 5, 0, 0, 0, 14, 0, 0, 0, 6, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 0xa, 0xb}},
+			inOrder(u32(24), u32(5), u32(14), u32(6), u32(2), u32(1), []byte{0xa}, []byte{0xb})},
 	} {
 		if !bytes.Equal(c.got, c.want) {
 			t.Errorf("%s: % x, want % x", c.name, c.got, c.want)
 		}
 	}
-	b := make([]byte, 8+8*regionLen) // QEMU sends room for all
-	b[0] = 2
-	for i := 8; i < 8+2*regionLen; i++ {
-		b[i] = byte(i - 8)
+	run := func(from byte, n int) []byte { // n bytes that count up
+		b := make([]byte, n)
+		for i := range b {
+			b[i] = from + byte(i)
+		}
+		return b
 	}
+	table := [][]byte{u32(2), u32(0)}
+	for i := 0; i < 8; i++ { // two regions of four fields
+		table = append(table, run(byte(8*i), 8))
+	}
+	b := append(inOrder(table...), make([]byte, 6*regionLen)...) // QEMU sends room for all
 	rs, err := (&message{req: SetMemTable, payload: b}).memTable()
 	if err != nil || len(rs) != 2 || rs[1] != (region{0x2726252423222120, 0x2f2e2d2c2b2a2928, 0x3736353433323130, 0x3f3e3d3c3b3a3938}) {
 		t.Errorf("%#x, %v", rs, err)
 	}
-	a, err := (&message{req: SetVringAddr, payload: b[8 : 8+vringAddrLen]}).vringAddr()
+	b = inOrder(run(0, 4), run(4, 4), run(8, 8), run(16, 8), run(24, 8), run(32, 8))
+	a, err := (&message{req: SetVringAddr, payload: b}).vringAddr()
 	if err != nil || a != (vringAddr{0x03020100, 0x07060504, 0x0f0e0d0c0b0a0908, 0x1716151413121110, 0x1f1e1d1c1b1a1918, 0x2726252423222120}) {
 		t.Errorf("%#x, %v", a, err)
 	}

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -29,6 +28,7 @@ import (
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/hwtest/peer"
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/boardlink/boardlink/tunbridge"
 )
 
@@ -263,20 +263,9 @@ func TestPrograms(t *testing.T) {
 	}
 }
 
-func needRoot(t testing.TB) {
-	t.Helper()
-	if !netns.NeedsUser() && netns.CheckTun() == nil {
-		return
-	}
-	if os.Getenv("CI") == "true" {
-		t.Fatal("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-	}
-	t.Skip("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-}
-
 // A program at one end, a tap interface at the other, either way round: what the kernel sends comes back.
 func TestTap(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, side := range []string{"host", "agent"} {
 		side := side
 		t.Run(side, func(t *testing.T) {

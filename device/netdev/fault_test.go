@@ -14,6 +14,7 @@ import (
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
 	"github.com/boardlink/boardlink/vring"
@@ -22,12 +23,7 @@ import (
 
 // TestStartFaults: memory that vanishes while a device starts costs no descriptor, and the device starts again where it is back.
 func TestStartFaults(t *testing.T) {
-	if netns.NeedsUser() || netns.CheckTun() != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-		}
-		t.Skip("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-	}
+	netnstest.Need(t)
 	ns, err := netns.New()
 	if err != nil {
 		t.Fatal(err)

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
-	"os"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -17,6 +16,7 @@ import (
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
 	"github.com/boardlink/boardlink/vring"
@@ -158,12 +158,7 @@ func newRestartRig(t *testing.T, f ...virtio.Feature) *restartRig { return newPa
 
 // newPairsRig is newRestartRig for a device of several queue pairs.
 func newPairsRig(t *testing.T, pairs int, f ...virtio.Feature) *restartRig {
-	if netns.NeedsUser() || netns.CheckTun() != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-		}
-		t.Skip("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-	}
+	netnstest.Need(t)
 	r := &restartRig{t: t, features: virtio.FeaturesOf(virtio.Version1, virtio.NetMrgRxbuf), events: make(chan device.Event, 1000),
 		errs: make(chan error, 10), seed: 1, toEnd: arrivals{name: "from the driver"}, toDriver: arrivals{name: "to the driver"}}
 	for _, bit := range f {

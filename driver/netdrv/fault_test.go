@@ -13,6 +13,7 @@ import (
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/boardlink/boardlink/virtio"
 	"golang.org/x/sys/unix"
@@ -37,12 +38,7 @@ func (plain) Call(int) doorbell.Waiter                                     { ret
 
 // TestUpFaults: memory that vanishes while a device comes up costs no descriptor, and the device comes up where it is back.
 func TestUpFaults(t *testing.T) {
-	if netns.NeedsUser() || netns.CheckTun() != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-		}
-		t.Skip("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-	}
+	netnstest.Need(t)
 	ns, err := netns.New()
 	if err != nil {
 		t.Fatal(err)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"flag"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"runtime"
 	"testing"
@@ -17,24 +16,13 @@ import (
 	"github.com/boardlink/boardlink/driver/netdrv"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/boardlink/boardlink/trial/traffic"
 	"github.com/boardlink/boardlink/tunbridge"
 	"github.com/vishvananda/netlink"
 )
 
 var rounds = flag.Int("rounds", 40, "how often TestUnderTCP adds and removes a device")
-
-// needRoot skips a test that makes interfaces where that is not possible. CI has to have what it needs.
-func needRoot(t testing.TB) {
-	t.Helper()
-	if !netns.NeedsUser() && netns.CheckTun() == nil {
-		return
-	}
-	if os.Getenv("CI") == "true" {
-		t.Fatal("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-	}
-	t.Skip("this test needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-}
 
 // setUp gives an interface its address in its namespace.
 func setUp(ifc *tunbridge.Iface, addr string) error {
@@ -60,7 +48,7 @@ func setUp(ifc *tunbridge.Iface, addr string) error {
 // A TCP connection over a network device is held, each byte of it checked, while another device comes and goes on the same link. With one
 // doorbell all queues share it; with several, that of the network device's queue is shared while the other device is there.
 func TestUnderTCP(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, c := range []struct {
 		name      string
 		vectors   int

@@ -16,12 +16,13 @@ import (
 	"github.com/boardlink/boardlink/hwtest/ports"
 	"github.com/boardlink/boardlink/trial"
 	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 )
 
 // TestKindsByGccgo: the lean programs that gccgo compiled, the same files as TestCross uses, open each kind of board of docs/ports.md:
 // what they tell of is the device that is missing, never the kind.
 func TestKindsByGccgo(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	kinds, err := trial.DocumentedKinds(root, t.TempDir())
 	if err != nil {
 		t.Fatal(err)

@@ -15,7 +15,7 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/hwtest/ports"
 	"github.com/boardlink/boardlink/trial"
-	"github.com/boardlink/boardlink/trial/netns"
+	"github.com/boardlink/boardlink/trial/netns/netnstest"
 	"github.com/boardlink/boardlink/trial/traffic"
 	"go.uber.org/goleak"
 )
@@ -49,13 +49,6 @@ func lacks(t testing.TB, format string, args ...any) {
 		t.Fatalf(format, args...)
 	}
 	t.Skipf(format, args...)
-}
-
-func needRoot(t testing.TB) {
-	t.Helper()
-	if netns.NeedsUser() || netns.CheckTun() != nil {
-		lacks(t, "needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and /dev/net/tun")
-	}
 }
 
 // nativeCommand builds the program of this machine and returns how an end of it is started.
@@ -146,7 +139,7 @@ func cases() []testCase {
 // TestCross: each kind of machine is the board of a native carrier and the carrier of a native board. The link
 // comes up, carries traffic, and comes up again after each end was killed.
 func TestCross(t *testing.T) {
-	needRoot(t)
+	netnstest.Need(t)
 	for _, m := range cases() {
 		t.Run(m.String(), func(t *testing.T) {
 			if m.Arch == "386" && !ports.Runs386() {
