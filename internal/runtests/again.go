@@ -10,8 +10,10 @@ import (
 // machine.
 const maxAgain = 3
 
-// grave are words of a failure that no load of the machine explains. Such a test gets no second chance.
-var grave = regexp.MustCompile(`DATA RACE|panic:|fatal error:|SIGSEGV|SIGBUS|[1-9]\d* corrupt|[cC]orrupt:[1-9]`)
+// grave are words of a failure that no load of the machine explains. Where a package prints one, none of its tests gets
+// a second chance.
+var grave = regexp.MustCompile(`DATA RACE|panic:|fatal error:|SIGSEGV|SIGBUS|exit status [02-9]|` +
+	`[1-9]\d* corrupt|(?i:corrupt)"?: ?[1-9]|data is corrupt|not what was sent|came back (wrong|as)|\bdiffers?\b`)
 
 // runAgain runs each test that failed beside others two more times alone. Tests of links run real programs against real
 // time limits; on a machine that is busy with something else one of them fails now and then. A test that passes both
@@ -30,7 +32,7 @@ func (r *run) runAgain(rep *report, env, args []string) {
 	}
 	for _, t := range tests {
 		texts := rep.texts(t)
-		if grave.MatchString(texts) {
+		if rep.died(t[0]) || grave.MatchString(rep.packageOutput(t[0])) {
 			continue
 		}
 		short := strings.TrimPrefix(t[0], modulePath+"/") + " " + t[1]
@@ -52,6 +54,27 @@ func (r *run) runAgain(rep *report, env, args []string) {
 		rep.excuse(t)
 		r.note("UNSTEADY %s failed beside other tests and passed twice alone:\n%s", short, firstLines(texts, 10))
 	}
+}
+
+// died tells whether a package ended while a test of it ran.
+func (p *report) died(pkg string) bool {
+	for k := range p.open {
+		if k[0] == pkg {
+			return true
+		}
+	}
+	return false
+}
+
+// packageOutput returns what a package said, but for its tests that passed.
+func (p *report) packageOutput(pkg string) string {
+	var all strings.Builder
+	for k, b := range p.output {
+		if k[0] == pkg {
+			all.WriteString(b.String())
+		}
+	}
+	return all.String()
 }
 
 // failedTests returns the top-level tests that failed, by package and name; nil where a package failed as a whole.

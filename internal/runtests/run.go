@@ -269,7 +269,8 @@ type report struct {
 	broken map[string]string              // package -> ImportPath of the failed build
 	skips  []string
 
-	unsteady int // failed tests that runAgain took back
+	unsteady int                // failed tests that runAgain took back
+	open     map[[2]string]bool // tests that have begun and not ended
 }
 
 func newReport(log io.Writer) *report {
@@ -280,6 +281,7 @@ func newReport(log io.Writer) *report {
 		output:    map[[2]string]*strings.Builder{},
 		build:     map[string]*strings.Builder{},
 		badPkg:    map[string]int{},
+		open:      map[[2]string]bool{},
 		broken:    map[string]string{},
 	}
 }
@@ -306,6 +308,10 @@ var resultLine = regexp.MustCompile(`^\s+\S+\.go:\d+: result: (.*)\n$`)
 func (p *report) take(e event) {
 	key := [2]string{e.Package, e.Test}
 	switch e.Action {
+	case "pass", "fail", "skip":
+		delete(p.open, key)
+	}
+	switch e.Action {
 	case "build-output":
 		io.WriteString(p.log, e.Output)
 		b := p.build[e.ImportPath]
@@ -331,6 +337,7 @@ func (p *report) take(e event) {
 			p.onPackage(strings.TrimRight(e.Output, "\n"))
 		}
 	case "run":
+		p.open[key] = true
 		p.onTest(e.Package, e.Test)
 	case "pass":
 		if e.Test != "" {

@@ -134,12 +134,12 @@ func TestExcuse(t *testing.T) {
 	if want := (counts{passed: 3, failed: 0, skipped: 1}); rep.counts != want || len(rep.failures()) != 0 {
 		t.Errorf("counted %v, want %v; failures %q", rep.counts, want, rep.failures())
 	}
-	for _, s := range []string{"WARNING: DATA RACE", "panic: x", "0 of 30 lost, 3 corrupt", "{Corrupt:12}"} {
+	for _, s := range []string{"WARNING: DATA RACE", "panic: x", "0 of 30 lost, 3 corrupt", "{Corrupt:12}", `"corrupt": 3`, "ping 10.66.0.1: data is corrupt: 2 packets", "frame 7 is not what was sent", "the bytes at 0x10 differ"} {
 		if !grave.MatchString(s) {
 			t.Errorf("%q is excused", s)
 		}
 	}
-	for _, s := range []string{"1 of 30 lost, 0 corrupt", "not within 20 s: link up", "{Corrupt:0}"} {
+	for _, s := range []string{"1 of 30 lost, 0 corrupt", "not within 20 s: link up", "{Corrupt:0}", `"corrupt": 0`, "exit status 1"} {
 		if grave.MatchString(s) {
 			t.Errorf("%q is not excused", s)
 		}
