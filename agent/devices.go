@@ -20,8 +20,8 @@ var (
 	ErrNoDevice     = errors.New("the link drives no device of this number")
 )
 
-// Maker makes a driver for device number n of the link. nil without an error leaves the device alone. It is called on the link's
-// goroutine, whose heartbeat waits meanwhile.
+// Maker makes a driver for device number n of the link. nil without an error leaves the device alone. It is called on the
+// owner's goroutine: messages wait meanwhile.
 type Maker func(n uint16) (driver.Driver, error)
 
 // place returns the place on the link of a device without memory and doorbells.
@@ -139,9 +139,9 @@ func (l *Link) release(d *device) {
 	}
 	l.drop(d)
 	if l.passed == nil {
-		l.passed = map[uint16]bool{}
+		l.passed = map[uint16]pass{}
 	}
-	l.passed[d.n.Number()] = true
+	l.passed[d.n.Number()] = gaveUp
 }
 
 // letGo judges a reset of a device that failed: unless the host has let go of the device's memory by other means, the
@@ -204,6 +204,14 @@ func (l *Link) removed(d *device) {
 	}
 }
 
+// pass is why a device is not driven.
+type pass uint8
+
+const (
+	unknown pass = iota // no Maker drives it; it is looked at again after the next handshake
+	gaveUp              // RemoveDevice; it stays away until it is offered anew, also through handshakes
+)
+
 // maxPassed limits how many devices that are not driven are looked at while the link is up.
 const maxPassed = 1024
 
@@ -233,7 +241,10 @@ func (l *handler) look() error {
 		}
 	}
 	for _, n := range offers {
-		if _, known := (*Link)(l).find(n); known || l.passed[n] {
+		if _, known := (*Link)(l).find(n); known {
+			continue
+		}
+		if _, passed := l.passed[n]; passed {
 			continue
 		}
 		if l.shares.Free() == 0 {
@@ -261,21 +272,21 @@ func (l *handler) look() error {
 // drive makes a driver for a device that the host offers, if the configuration knows one. Where not, the device is left alone until
 // the host tells of it again.
 func (l *Link) drive(n uint16, id uint32) {
-	pass := func() {
+	leave := func() {
 		if l.passed == nil {
-			l.passed = map[uint16]bool{}
+			l.passed = map[uint16]pass{}
 		}
-		l.passed[n] = true
+		l.passed[n] = unknown
 	}
 	maker := l.cfg.Drivers[id]
 	if maker == nil {
-		pass()
+		leave()
 		l.cfg.Log.Debug("a device that nothing here drives", "link", l.cfg.Name, "device", n, "virtio_id", id)
 		return
 	}
 	drv, err := maker(n)
 	if err == nil && drv == nil {
-		pass()
+		leave()
 		return
 	}
 	if err == nil && drv.Number() != n {
@@ -291,7 +302,7 @@ func (l *Link) drive(n uint16, id uint32) {
 	if drv != nil {
 		drv.Close()
 	}
-	pass()
+	leave()
 	l.cfg.Log.Warn("a device that the host has added cannot be driven", "link", l.cfg.Name, "device", n, "error", err)
 }
 

@@ -95,7 +95,13 @@ func TestEndlessDevices(t *testing.T) {
 // does with its memory is not known, so the link is shaken hands with anew.
 func TestRemoveFromMuteHost(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, nil)
+	var made uint64
+	r := newRig(t, func(r *rig) {
+		r.drivers = map[uint32]agent.Maker{virtio.IDNet: func(uint16) (driver.Driver, error) {
+			atomic.AddUint64(&made, 1)
+			return nil, nil
+		}}
+	})
 	r.waitRunning()
 	r.answered = func(virtiomsg.Header, *virtiomsg.Slot) bool { return false }
 	done := make(chan error, 1)
@@ -118,4 +124,26 @@ func TestRemoveFromMuteHost(t *testing.T) {
 	}
 	r.answered = nil
 	r.WaitUp()
+
+	asked := 0
+	r.answered = func(h virtiomsg.Header, m *virtiomsg.Slot) bool {
+		if h.Bus() && h.ID == virtiomsg.BusGetDevices {
+			asked++
+		}
+		return true
+	}
+	ready := func(n uint16) {
+		var m virtiomsg.Slot
+		(&virtiomsg.DeviceEvent{Dev: n, State: virtiomsg.DeviceReady}).Encode(&m)
+		r.Send(m)
+	}
+	ready(dev + 1) // another one has the agent look at all that are offered
+	r.Until(20*time.Second, "the agent looks for devices", func() bool { return asked > 0 })
+	ready(dev + 1)
+	r.Until(20*time.Second, "and once more, having seen the first answer", func() bool { return asked > 1 })
+	if n := atomic.LoadUint64(&made); n != 0 {
+		t.Errorf("a removed device is looked at again after a handshake (%d times)", n)
+	}
+	ready(dev)
+	r.Until(20*time.Second, "the device that is offered anew is looked at", func() bool { return atomic.LoadUint64(&made) > 0 })
 }

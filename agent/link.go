@@ -66,7 +66,7 @@ type Link struct {
 	small   []driver.Small  // those that NewLink was given, which have parts of the memory of their own
 	pairs   int             // at most so many queue pairs for a device whose number the operator did not choose; 0: any
 	search  bool            // devices may have come that this side does not know
-	passed  map[uint16]bool // device numbers that are not driven, so that they are not looked at again
+	passed  map[uint16]pass // device numbers that are not driven, so that they are not looked at again
 	full    bool            // a device goes without memory, which was logged
 	looking session.Bucket
 
@@ -218,7 +218,12 @@ func (l *handler) Up() {
 	l.mu.Lock()
 	l.pool = r
 	l.mu.Unlock()
-	l.search, l.full, l.passed = true, false, nil
+	l.search, l.full = true, false
+	for n, why := range l.passed {
+		if why != gaveUp {
+			delete(l.passed, n)
+		}
+	}
 	for _, d := range l.devs {
 		d.next, d.backoff, d.met = time.Time{}, 0, false
 	}

@@ -31,6 +31,6 @@ func (r Room) String() string {
 // Explainer is a Device that can say why a driver does without some of its features.
 type Explainer interface {
 	// Without says which features that matter the driver did not accept, and why, as far as it shows from r; ""
-	// where it accepted them all. It is called after Start, on the control plane's goroutine.
+	// where it accepted them all. It is called after SetRunning, on the control plane's goroutine.
 	Without(accepted virtio.Features, r Room) string
 }

@@ -203,12 +203,14 @@ func (a *Assigned) Remove(user int) {
 func (l *line) unshare() {
 	for _, e := range l.ends {
 		l.fan.remove(e.own)
-		atomic.StoreUint32(&e.own.gone, 0) // for the next time
-		e.move(l.bell)
 	}
+	// Before the user moves: the fan-out must not take a ring away from one that sleeps on the doorbell already. What it has taken, the
+	// last Ring makes good.
 	l.fan.end()
 	l.fan = nil
 	for _, e := range l.ends {
+		atomic.StoreUint32(&e.own.gone, 0) // for the next time
+		e.move(l.bell)
 		e.own.bell.Ring()
 	}
 }

@@ -196,7 +196,7 @@ func (s *engineSource) open(q *queueEngine, j msgdev.EngineJob) error {
 		}}
 	q.mover = dma.NewMover(mc)
 	if measure && s.min == 0 {
-		// Once for all channels of the board: the link's heartbeat waits meanwhile.
+		// Once for all channels of the board: messages wait meanwhile.
 		s.min = q.mover.Calibrate(stage, s.sample, calibrateTime)
 		if err := q.mover.Runaway(); err != nil {
 			return err

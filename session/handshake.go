@@ -129,6 +129,9 @@ func (s *Session) quiesced() {
 		s.transition(Closing, reason)
 	case s.ending:
 		s.safely(s.goodbye)
+		if s.in(Quiescing) { // the memory faulted: nobody can be told
+			s.transition(Closing, "")
+		}
 	default:
 		s.transition(Listening, reason)
 		s.charge(cost)

@@ -96,7 +96,7 @@ func (p *posts) withdraw(j *post) bool {
 }
 
 // Do runs f on the owner's goroutine, between two messages, and returns when it has run: f may use what the
-// methods of Handler may. It runs in every state of the link, also without a board. Before Open and Run it runs on the
+// methods of Handler may. It runs also without a board; while a link goes down, takes its leave or is stuck, f waits. Before Open and Run it runs on the
 // caller's goroutine. Errors: ErrEnded, and that of ctx: f did not run then; a bus error: f was
 // interrupted, and the link goes down. Do must not be called on that goroutine.
 func (s *Session) Do(ctx context.Context, f func()) error {

@@ -34,13 +34,15 @@ func (s *Session) Stopping(f func()) {
 			}
 		})
 	})
+	defer func() { // also where a fault of the memory ends f
+		if !t.Stop() {
+			s.onLoop(func() {
+				over = true
+				s.unstuck()
+			})
+		}
+	}()
 	f()
-	if !t.Stop() {
-		s.onLoop(func() {
-			over = true
-			s.unstuck()
-		})
-	}
 }
 
 // stuck tells that something of the link does not stop. The session is Stuck then, if it is in one of some states.

@@ -172,22 +172,33 @@ func alone(h half) error {
 }
 
 // Run implements Pump, for a loop of NewLoop.
-func (l *Loop) Run() error { return l.run() }
+func (l *Loop) Run() error {
+	if err := l.pin(); err != nil {
+		return err
+	}
+	return l.run()
+}
+
+// pin puts the goroutine on the loop's processors, if it has some. It is never unlocked: the thread ends with the goroutine, or stays on
+// its processors with it.
+func (l *Loop) pin() error {
+	if len(l.cpu) == 0 {
+		return nil
+	}
+	runtime.LockOSThread()
+	var set unix.CPUSet
+	for _, c := range l.cpu {
+		set.Set(c)
+	}
+	if err := unix.SchedSetaffinity(0, &set); err != nil {
+		return fmt.Errorf("%s: run on processors %v: %w", l.name, l.cpu, err)
+	}
+	return nil
+}
 
 // run moves frames until Stop is raised or, with a mailbox, no pump is left.
 func (l *Loop) run() (err error) {
 	defer l.sleeper.Done()
-	if len(l.cpu) > 0 {
-		// Never unlocked: the thread ends with the goroutine that calls Run, or stays on its processors with it.
-		runtime.LockOSThread()
-		var set unix.CPUSet
-		for _, c := range l.cpu {
-			set.Set(c)
-		}
-		if err := unix.SchedSetaffinity(0, &set); err != nil {
-			return fmt.Errorf("%s: run on processors %v: %w", l.name, l.cpu, err)
-		}
-	}
 	defer l.ground()
 	if err := l.begin(); err != nil {
 		return err

@@ -111,6 +111,7 @@ func wait(c chan struct{}, deadline time.Time) bool {
 // Attach adds pumps, at most one each way in all. They run from then on.
 func (l *Loop) Attach(deadline time.Time, pumps ...DevicePump) error {
 	return l.Do(func() error {
+		defer l.wire() // also of those before one that is refused
 		for _, p := range pumps {
 			h := half(p)
 			if h == l.out || h == l.in {
@@ -120,7 +121,6 @@ func (l *Loop) Attach(deadline time.Time, pumps ...DevicePump) error {
 				return err
 			}
 		}
-		l.wire()
 		return nil
 	}, deadline)
 }
@@ -186,6 +186,9 @@ func (l *Loop) Close(deadline time.Time) error {
 func (l *Loop) live(gone chan struct{}) {
 	defer close(gone)
 	b := l.box
+	if err := l.pin(); err != nil {
+		l.breakAll(err)
+	}
 	for {
 		var err error
 		if fault := pci.Guard(func() { err = l.run() }); fault != nil {
@@ -213,9 +216,9 @@ func (l *Loop) attend() bool {
 	if b == nil {
 		return false
 	}
-	l.stop.lower()
 	l.ground()
 	b.mu.Lock()
+	l.stop.lower() // not between the flag and the bell of a Raise: that would leave the bell rung, and no sleep would last
 	posted := b.posted
 	b.posted = nil
 	b.mu.Unlock()
@@ -274,7 +277,7 @@ func (l *Loop) breakAll(err error) {
 	}
 }
 
-// lower takes Raise back, as the loop does which a Stop belongs to.
+// lower takes Raise back, as the loop does which a Stop belongs to. The caller holds what all callers of Raise hold.
 func (s *Stop) lower() {
 	s.bell.Ack()
 	atomic.StoreUint32(&s.raised, 0)

@@ -35,8 +35,8 @@ func (p *DeviceTX) begin() error {
 // ground lets all that is in flight land. What has not gone out is popped again by whoever goes on.
 func (p *DeviceTX) ground() {
 	rest := len(p.b.Chains) - p.next + p.landAll()
-	p.settle(p.q, &p.used, rest)
 	p.b, p.next = vring.Batch{}, 0
+	p.settle(p.q, &p.used, rest)
 }
 
 func (p *DeviceTX) change(c Change) {
@@ -177,11 +177,12 @@ func (c *common) settle(q vring.Device, used *[]vring.Used, rest int) {
 	if len(*used) == 0 && rest == 0 {
 		return
 	}
-	call, err := q.Settle(*used, rest)
-	if err == nil && len(*used) > 0 {
+	u := *used
+	*used = u[:0] // first: where a fault of the memory ends Settle, nothing is completed twice
+	call, err := q.Settle(u, rest)
+	if err == nil && len(u) > 0 {
 		c.d[cBatches]++
 	}
-	*used = (*used)[:0]
 	if call {
 		c.ring() // a peer that blocks it is found out by the next one
 	}

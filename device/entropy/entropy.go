@@ -36,6 +36,9 @@ const (
 	minCharge = 64
 	queueMax  = 256 // descriptors
 	batch     = 32  // buffers filled before the driver is called
+
+	// sourceRetry is how long a source that has nothing yet is left alone.
+	sourceRetry = 100 * time.Millisecond
 )
 
 // errReadable: the driver put a buffer that the device is to read into the queue (virtio 1.2, 5.4.6.1).
@@ -49,7 +52,8 @@ type Config struct {
 	// many as a second's at once.
 	Rate uint64
 	Deny virtio.Features // features not to be offered
-	// Source fills a slice with random bytes, without blocking for long; nil: getrandom(2).
+	// Source fills a slice with random bytes without blocking, or fails: with EAGAIN where it has none yet, and is asked again later.
+	// nil: getrandom(2).
 	Source func([]byte) error
 }
 
@@ -88,10 +92,10 @@ func New(cfg Config) (*Entropy, error) {
 	return e, nil
 }
 
-// getrandom fills b. It may block until the kernel's generator is initialized, early at boot.
+// getrandom fills b, or fails with EAGAIN while the kernel's generator is not initialized, early at boot.
 func getrandom(b []byte) error {
 	for len(b) > 0 {
-		n, err := unix.Getrandom(b, 0)
+		n, err := unix.Getrandom(b, unix.GRND_NONBLOCK)
 		if err != nil && err != unix.EINTR {
 			return fmt.Errorf("getrandom: %w", err)
 		}
@@ -140,7 +144,7 @@ func (e *Entropy) Serve(w *plain.Worker) (plain.Next, error) {
 	}
 	chains, spans, err := w.Pop(batch)
 	var done [batch]vring.Used
-	n := 0
+	n, early := 0, false
 	for n < len(chains) && e.wait(minCharge) == 0 {
 		c := &chains[n]
 		if c.Readable > 0 {
@@ -148,7 +152,10 @@ func (e *Entropy) Serve(w *plain.Worker) (plain.Next, error) {
 			break
 		}
 		b := e.buf[:e.grant(c.WriteLen)]
-		if serr := e.cfg.Source(b); serr != nil {
+		if serr := e.cfg.Source(b); errors.Is(serr, unix.EAGAIN) {
+			early = true
+			break
+		} else if serr != nil {
 			err = serr
 			break
 		}
@@ -181,7 +188,10 @@ func (e *Entropy) Serve(w *plain.Worker) (plain.Next, error) {
 	if err != nil {
 		return 0, err
 	}
-	if len(chains) == 0 {
+	switch {
+	case early:
+		return plain.Next(sourceRetry), nil
+	case len(chains) == 0:
 		return plain.OnKick, nil
 	}
 	return plain.Again, nil

@@ -256,7 +256,7 @@ func (n *Net) ChangeQueue(i int, c device.Change, deadline time.Time) error {
 		if c.Areas != nil {
 			r.Areas = *c.Areas
 			var err error
-			if ring, err = n.ring(name, &r, q.bus, q.q.State()); err != nil {
+			if ring, err = n.ring(name, &r, q.bus, q.q.State().Rewound()); err != nil {
 				return err
 			}
 		}
@@ -280,7 +280,8 @@ func (n *Net) StopQueue(i int, deadline time.Time) (device.Stopped, error) {
 	err = n.change(deadline, func() error {
 		n.mu.Lock()
 		defer n.mu.Unlock()
-		s = device.Stopped{State: q.q.State(), Err: n.ended}
+		// Rewound: of a ring that broke, what was popped is still in flight.
+		s = device.Stopped{State: q.q.State().Rewound(), Err: n.ended}
 		q.started, q.r = false, device.Resources{}
 		return nil
 	})
@@ -338,12 +339,11 @@ func (n *Net) rest(deadline time.Time) error {
 	if !s.Stop(deadline) {
 		return fmt.Errorf("%s: the Handler has not returned: %w", n.cfg.Name, device.ErrStuck)
 	}
-	pci.Guard(func() { // a ring that is broken, or whose memory is gone, stays as it is
-		n.receiver.Done()
-		if n.sender != nil {
-			n.sender.Close()
-		}
-	})
+	// A ring that is broken, or whose memory is gone, stays as it is.
+	pci.Guard(func() { n.receiver.Done() })
+	if n.sender != nil {
+		pci.Guard(func() { n.sender.Close() })
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.serving, n.handled, n.sender, n.receiver = nil, false, nil, nil
@@ -400,6 +400,9 @@ func (n *Net) end(i int, stop *doorbell.Eventfd) frames.Config {
 // failed takes the error of the Handler.
 func (n *Net) failed(err error) {
 	err = fmt.Errorf("%s: %w", n.cfg.Name, err)
+	if errors.Is(err, pci.ErrGone) {
+		err = &device.Error{Cause: device.CauseMemory, Err: err}
+	}
 	n.mu.Lock()
 	n.ended, n.lastErr = err, err
 	n.broken++

@@ -174,7 +174,7 @@ func (n *Net) EnableQueue(i int, on bool, deadline time.Time) error {
 	n.ops.Lock()
 	defer n.ops.Unlock()
 	q, p, _, err := n.lookup(i)
-	if err != nil || q.enabled == on {
+	if err != nil || q.enabled == on && !q.started { // a started one may have been stuck the last time
 		return err
 	}
 	n.mu.Lock()
@@ -296,7 +296,7 @@ func (q *netQueue) release() { q.started, q.r, q.pump = false, device.Resources{
 
 // SetRunning implements device.Device. One pair is in use at first, until the driver asks for more by the control queue (virtio
 // 1.2, 5.1.6.5.5), or as many as are enabled.
-func (n *Net) SetRunning(on bool, deadline time.Time) error {
+func (n *Net) SetRunning(on bool, deadline time.Time) (err error) {
 	if !on {
 		return n.rest(deadline)
 	}
@@ -321,6 +321,11 @@ func (n *Net) SetRunning(on bool, deadline time.Time) error {
 		n.drained = true
 	}
 	n.running = true
+	defer func() {
+		if err != nil {
+			n.running = false // so that another call does all of it
+		}
+	}()
 	for i := range n.pairs {
 		p := &n.pairs[i]
 		if p.live = p.live || i == 0 || n.options.ControlElsewhere; !p.live || p.loop == nil {
@@ -335,7 +340,7 @@ func (n *Net) SetRunning(on bool, deadline time.Time) error {
 	}
 	// From here on the kernel sends.
 	n.mu.Lock()
-	err := n.ifc.SetCarrier(!n.peerDown)
+	err = n.ifc.SetCarrier(!n.peerDown)
 	if err == nil {
 		n.carrier = !n.peerDown
 		n.starts++

@@ -358,6 +358,9 @@ func (w *Worker) open(st vring.State) error {
 
 // start lets the queue move.
 func (w *Worker) start() (err error) {
+	if w.stop != nil && w.told {
+		return fmt.Errorf("%s: %w", w.set.info(w.index).Name, device.ErrStuck) // it was to rest, and does not yet
+	}
 	if w.stop != nil || w.err != nil {
 		return nil
 	}

@@ -269,18 +269,23 @@ func (q *Queue) Write(i, n uint32) vring.Request {
 // Down stops the loops. The rings stay as they are: the device may still look at them. It is idempotent.
 func (b *Base) Down() {
 	b.mu.Lock()
-	stop, quit := b.stop, b.quit
+	stop := b.stop
+	if stop != nil && b.quit != nil {
+		close(b.quit)
+		b.quit = nil
+		stop.Ring() // cannot fail: it is this program's alone
+	}
 	b.mu.Unlock()
 	if stop == nil {
 		return
 	}
-	close(quit)
-	stop.Ring() // cannot fail: it is this program's alone
 	b.loops.Wait()
-	stop.Close()
 	b.mu.Lock()
-	b.stop, b.status, b.acked = nil, 0, virtio.Features{}
-	b.mu.Unlock()
+	defer b.mu.Unlock()
+	if b.stop == stop { // else another call, at the same time, has come first
+		stop.Close()
+		b.stop, b.status, b.acked = nil, 0, virtio.Features{}
+	}
 }
 
 // Describe returns the status of the device.
