@@ -3,6 +3,7 @@ package tunbridge
 import (
 	"errors"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -17,6 +18,7 @@ type fakeDevice struct {
 	steps    int
 	grounded bool
 	fail     error
+	busy     bool // each step moves something, so that the loop does not sleep
 }
 
 func (f *fakeDevice) change(c Change) { f.common.change(c) }
@@ -40,7 +42,11 @@ func (f *fakeDevice) step(turn) (result, error) {
 	f.steps++
 	err := f.fail
 	f.fail = nil
-	return result{}, err
+	var res result
+	if f.busy {
+		res.frames = 1
+	}
+	return res, err
 }
 
 func (f *fakeDevice) state() (steps int, grounded bool) {
@@ -222,4 +228,41 @@ func TestMailboxFull(t *testing.T) {
 	}
 	wg.Wait()
 	close(done)
+}
+
+// TestMailboxBell: a loop that is awake sees the flag of a Raise before its bell. It must leave the bell quiet all the
+// same: a rung one would end every sleep at once, for ever.
+func TestMailboxBell(t *testing.T) {
+	t.Parallel()
+	l, out, _, _ := mailboxRig(t)
+	out.busy = true
+	if err := l.Attach(soon(), out); err != nil {
+		t.Fatal(err)
+	}
+	until := func(grounded bool) {
+		t.Helper()
+		for end := soon(); ; time.Sleep(time.Millisecond) {
+			if _, g := out.state(); g == grounded {
+				return
+			}
+			if time.Now().After(end) {
+				t.Fatalf("the pump does not come to grounded = %v", grounded)
+			}
+		}
+	}
+	until(false)
+	l.box.mu.Lock() // as Do holds it while it calls Raise, which is played in two steps
+	atomic.StoreUint32(&l.stop.raised, 1)
+	until(true)
+	err := l.stop.bell.Ring()
+	l.box.mu.Unlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	until(false)
+	l.box.mu.Lock()
+	defer l.box.mu.Unlock()
+	if n, err := l.stop.bell.Ack(); n != 0 || l.stop.Raised() {
+		t.Errorf("the bell is still rung (%d, %v), raised: %v", n, err, l.stop.Raised())
+	}
 }
