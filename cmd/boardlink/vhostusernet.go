@@ -79,6 +79,8 @@ func hostArgs(args []string) (host []string, print bool, err error) {
 				return nil, false, usagef("--fd %s: the number of an open descriptor is needed", value)
 			}
 			value = "fd=" + value
+		} else if strings.HasPrefix(value, "fd=") {
+			value = "./" + value // a path, though --board would take it for a descriptor
 		} else if value == "" || strings.Contains(value, ",") {
 			return nil, false, usagef("--socket-path %q: a path without commas is needed", value)
 		}

@@ -19,6 +19,7 @@ func TestVhostUserNetFlags(t *testing.T) {
 	}{
 		{args: "--socket-path=/run/x", want: []string{"--board", "vhost-user:/run/x"}},
 		{args: "--socket-path /run/x -i bl0 --addr=10.1.0.1/24", want: []string{"--board", "vhost-user:/run/x", "-i", "bl0", "--addr=10.1.0.1/24"}},
+		{args: "--socket-path=fd=3", want: []string{"--board", "vhost-user:./fd=3"}},
 		{args: "--mtu 9000 --fd=3", want: []string{"--board", "vhost-user:fd=3", "--mtu", "9000"}},
 		{args: "--print-capabilities", print: true},
 		{args: "--print-capabilities --fd=3", print: true},

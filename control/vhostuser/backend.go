@@ -104,7 +104,7 @@ func (b *backend) handle(m *message) ([]byte, error) {
 	switch {
 	case err == nil && reply != nil:
 		return reply, nil
-	case isStuck(err):
+	case isFinal(err):
 		return nil, err
 	}
 	ack := m.needReply() && b.proto&protoReplyAck != 0 && !ownReply[m.req]
@@ -234,6 +234,7 @@ func (b *backend) setFeatures(m *message) error {
 		return nil
 	}
 	if err := b.take(); err != nil {
+		b.features = 0 // QEMU repeats the request: it is refused again
 		return m.errorf(ErrFeatures, "%v", err)
 	}
 	b.usable = true
@@ -333,10 +334,13 @@ func (b *backend) setVring(m *message) ([]byte, error) {
 		if s.num > 1 {
 			return nil, m.errorf(ErrValue, "%d: 0 or 1 is possible", s.num)
 		}
+		if r.started && r.enabled != (s.num == 1) {
+			b.starts.take(time.Now()) // a queue of the interface is attached or detached
+		}
 		r.enabled = s.num == 1
 		if r.started {
 			if err := b.dev.EnableQueue(r.index, b.enabled(r), deadline()); err != nil {
-				return nil, err
+				return nil, b.notNow(err)
 			}
 		}
 		return nil, b.settle(true)
@@ -422,7 +426,7 @@ func (b *backend) setVringFD(m *message) error {
 			if err := b.dev.ChangeQueue(r.index, device.Change{Call: r.ringer()}, deadline()); err != nil {
 				// Both may be in use: the connection ends, and with it all doorbells.
 				b.kept = append(b.kept, old)
-				return err
+				return &finalError{err}
 			}
 			ringOnce(e)
 		}
@@ -434,7 +438,7 @@ func (b *backend) setVringFD(m *message) error {
 	if r.started {
 		if err := b.dev.ChangeQueue(r.index, device.Change{Kick: r.waiter()}, deadline()); err != nil {
 			b.kept = append(b.kept, old)
-			return err
+			return &finalError{err}
 		}
 		replace(&old, nil)
 		return nil

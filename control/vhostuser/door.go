@@ -371,7 +371,12 @@ func (d *Door) converse(ctx context.Context, c *net.UnixConn, b *backend) error 
 		case err = <-ended:
 			ended <- err // for the deferred function
 		case m := <-msgs:
-			err = d.answer(ctx, c, b, m, &pace)
+			// What broke before the message came is looked at first: a queue that is started by it is another one.
+			if err = d.guard(func() error { return d.react(b) }); err == nil {
+				err = d.answer(ctx, c, b, m, &pace)
+			} else {
+				m.close()
+			}
 		case <-d.wake:
 			err = d.guard(func() error { return d.react(b) })
 		case <-again:

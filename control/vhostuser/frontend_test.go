@@ -44,6 +44,7 @@ type echo struct {
 	changes  int
 	macs     [][6]byte
 	startErr error // of the next StartQueue
+	featErr  error // of each SetFeatures
 }
 
 type echoQueue struct {
@@ -86,6 +87,9 @@ func (e *echo) SetFeatures(f virtio.Features, o device.Options) error {
 		if e.queues[i].started {
 			e.t.Errorf("features change while queue %d is started", i)
 		}
+	}
+	if e.featErr != nil {
+		return e.featErr
 	}
 	e.accepted = f
 	return nil

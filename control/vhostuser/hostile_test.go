@@ -66,6 +66,7 @@ func TestRefused(t *testing.T) {
 		{"a region beyond its file", AddMemReg, slot(region{1 << 40, 2 * mib, 1 << 45, 0}), []int{file}},
 		{"a region over another", AddMemReg, slot(region{guestBase + 4096, 4096, 1 << 45, 0}), []int{file}},
 		{"a region of another file", AddMemReg, slot(f.regs[0]), []int{memfd(t, frontSize)}},
+		{"more addresses than a connection may have", AddMemReg, slot(region{1 << 44, 1 << 42, 1 << 46, 0}), []int{memfd(t, 1<<42)}},
 		{"a slot without a descriptor", AddMemReg, slot(one), nil},
 		{"a slot with three", AddMemReg, slot(one), []int{file, file, file}},
 		{"queue 2 of 2", SetVringNum, vringState{2, 64}.encode(), nil},
@@ -99,7 +100,7 @@ func TestRefused(t *testing.T) {
 		t.Errorf("%d descriptors and %d mappings of what was refused", n, mapsOf(t, file))
 	}
 	n := d.n.load()
-	if n["unknown"] != 3 || n["failed"] != 30 || n["descriptors_closed"] != 13 || n["connections"] != 1 {
+	if n["unknown"] != 3 || n["failed"] != 31 || n["descriptors_closed"] != 13 || n["connections"] != 1 {
 		t.Errorf("%v", n)
 	}
 	// Unknown requests that want no answer are passed over.
@@ -199,6 +200,52 @@ func TestInterfaceAway(t *testing.T) {
 	if !d.log.has("no interface yet") {
 		t.Error("the log does not say why")
 	}
+}
+
+// TestWaitingRingBroken: what lies in one ring, when all are tried again, is no reason to end the connection or to refuse
+// requests about others.
+func TestWaitingRingBroken(t *testing.T) {
+	e := newEcho(t, 2)
+	d := newDoor(t, e)
+	f := running(t, d, kinds[0].f)
+	move := func() error { _, err := e.echo(0); return err }
+	f.trip(0, 10, 1, move)
+	bell := f.qs[1].kick
+	f.set(SetVringErr, encodeU64(1), bell.FD())
+	bell.Ack()
+	f.mem.Store16(ringRoom+0x3000+2, f.mem.Load16(ringRoom+0x3000+2)+9999) // the used index of queue 1
+	e.notify(device.Event{Broken: &device.Error{Cause: device.CauseEnd, Err: errors.New("gone")}, Queue: -1})
+	eventually(t, "the err descriptor is rung", func() bool { n, _ := bell.Ack(); return n > 0 })
+	eventually(t, "the other queue is started", func() bool { _, started, _ := e.state(); return started == 1 })
+	f.enable(0, 0)
+	f.enable(0, 1)
+	f.stop(1)
+	f.queue(1, kinds[0].f)
+	f.start(1, 0)
+	eventually(t, "the device runs again", func() bool { run, started, _ := e.state(); return run && started == 3 })
+	if n := d.n.load(); n["queues_broken"] != 1 || n["connections"] != 1 || n["failed"] != 0 {
+		t.Errorf("%v", n)
+	}
+}
+
+// TestFeaturesRefusedTwice: front ends send the features for each queue pair; what the device refuses stays refused.
+func TestFeaturesRefusedTwice(t *testing.T) {
+	e := newEcho(t, 1)
+	d := newDoor(t, e)
+	f := running(t, d, kinds[0].f)
+	e.mu.Lock()
+	e.featErr = errors.New("not with this interface")
+	e.mu.Unlock()
+	v := encodeU64(virtio.FeaturesOf(virtio.Version1).Mask() | featProtocol)
+	for i := 0; i < 2; i++ {
+		if f.ask(SetFeatures, v) {
+			t.Errorf("request %d: features that the device refuses are acknowledged", i)
+		}
+	}
+	e.mu.Lock()
+	e.featErr = nil
+	e.mu.Unlock()
+	f.set(SetFeatures, v)
 }
 
 // TestTruncated: memory that is truncated under the queues is an error of the connection, and of

@@ -29,6 +29,17 @@ type mapping struct {
 // page fault cannot be interrupted.
 var fileSystems = map[uint32]bool{unix.TMPFS_MAGIC: true, unix.HUGETLBFS_MAGIC: true}
 
+// maxMapped is how many bytes the regions of one connection may have together, those of the table before while it is replaced
+// included: sparse files cost nothing, and this process needs addresses of its own.
+const maxMapped = uint64(^uintptr(0)>>2) & (1<<42 - 1)
+
+// inMemory tells whether fd is a file of tmpfs or hugetlbfs. It asks no file system: that of a program (FUSE) might not
+// answer, even to fstat.
+func inMemory(fd int) bool {
+	_, err := unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0)
+	return err == nil
+}
+
 // mapRegion maps the region r of the file fd, which stays the caller's. name is the door's, for the
 // error of an access that fails. All errors match ErrMemory.
 func mapRegion(name string, r region, fd int) (*mapping, error) {
@@ -44,6 +55,10 @@ func mapRegion(name string, r region, fd int) (*mapping, error) {
 		return bad("at address %#x of the front end it passes the end of the addresses", r.user)
 	case (r.guest|r.user|r.offset)%regionAlign != 0:
 		return bad("address %#x of the front end and file offset %#x: all have to be multiples of %d", r.user, r.offset, regionAlign)
+	}
+	if !inMemory(fd) {
+		return bad("its descriptor is no file in memory: only tmpfs (memfd, /dev/shm) and hugetlbfs are taken, " +
+			"e.g. -object memory-backend-memfd,share=on of QEMU")
 	}
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
@@ -93,7 +108,7 @@ func (m *mapping) unmap() {
 // same tells whether m is the region r of the file fd.
 func (m *mapping) same(r region, fd int) bool {
 	var st unix.Stat_t
-	return m.region == r && unix.Fstat(fd, &st) == nil && uint64(st.Dev) == m.dev && st.Ino == m.ino
+	return m.region == r && inMemory(fd) && unix.Fstat(fd, &st) == nil && uint64(st.Dev) == m.dev && st.Ino == m.ino
 }
 
 // memory is the regions of one connection. It is immutable: a change makes another one, which

@@ -219,7 +219,14 @@ func (b *backend) stop(r *ring) error {
 // settle starts what can be started, and lets the device run, or rest, as its first queues are.
 func (b *backend) settle(pending bool) error {
 	for i := range b.rings {
-		if err := b.start(&b.rings[i], pending); err != nil {
+		r := &b.rings[i]
+		switch err := b.start(r, pending); {
+		case err == nil:
+		case errors.Is(err, ErrQueue), errors.Is(err, ErrAddress):
+			// What lies in this ring is no matter of the others, nor of the request that had it looked at.
+			b.log.Warn("queue cannot go on: the guest's driver has to reset the device", "link", b.name, "queue", i, "error", err)
+			b.ringBroke(r)
+		default:
 			return err
 		}
 	}
@@ -235,6 +242,7 @@ func (b *backend) settle(pending bool) error {
 }
 
 func (b *backend) setRunning(on bool) error {
+	b.starts.take(time.Now()) // the interface's carrier and offload change
 	if err := b.dev.SetRunning(on, deadline()); err != nil {
 		return b.notNow(err)
 	}
@@ -268,11 +276,31 @@ func (b *backend) broke(e device.Event) error {
 		if err := b.stop(r); err != nil {
 			return err
 		}
-		r.kicked, r.broken = false, true
-		atomic.AddUint64(&b.n.QueuesBroken, 1)
-		ringOnce(r.err)
+		b.ringBroke(r)
 	}
 	return b.settle(true)
+}
+
+// ringBroke marks a stopped ring as broken, until it is kicked anew, and rings its err descriptor.
+func (b *backend) ringBroke(r *ring) {
+	r.kicked, r.broken = false, true
+	atomic.AddUint64(&b.n.QueuesBroken, 1)
+	ringOnce(r.err)
+}
+
+// finalError is an error after which the connection has to end: old and new resources may both be in use.
+type finalError struct{ err error }
+
+// Error implements error.
+func (e *finalError) Error() string { return e.err.Error() }
+
+// Unwrap returns the error itself.
+func (e *finalError) Unwrap() error { return e.err }
+
+// isFinal tells whether the connection has to end, whatever was asked to be acknowledged.
+func isFinal(err error) bool {
+	var f *finalError
+	return isStuck(err) || errors.As(err, &f)
 }
 
 // isStuck tells whether a queue did not come to rest: the memory and its doorbells are still in

@@ -28,6 +28,9 @@ func (b *backend) setMemTable(m *message) error {
 	for i, r := range rs {
 		o := b.mem.find(r)
 		if o == nil || !o.same(r, m.fds[i]) || contains(maps, o) {
+			if err := b.room(r, fresh); err != nil {
+				return undo(err)
+			}
 			if o, err = mapRegion(b.name, r, m.fds[i]); err != nil {
 				return undo(err)
 			}
@@ -80,6 +83,9 @@ func (b *backend) memSlots(m *message) ([]byte, error) {
 	if len(b.mem.maps) >= maxSlots {
 		return nil, m.errorf(ErrMemory, "there are %d regions already", len(b.mem.maps))
 	}
+	if err := b.room(r, nil); err != nil {
+		return nil, err
+	}
 	o, err := mapRegion(b.name, r, fd)
 	if err != nil {
 		return nil, err
@@ -90,6 +96,21 @@ func (b *backend) memSlots(m *message) ([]byte, error) {
 		return nil, err
 	}
 	return nil, b.replaceMemory(next)
+}
+
+// room tells whether one more region may be mapped, beside those in use and fresh ones.
+func (b *backend) room(r region, fresh []*mapping) error {
+	sum := uint64(0)
+	for _, maps := range [][]*mapping{b.mem.maps, fresh} {
+		for _, o := range maps {
+			sum += o.size // of each at most maxMapped: no overflow
+		}
+	}
+	if r.size > maxMapped || sum > maxMapped-r.size {
+		return fmt.Errorf("region at %#x of %#x bytes: %w: with the %#x bytes that are mapped already it passes the limit of a connection, %#x",
+			r.guest, r.size, ErrMemory, sum, maxMapped)
+	}
+	return nil
 }
 
 func contains(maps []*mapping, o *mapping) bool {
@@ -133,7 +154,7 @@ func (b *backend) replaceMemory(next *memory) error {
 			continue
 		}
 		if err := b.dev.ChangeQueue(i, device.Change{Areas: &as}, deadline()); err != nil {
-			return fmt.Errorf("memory of queue %d: %w", i, err)
+			return &finalError{fmt.Errorf("memory of queue %d: %w", i, err)}
 		}
 	}
 	old.unmapBut(next)
