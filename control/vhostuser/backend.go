@@ -410,8 +410,8 @@ func (b *backend) setVringFD(m *message) error {
 	var e *doorbell.Eventfd
 	if want == 1 {
 		fd := m.takeFD(0)
-		if e, err = doorbell.FromFD(fd); err != nil {
-			closeFD(fd)
+		if e, err = doorbell.FromPeer(fd, m.req == SetVringKick); err != nil {
+			m.closer.close(fd)
 			return m.errorf(ErrDescriptors, "%v", err)
 		}
 	}

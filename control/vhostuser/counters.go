@@ -14,6 +14,7 @@ type counters struct {
 	Unknown           uint64 // requests that this back end does not know, or that were not negotiated
 	Failed            uint64 // requests that could not be served
 	DescriptorsClosed uint64 // descriptors that came with messages which want none
+	DescriptorsStuck  uint64 // connections given up, as descriptors that came do not close
 	Tables            uint64 // changes of the memory table
 	TableRepeats      uint64 // regions added or removed once more than there are
 	QueueStarts       uint64
@@ -34,6 +35,7 @@ func (c *counters) load() map[string]uint64 {
 		Unknown:           atomic.LoadUint64(&c.Unknown),
 		Failed:            atomic.LoadUint64(&c.Failed),
 		DescriptorsClosed: atomic.LoadUint64(&c.DescriptorsClosed),
+		DescriptorsStuck:  atomic.LoadUint64(&c.DescriptorsStuck),
 		Tables:            atomic.LoadUint64(&c.Tables),
 		TableRepeats:      atomic.LoadUint64(&c.TableRepeats),
 		QueueStarts:       atomic.LoadUint64(&c.QueueStarts),

@@ -78,6 +78,7 @@ type Door struct {
 	ln     *listener     // nil: a client, or one connection alone
 	single *net.UnixConn // of Spec.FD, until it is served
 	wake   chan struct{} // there are events
+	closer closer        // of what front ends sent
 	pace   bucket        // of connections
 
 	mu      sync.Mutex // guards what follows
@@ -138,19 +139,7 @@ func (d *Door) setState(s string, err error) {
 
 // Open makes the socket that listens. A client has nothing to open.
 func (d *Door) Open(context.Context) error {
-	if d.ln != nil || d.single != nil || d.cfg.Spec.Client {
-		return nil
-	}
-	var err error
-	if d.cfg.Spec.FD >= 0 {
-		d.ln, d.single, err = inherited(d.cfg.Spec.FD)
-	} else {
-		d.ln, err = listen(d.cfg.Spec.Path, d.cfg.Spec.Mode)
-	}
-	if err != nil {
-		return fmt.Errorf("%s: %w", d.cfg.Name, err)
-	}
-	return nil
+	return d.cfg.Spec.open(d.cfg.Name, &d.ln, &d.single)
 }
 
 // Run serves front ends until ctx ends. Where the socket cannot be made it tries again. A single
@@ -335,7 +324,7 @@ func (d *Door) converse(ctx context.Context, c *net.UnixConn, b *backend) error 
 	}
 	msgs, ended, quit := make(chan *message), make(chan error, 1), make(chan struct{})
 	go func() {
-		r := &reader{src: src, n: &d.n}
+		r := &reader{src: src, n: &d.n, closer: &d.closer}
 		for {
 			m, err := r.next()
 			if err != nil {

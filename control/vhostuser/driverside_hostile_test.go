@@ -487,7 +487,7 @@ func TestFrontendUnread(t *testing.T) {
 	t.Parallel()
 	other, ours := pair(t)
 	var n frontCounters
-	b, err := newBackConn(ours, &n, 100*time.Millisecond)
+	b, err := newBackConn(ours, &n, new(closer), 100*time.Millisecond)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -556,7 +556,7 @@ func FuzzFrontend(f *testing.F) {
 		unix.Write(p[0], b)
 		unix.Shutdown(p[0], unix.SHUT_WR)
 		var n frontCounters
-		conn, err := newBackConn(c.(*net.UnixConn), &n, limit)
+		conn, err := newBackConn(c.(*net.UnixConn), &n, new(closer), limit)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -63,7 +63,7 @@ var ErrRung = errors.New("the back end tells that a queue is broken")
 
 // frontCounters are a front end's, over all its connections. They are updated with sync/atomic.
 type frontCounters struct {
-	reader counters // of which Messages and DescriptorsClosed count
+	reader counters // of which Messages, DescriptorsClosed and DescriptorsStuck count
 
 	Connections       uint64 // back ends that were connected
 	Lost              uint64 // connections that ended before this side ended them
@@ -86,6 +86,7 @@ func (c *frontCounters) load() map[string]uint64 {
 		Unexpected: atomic.LoadUint64(&c.Unexpected), DescriptorsClosed: atomic.LoadUint64(&c.DescriptorsClosed)})
 	m["messages"] = atomic.LoadUint64(&c.reader.Messages)
 	m["descriptors_closed"] += atomic.LoadUint64(&c.reader.DescriptorsClosed)
+	m["descriptors_stuck"] = atomic.LoadUint64(&c.reader.DescriptorsStuck)
 	return m
 }
 
@@ -100,6 +101,7 @@ type Frontend struct {
 	single *net.UnixConn // of Spec.FD, until it is used
 	wake   chan struct{} // the driver's interface has changed
 	failed chan error    // of the driver's loops
+	closer closer        // of what back ends sent
 
 	up      bool
 	next    time.Time // when the device, or another connection, is tried
@@ -162,19 +164,8 @@ func (f *Frontend) setState(s string, err error) {
 
 // Open makes the socket that listens, or takes the one that was passed. One that connects has
 // nothing to open.
-func (f *Frontend) Open(context.Context) (err error) {
-	if f.ln != nil || f.single != nil || f.cfg.Spec.Client {
-		return nil
-	}
-	if f.cfg.Spec.FD >= 0 {
-		f.ln, f.single, err = inherited(f.cfg.Spec.FD)
-	} else {
-		f.ln, err = listen(f.cfg.Spec.Path, f.cfg.Spec.Mode)
-	}
-	if err != nil {
-		return fmt.Errorf("%s: %w", f.cfg.Name, err)
-	}
-	return nil
+func (f *Frontend) Open(context.Context) error {
+	return f.cfg.Spec.open(f.cfg.Name, &f.ln, &f.single)
 }
 
 // Run drives the device until ctx ends. Nothing that a back end does ends it, but where the
@@ -287,7 +278,7 @@ func (f *Frontend) serve(ctx context.Context, c *net.UnixConn) error {
 
 // begin makes the transport to a back end that has just been connected.
 func (f *Frontend) begin(ctx context.Context, c *net.UnixConn) (*transport, error) {
-	b, err := newBackConn(c, &f.n, f.cfg.Answer)
+	b, err := newBackConn(c, &f.n, &f.closer, f.cfg.Answer)
 	if err != nil {
 		return nil, err
 	}

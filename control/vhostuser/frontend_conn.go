@@ -42,14 +42,14 @@ type backConn struct {
 }
 
 // newBackConn begins a conversation over c, which belongs to it from then on.
-func newBackConn(c *net.UnixConn, n *frontCounters, limit time.Duration) (*backConn, error) {
+func newBackConn(c *net.UnixConn, n *frontCounters, cl *closer, limit time.Duration) (*backConn, error) {
 	src, err := newSocket(c)
 	if err != nil {
 		c.Close()
 		return nil, err
 	}
 	b := &backConn{c: c, raw: src.raw, n: n, limit: limit, answers: make(chan *message, 1), ended: make(chan struct{})}
-	go b.read(&reader{src: src, n: &n.reader, replies: true})
+	go b.read(&reader{src: src, n: &n.reader, closer: cl, replies: true})
 	return b, nil
 }
 

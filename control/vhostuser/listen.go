@@ -83,6 +83,23 @@ func listen(path string, mode os.FileMode) (*listener, error) {
 	return o, nil
 }
 
+// open makes the socket that listens, or takes the one that was passed, unless there is one. A side that connects has nothing to
+// open. name is that of the link, for errors.
+func (s Spec) open(name string, ln **listener, single **net.UnixConn) (err error) {
+	switch {
+	case *ln != nil || *single != nil || s.Client:
+		return nil
+	case s.FD >= 0:
+		*ln, *single, err = inherited(s.FD)
+	default:
+		*ln, err = listen(s.Path, s.Mode)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
+}
+
 // Close closes the socket, and removes it from its folder unless somebody has put another one
 // there.
 func (l *listener) Close() error {

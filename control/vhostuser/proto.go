@@ -126,6 +126,7 @@ type message struct {
 	flags   uint32
 	payload []byte
 	fds     []int
+	closer  *closer // of fds
 }
 
 // needReply tells whether the front end waits for an acknowledgement.
@@ -145,7 +146,7 @@ func (m *message) takeFD(i int) int {
 func (m *message) close() (n int) {
 	for _, fd := range m.fds {
 		if fd >= 0 {
-			closeFD(fd)
+			m.closer.close(fd)
 			n++
 		}
 	}

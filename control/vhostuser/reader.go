@@ -11,9 +11,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// closeFD closes a descriptor; an error leaves it closed too.
-func closeFD(fd int) { _ = unix.Close(fd) }
-
 // source is where a reader gets bytes with descriptors from: a socket, or a test.
 type source interface {
 	// recv is recvmsg(2): it waits until something comes.
@@ -25,13 +22,18 @@ type source interface {
 type reader struct {
 	src     source
 	n       *counters
+	closer  *closer
 	replies bool // it reads a back end's answers, not a front end's requests
 }
 
 // next returns the next message; its descriptors are the caller's. io.EOF: the other side has
 // closed the connection between two messages.
 func (r *reader) next() (m *message, err error) {
-	m = &message{}
+	if err := r.closer.full(); err != nil {
+		atomic.AddUint64(&r.n.DescriptorsStuck, 1)
+		return nil, err
+	}
+	m = &message{closer: r.closer}
 	defer func() {
 		if err != nil {
 			m.close()

@@ -75,7 +75,7 @@ func (b *backend) memSlots(m *message) ([]byte, error) {
 		return nil, m.errorf(ErrDescriptors, "%d of them, 1 wanted", len(m.fds))
 	}
 	fd := m.takeFD(0)
-	defer closeFD(fd)
+	defer m.closer.close(fd)
 	if o := b.mem.find(r); o != nil && o.same(r, fd) {
 		atomic.AddUint64(&b.n.TableRepeats, 1)
 		return nil, nil
