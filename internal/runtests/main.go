@@ -17,6 +17,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -99,8 +100,9 @@ func needModules(chosen []stage) bool {
 // isCI tells whether a missing tool is a failure (true) or a reason to skip.
 func isCI() bool { return os.Getenv("CI") == "true" }
 
-// runAll runs the stages one after the other, whatever their results, and returns
-// the exit status: 0, or 1 if one failed, or 130 after an interrupt.
+// runAll runs the stages, whatever their results, and returns the exit status: 0, or 1 if one failed, or 130 after an
+// interrupt. Stages that only compile and check run in a row beside the others, with the time that those leave to the
+// processors; in each row one stage runs after the other.
 func runAll(ctx context.Context, chosen []stage, setup bool) int {
 	start := time.Now()
 	root, err := findRoot()
@@ -118,7 +120,10 @@ func runAll(ctx context.Context, chosen []stage, setup bool) int {
 	out := newPrinter(os.Stdout)
 	var total counts
 	var failed, skipped []string
+	var mu sync.Mutex
 	note := func(name string, r result) {
+		mu.Lock()
+		defer mu.Unlock()
 		total.add(r.counts)
 		switch {
 		case r.err != nil:
@@ -143,12 +148,23 @@ func runAll(ctx context.Context, chosen []stage, setup bool) int {
 		}}
 		note(s.name, s.do(ctx, out, nil))
 	}
-	for _, s := range chosen {
-		if ctx.Err() != nil {
-			break
+	row := func(stages []stage, out *printer) {
+		for _, s := range stages {
+			if ctx.Err() != nil {
+				break
+			}
+			note(s.name, s.do(ctx, out, missing))
 		}
-		note(s.name, s.do(ctx, out, missing))
 	}
+	first, beside := rows(chosen)
+	side, done := out.beside(), make(chan struct{})
+	go func() {
+		defer close(done)
+		row(beside, side)
+	}()
+	row(first, out)
+	side.mute(false)
+	<-done
 
 	fmt.Println()
 	table.print(os.Stdout)
@@ -169,6 +185,21 @@ func runAll(ctx context.Context, chosen []stage, setup bool) int {
 		return 1
 	}
 	return 0
+}
+
+// rows parts the stages into those that run one after the other, and those that run beside them.
+func rows(chosen []stage) (first, beside []stage) {
+	for _, s := range chosen {
+		if s.idle {
+			beside = append(beside, s)
+		} else {
+			first = append(first, s)
+		}
+	}
+	if len(first) == 0 {
+		return beside, nil
+	}
+	return first, beside
 }
 
 // findRoot returns the nearest parent directory that holds the project's go.mod.
@@ -197,6 +228,7 @@ type stage struct {
 	needs []string      // names of tools (see tools) without which there is no point in it
 	wants []string      // tools without which some of its tests skip, and say so
 	limit time.Duration // the stage is killed after that
+	idle  bool          // runs beside the others, with the time that they leave to the processors
 	run   func(*run)
 }
 
@@ -234,7 +266,7 @@ func (s stage) do(ctx context.Context, out *printer, missing map[string]string) 
 	defer log.Close()
 
 	start := time.Now()
-	r := &run{ctx: ctx, log: log, out: out, name: s.name}
+	r := &run{ctx: ctx, log: log, out: out, name: s.name, idle: s.idle}
 	out.begin(s.name)
 	s.run(r)
 	out.end()
@@ -263,20 +295,20 @@ func (s stage) do(ctx context.Context, out *printer, missing map[string]string) 
 	return res
 }
 
-// stages returns what make test runs, in this order: quick answers first.
+// stages returns what make test runs: quick answers first.
 func stages(fuzztime time.Duration) []stage {
 	return []stage{
 		{name: "gofmt", what: "gofmt -l of every Go file", limit: time.Minute, run: gofmtStage},
-		{name: "vet", what: "go vet ./...", limit: 12 * time.Minute, run: func(r *run) {
+		{name: "vet", what: "go vet ./...", limit: 30 * time.Minute, idle: true, run: func(r *run) {
 			r.out.doing("./...")
 			r.command(nil, "go", "vet", "./...")
 		}},
-		{name: "lint", what: "go mod tidy; staticcheck; and its check of 64-bit alignment for 386", limit: 12 * time.Minute, run: lintStage},
+		{name: "lint", what: "go mod tidy; staticcheck; and its check of 64-bit alignment for 386", limit: 30 * time.Minute, idle: true, run: lintStage},
 		{name: "house", what: "the rules of the house: floors, imports, language level, comments, files", wants: []string{"git"}, limit: 10 * time.Minute, run: func(r *run) {
 			r.goTest(nil, "-skip=^TestGo118Build", "./internal/house")
 		}},
 		{name: "go118", what: "the packages below cmd built as Go 1.18 with golang.org/x/sys v0.6.0, by gc and by gccgo",
-			needs: []string{"gccgo", "gcc"}, limit: 10 * time.Minute, run: func(r *run) {
+			needs: []string{"gccgo", "gcc"}, limit: 40 * time.Minute, idle: true, run: func(r *run) {
 				r.goTest(nil, "-run=^TestGo118Build", "./internal/house")
 			}},
 		{name: "test", what: "go test of all packages that have no stage of their own", wants: []string{"gcc", "ip", "qemu-system", "spin"}, limit: 12 * time.Minute, run: testStage},
@@ -284,7 +316,7 @@ func stages(fuzztime time.Duration) []stage {
 			limit: 25 * time.Minute, run: machinesStage},
 		{name: "race", what: "go test -race -short of the packages below cmd", needs: []string{"gcc"}, limit: 10 * time.Minute, run: raceStage},
 		{name: "fuzz", what: "every fuzz target for a moment", limit: 20*time.Minute + 100*fuzztime, run: func(r *run) { fuzzStage(r, fuzztime) }},
-		{name: "ports", what: "go build of everything, and go vet of what is an architecture's own, for " + strings.Join(arches, " "), limit: 12 * time.Minute, run: portsStage},
+		{name: "ports", what: "go build of everything, and go vet of what is an architecture's own, for " + strings.Join(arches, " "), limit: 40 * time.Minute, idle: true, run: portsStage},
 		{name: "foreign", what: "the tests of the packages below cmd on foreign machines: " + strings.Join(foreignNames(), " "),
 			needs: []string{"qemu-user"}, limit: 15 * time.Minute, run: foreignStage},
 		{name: "cross", what: "links between this machine and foreign ones, as either end",

@@ -12,17 +12,23 @@ import (
 // blockLines is how much of one failure is shown; the log has it all.
 const blockLines = 60
 
-// printer prints the stages. On a terminal a stage under way rewrites its line
-// every second; elsewhere it says so once after two seconds, and then twice a
-// minute.
-type printer struct {
+// screen is what the printers of stages that run side by side share.
+type screen struct {
 	mu    sync.Mutex
 	w     io.Writer
 	tty   bool
+	dirty bool // a line without its end stands on the terminal
+}
+
+// printer prints the stages of one row. On a terminal a stage under way rewrites its line
+// every second; elsewhere it says so once after two seconds, and then twice a
+// minute.
+type printer struct {
+	*screen
 	name  string
 	what  string
 	start time.Time
-	dirty bool // a line without its end stands on the terminal
+	muted bool // no progress: another row has it
 	stop  chan struct{}
 	done  chan struct{}
 }
@@ -30,7 +36,16 @@ type printer struct {
 func newPrinter(f *os.File) *printer {
 	st, err := f.Stat()
 	tty := err == nil && st.Mode()&os.ModeCharDevice != 0 && os.Getenv("TERM") != "dumb"
-	return &printer{w: f, tty: tty}
+	return &printer{screen: &screen{w: f, tty: tty}}
+}
+
+// beside returns a printer for stages that run beside those of p. It shows no progress until mute(false).
+func (p *printer) beside() *printer { return &printer{screen: p.screen, muted: true} }
+
+func (p *printer) mute(on bool) {
+	p.mu.Lock()
+	p.muted = on
+	p.mu.Unlock()
 }
 
 // begin starts the progress of a stage.
@@ -62,7 +77,7 @@ func (p *printer) progress() {
 		p.mu.Lock()
 		took := time.Since(p.start)
 		switch {
-		case took < 2*time.Second:
+		case took < 2*time.Second || p.muted:
 		case p.tty:
 			p.erase()
 			fmt.Fprintf(p.w, "%-8s ...  %8s  %.50s", p.name, seconds(took), p.what)
@@ -82,7 +97,7 @@ func (p *printer) doing(what string) {
 	p.mu.Unlock()
 }
 
-func (p *printer) erase() {
+func (p *screen) erase() {
 	if p.dirty {
 		io.WriteString(p.w, "\r\x1b[K")
 		p.dirty = false
@@ -90,7 +105,7 @@ func (p *printer) erase() {
 }
 
 // plain prints a line as it is.
-func (p *printer) plain(line string) {
+func (p *screen) plain(line string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.erase()

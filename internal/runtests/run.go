@@ -11,10 +11,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"sort"
 	"strings"
 	"syscall"
 	"time"
+	"unsafe"
 )
 
 // counts counts runs of tests. A test that runs in several stages counts in each.
@@ -38,6 +40,7 @@ type run struct {
 	out  *printer
 	name string
 	live bool // print go test's line of each package as it comes
+	idle bool // its commands get the time that others leave to the processors
 	// tellSkips lists the skipped tests with their reasons.
 	tellSkips bool
 	// again gives a test that failed beside others a second chance alone (see runAgain).
@@ -89,13 +92,40 @@ func (r *run) start(env []string, name string, args ...string) *exec.Cmd {
 	return cmd
 }
 
+// begin starts a prepared command. A child has the scheduling policy of the thread that forks it, so that of an idle
+// stage is forked by a thread that has SCHED_IDLE and ends then.
+func (r *run) begin(cmd *exec.Cmd) error {
+	if !r.idle {
+		return cmd.Start()
+	}
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		const schedIdle = 5    // linux/sched.h
+		var param struct{ priority int32 }
+		if _, _, e := syscall.RawSyscall(syscall.SYS_SCHED_SETSCHEDULER, 0, schedIdle, uintptr(unsafe.Pointer(&param))); e != 0 {
+			fmt.Fprintf(r.log, "SCHED_IDLE: %v; the commands run as others do\n", e)
+		}
+		done <- cmd.Start()
+	}()
+	return <-done
+}
+
+// wait starts a prepared command and waits for its end.
+func (r *run) wait(cmd *exec.Cmd) error {
+	if err := r.begin(cmd); err != nil {
+		return err
+	}
+	return cmd.Wait()
+}
+
 // output runs a command and returns its standard output; everything goes to the log.
 func (r *run) output(env []string, name string, args ...string) (string, error) {
 	cmd := r.start(env, name, args...)
 	var out, errOut bytes.Buffer
 	cmd.Stdout = io.MultiWriter(&out, r.log)
 	cmd.Stderr = io.MultiWriter(&errOut, r.log)
-	err := cmd.Run()
+	err := r.wait(cmd)
 	if err != nil {
 		err = fmt.Errorf("%s: %w\n%s", name, err, strings.TrimSpace(errOut.String()))
 	}
@@ -109,7 +139,7 @@ func (r *run) command(env []string, name string, args ...string) bool {
 	var out bytes.Buffer
 	w := io.MultiWriter(&out, r.log)
 	cmd.Stdout, cmd.Stderr = w, w // one writer: the lines keep their order
-	err := cmd.Run()
+	err := r.wait(cmd)
 	if err == nil {
 		return true
 	}
@@ -202,7 +232,7 @@ func (r *run) goTest(env []string, args ...string) {
 	cmd.Stderr = io.MultiWriter(&errOut, r.log)
 	stdout, err := cmd.StdoutPipe()
 	if err == nil {
-		err = cmd.Start()
+		err = r.begin(cmd)
 	}
 	if err != nil {
 		r.failf("go test: %v", err)
@@ -498,12 +528,15 @@ func (l *lines) next() bool {
 // fuzzFunc finds fuzz targets without compiling.
 var fuzzFunc = regexp.MustCompile(`(?m)^func Fuzz[A-Z0-9_]\w*\(`)
 
-// fuzzStage runs every fuzz target for a moment.
+// fuzzStage runs every fuzz target for a moment, two side by side with one worker each: half of their time is building
+// and starting.
 func fuzzStage(r *run, fuzztime time.Duration) {
+	var targets []fuzzTarget
 	for _, p := range r.packages() {
 		if !hasFuzz(p.dir) {
 			continue
 		}
+		r.out.doing(p.rel)
 		out, err := r.output(nil, "go", "test", "-list=^Fuzz", p.path)
 		if err != nil {
 			r.failf("%v\n%s", err, strings.TrimSpace(out))
@@ -511,13 +544,38 @@ func fuzzStage(r *run, fuzztime time.Duration) {
 		}
 		for _, name := range strings.Fields(out) {
 			if strings.HasPrefix(name, "Fuzz") {
-				fuzzOne(r, p, name, fuzztime)
+				targets = append(targets, fuzzTarget{p, name})
 			}
+		}
+	}
+	todo, results := make(chan fuzzTarget, len(targets)), make(chan string)
+	for _, t := range targets {
+		todo <- t
+	}
+	close(todo)
+	for range 2 {
+		go func() {
+			for t := range todo {
+				results <- fuzzOne(r, t, fuzztime)
+			}
+		}()
+	}
+	for range targets {
+		if text := <-results; text == "" {
+			r.passed++
+		} else {
+			r.failed++
+			r.failf("%s", text)
 		}
 	}
 	if r.counts == (counts{}) && len(r.failures) == 0 {
 		r.skipWhy = "no fuzz targets yet"
 	}
+}
+
+type fuzzTarget struct {
+	pkg
+	name string
 }
 
 func hasFuzz(dir string) bool {
@@ -530,14 +588,14 @@ func hasFuzz(dir string) bool {
 	return false
 }
 
-func fuzzOne(r *run, p pkg, name string, fuzztime time.Duration) {
-	r.out.doing(p.rel + " " + name)
-	args := []string{"test", "-run=^$", "-fuzz=^" + name + "$", "-fuzztime=" + fuzztime.String(), p.path}
+// fuzzOne returns what failed, or nothing.
+func fuzzOne(r *run, t fuzzTarget, fuzztime time.Duration) string {
+	r.out.doing(t.rel + " " + t.name)
+	args := []string{"test", "-run=^$", "-fuzz=^" + t.name + "$", "-fuzztime=" + fuzztime.String(), "-parallel=1", t.path}
 	for try := 1; ; try++ {
 		out, err := r.output(nil, "go", args...)
 		if err == nil {
-			r.passed++
-			return
+			return ""
 		}
 		// Before Go 1.27 the fuzzing engine reports the end of its own time as a
 		// failure now and then (go.dev/issue/75804). No input failed then: again.
@@ -545,8 +603,6 @@ func fuzzOne(r *run, p pkg, name string, fuzztime time.Duration) {
 			!strings.Contains(out, "Failing input written") && !strings.Contains(out, "panic:") {
 			continue
 		}
-		r.failed++
-		r.failf("%s %s\n%s", p.rel, name, strings.TrimRight(out, "\n"))
-		return
+		return fmt.Sprintf("%s %s\n%s", t.rel, t.name, strings.TrimRight(out, "\n"))
 	}
 }

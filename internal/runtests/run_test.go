@@ -84,6 +84,36 @@ func TestChoose(t *testing.T) {
 	}
 }
 
+// TestRows: idle stages run beside the others, in a row of their own; where there is nothing else they are the only row.
+func TestRows(t *testing.T) {
+	a, b, c := stage{name: "a", idle: true}, stage{name: "b"}, stage{name: "c", idle: true}
+	first, beside := rows([]stage{a, b, c})
+	if len(first) != 1 || first[0].name != "b" || len(beside) != 2 || beside[1].name != "c" {
+		t.Errorf("rows: %v beside %v", first, beside)
+	}
+	if first, beside = rows([]stage{a, c}); len(first) != 2 || beside != nil {
+		t.Errorf("rows of idle stages: %v beside %v", first, beside)
+	}
+}
+
+// TestIdle: what an idle stage starts has the scheduling policy SCHED_IDLE, and nothing else has it afterwards.
+func TestIdle(t *testing.T) {
+	r := &run{ctx: t.Context(), log: io.Discard, idle: true}
+	policy := func() string {
+		out, err := r.output(nil, "cat", "/proc/self/stat")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Fields(out[strings.LastIndexByte(out, ')'):])[39]
+	}
+	if got := policy(); got != "5" {
+		t.Errorf("the policy is %s, want 5 (SCHED_IDLE)", got)
+	}
+	if r.idle = false; policy() != "0" {
+		t.Errorf("the policy of others is %s, want 0", policy())
+	}
+}
+
 // TestToolsAreKnown: a stage that needs a tool nobody can install would never be skipped.
 func TestToolsAreKnown(t *testing.T) {
 	known := map[string]bool{}
