@@ -25,7 +25,8 @@ var Features = virtio.FeaturesOf(virtio.Version1, virtio.EventIdx, virtio.Indire
 // Model is what a device model does with its queues.
 type Model interface {
 	// Serve moves what it can at queue w.Index(), on the queue's goroutine. It does not block, takes a bounded part of what
-	// there is, and says when it is to be called again. An error ends the queue.
+	// there is, and says when it is to be called again. Each chain that it pops is settled when it returns, or handed over
+	// with Worker.Later. An error ends the queue.
 	Serve(w *Worker) (Next, error)
 }
 
@@ -211,7 +212,8 @@ func (s *Set) StopQueue(i int, deadline time.Time) (device.Stopped, error) {
 	if err := q.w.rest(deadline); err != nil {
 		return device.Stopped{}, err
 	}
-	// Chains are completed in the order of the ring, so what an error left popped is simply not popped.
+	// What Serve settles it completes in the order of the ring, and what was handed over is completed: what an error left popped
+	// is simply not popped.
 	st := device.Stopped{State: q.w.ring.State().Rewound(), Err: q.w.err}
 	s.mu.Lock()
 	q.w = nil
@@ -328,9 +330,8 @@ type Worker struct {
 	bells   *doorbell.Counters
 	bus     *dma.QueueAccount
 
-	ring  vring.Device
 	batch vring.Batch
-	out   int // chains popped, and neither completed nor given back
+	out   int // chains popped, and neither completed, given back, nor handed over
 	sleep *doorbell.Sleeper
 	wake  chan struct{}
 
@@ -339,6 +340,13 @@ type Worker struct {
 	done chan struct{}     // closed when it rests
 	told bool              // quit is closed
 	err  error             // what ended it; read when done is closed
+
+	mu     sync.Mutex   // guards what follows
+	ring   vring.Device // and its use; set while the queue rests
+	one    [1]vring.Used
+	later  int           // chains handed over, and not finished
+	failed error         // by Fail
+	empty  chan struct{} // closed when later falls to 0; nil: nobody waits for that
 }
 
 // open makes the device side of the queue.
@@ -405,7 +413,15 @@ func (w *Worker) run() {
 	if fault := pci.Guard(func() { err = w.loop() }); fault != nil {
 		err = fault
 	}
-	if err == nil {
+	w.end(err)
+	w.end(w.failure())
+	w.drain()
+	w.end(w.failure())
+}
+
+// end notes an error that ends the queue, the first one, and tells of it.
+func (w *Worker) end(err error) {
+	if err == nil || w.err != nil {
 		return
 	}
 	if errors.Is(err, pci.ErrGone) {
@@ -415,11 +431,34 @@ func (w *Worker) run() {
 	w.set.ended(w)
 }
 
+// drain waits until all chains that were handed over are finished.
+func (w *Worker) drain() {
+	w.mu.Lock()
+	if w.later == 0 {
+		w.mu.Unlock()
+		return
+	}
+	empty := make(chan struct{})
+	w.empty = empty
+	w.mu.Unlock()
+	<-empty
+}
+
+// failure returns the error of Fail.
+func (w *Worker) failure() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.failed
+}
+
 func (w *Worker) loop() error {
 	for {
 		next, err := w.set.model.Serve(w)
 		if err == nil && w.out != 0 {
-			panic(fmt.Sprintf("plain: %s: %d chains are neither completed nor given back", w.set.info(w.index).Name, w.out))
+			panic(fmt.Sprintf("plain: %s: %d chains are neither completed, given back, nor handed over", w.set.info(w.index).Name, w.out))
+		}
+		if err == nil {
+			err = w.failure()
 		}
 		if err != nil {
 			return err
@@ -432,7 +471,7 @@ func (w *Worker) loop() error {
 		switch {
 		case next == Again:
 		case next == OnKick:
-			if pending, err := w.ring.ArmKick(); err != nil {
+			if pending, err := w.armKick(); err != nil {
 				return err
 			} else if pending {
 				continue
@@ -473,19 +512,96 @@ func (w *Worker) Enabled() bool { return w.enabled }
 func (w *Worker) Pop(max int) ([]vring.Chain, []dma.Span, error) {
 	b := &w.batch
 	b.Chains, b.Spans = b.Chains[:0], b.Spans[:0]
-	n, err := w.ring.Pop(b, max)
+	n, err := w.pop(max)
 	w.sleep.Found(n > 0)
 	w.out += n
 	return b.Chains, b.Spans, err
 }
 
+// The ring is used under a lock, as chains that were handed over are finished by other goroutines. It is freed by defer, since a
+// fault of the memory can tear these out (pci.Guard).
+
+func (w *Worker) pop(max int) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.ring.Pop(&w.batch, max)
+}
+
+func (w *Worker) armKick() (bool, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.ring.ArmKick()
+}
+
+func (w *Worker) settleOne(used vring.Used) (bool, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.one[0] = used
+	return w.ring.Settle(w.one[:], 0)
+}
+
+func (w *Worker) settle(used []vring.Used, rest int) (bool, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.ring.Settle(used, rest)
+}
+
 // Settle completes popped chains, in the order in which they were popped, gives the last rest ones back, and calls the driver if
 // it asks for that.
 func (w *Worker) Settle(used []vring.Used, rest int) error {
-	call, err := w.ring.Settle(used, rest)
+	call, err := w.settle(used, rest)
 	w.out -= len(used) + rest
-	if call {
-		_ = doorbell.NoWait(w.res.Call).Ring() // one that is lost is made good by the driver's polling
+	w.call(call)
+	return err
+}
+
+// call calls the driver if it asks for that. A call that is lost is made good by the driver's polling.
+func (w *Worker) call(wanted bool) {
+	if wanted {
+		_ = doorbell.NoWait(w.res.Call).Ring()
+	}
+}
+
+// Later hands over n of the popped chains: Serve leaves them, and Finish or Drop is called for each of them, from any goroutine and in any order. The
+// queue does not rest before that.
+func (w *Worker) Later(n int) {
+	w.out -= n
+	w.mu.Lock()
+	w.later += n
+	w.mu.Unlock()
+}
+
+// Finish completes a chain that was handed over, and calls the driver if it asks for that. It is called in a pci.Guard. After an
+// error or a fault the chain is still to be dropped.
+func (w *Worker) Finish(used vring.Used) error {
+	call, err := w.settleOne(used)
+	w.call(call)
+	if err == nil {
+		w.Drop(1) // last, as the doorbell may be closed then
 	}
 	return err
+}
+
+// Drop forgets n chains that were handed over without completing them: the queue is about to be reset, or has failed.
+func (w *Worker) Drop(n int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.later -= n; w.later == 0 && w.empty != nil {
+		close(w.empty)
+		w.empty = nil
+	}
+}
+
+// Fail ends the queue with an error of a chain that was handed over. The caller then finishes or drops that chain.
+func (w *Worker) Fail(err error) {
+	w.mu.Lock()
+	if w.failed == nil {
+		w.failed = err
+	}
+	w.mu.Unlock()
+	w.stop.Ring() // cannot fail: it is this program's alone
+	select {
+	case w.wake <- struct{}{}:
+	default:
+	}
 }

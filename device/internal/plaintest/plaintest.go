@@ -30,9 +30,24 @@ type Rig struct {
 // New resets a model and has it accept features. size is that of the memory in bytes.
 func New(tb testing.TB, d device.Device, f virtio.Features, size int) *Rig {
 	tb.Helper()
-	b := make([]uint64, size/8)
-	r := &Rig{tb: tb, Dev: d, Alloc: dma.NewAllocator(Base, uint64(size)), Events: make(chan device.Event, 64)}
-	t, err := dma.NewTable(dma.Region{Name: "heap", Addr: Base, Mem: mmio.NewMem(unsafe.Pointer(&b[0]), uint64(size), mmio.Cached), Access: dma.DeviceRead | dma.DeviceWrite})
+	return NewKind(tb, d, f, size, mmio.Cached)
+}
+
+// NewKind is New with memory of a kind.
+func NewKind(tb testing.TB, d device.Device, f virtio.Features, size int, kind mmio.Kind) *Rig {
+	tb.Helper()
+	b := make([]uint64, size/8+512)
+	// At a page, as mappings are.
+	p := unsafe.Add(unsafe.Pointer(&b[0]), -uintptr(unsafe.Pointer(&b[0]))&4095)
+	return NewMem(tb, d, f, mmio.NewMem(p, uint64(size), kind))
+}
+
+// NewMem is New with memory of the caller's.
+func NewMem(tb testing.TB, d device.Device, f virtio.Features, mem mmio.Mem) *Rig {
+	tb.Helper()
+	size := mem.Size()
+	r := &Rig{tb: tb, Dev: d, Alloc: dma.NewAllocator(Base, size), Events: make(chan device.Event, 64)}
+	t, err := dma.NewTable(dma.Region{Name: "heap", Addr: Base, Mem: mem, Access: dma.DeviceRead | dma.DeviceWrite})
 	if err != nil {
 		tb.Fatal(err)
 	}
