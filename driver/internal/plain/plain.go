@@ -12,6 +12,7 @@ import (
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/driver"
+	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/virtio"
@@ -30,6 +31,8 @@ type Config struct {
 	Queues   int    // which the device is to call this side for
 	Features virtio.Features
 	Joined   string // what the device is joined to, for the log
+	// Names returns the names of features; nil: Features.Names, which does not know those of each type of device.
+	Names func(virtio.Features) []string
 }
 
 // Base is the part of a driver that does not depend on what the device is for.
@@ -51,7 +54,12 @@ type Base struct {
 }
 
 // New returns the Base of a driver.
-func New(c Config) *Base { return &Base{c: c} }
+func New(c Config) *Base {
+	if c.Names == nil {
+		c.Names = virtio.Features.Names
+	}
+	return &Base{c: c}
+}
 
 // Session is a device on its way up.
 type Session struct {
@@ -183,15 +191,19 @@ type Queue struct {
 	Sleep *doorbell.Sleeper
 	// Buffers are of one size, one for each request in flight: near their reader.
 	Buffers []dma.Span
+	// Bus counts this side's accesses across the bus, by what they are for.
+	Bus *dma.QueueAccount
 
 	name  string
 	kick  doorbell.Ringer
 	bells *doorbell.Counters
-	bus   *dma.QueueAccount
 }
 
-// Queue sets queue i up, with up to size descriptors (a power of two), and a buffer of n bytes for each. toDriver: the device
-// writes them. second, if not nil, is one more thing that ends its sleeps: that of another queue of the same loop.
+// Layout returns where the device's rings and buffers go.
+func (s *Session) Layout() driver.Layout { return s.m }
+
+// Queue sets queue i up, with up to size descriptors (a power of two), and a buffer of n bytes for each; without buffers where n is
+// 0: then they are the driver's own, in memory of s.Layout. toDriver: the device writes them. second, if not nil, is one more thing that ends its sleeps: that of another queue of the same loop.
 func (s *Session) Queue(i int, name string, size uint16, n uint32, toDriver bool, second doorbell.Waiter) (*Queue, error) {
 	name = s.b.c.Name + " " + name
 	max, err := s.T.QueueMax(i)
@@ -204,7 +216,7 @@ func (s *Session) Queue(i int, name string, size uint16, n uint32, toDriver bool
 	if size == 0 {
 		return nil, fmt.Errorf("%s: the host has no queue %d", name, i)
 	}
-	q := &Queue{name: name, kick: s.T.Kick(i), bells: new(doorbell.Counters), bus: new(dma.QueueAccount)}
+	q := &Queue{name: name, kick: s.T.Kick(i), bells: new(doorbell.Counters), Bus: new(dma.QueueAccount)}
 	c := vring.Config{Name: name, Size: size, EventIdx: s.Accepted.Has(virtio.EventIdx)}
 	descLen, driverLen, deviceLen := vring.SplitSizes(size)
 	buffers := s.m.Far
@@ -217,19 +229,22 @@ func (s *Session) Queue(i int, name string, size uint16, n uint32, toDriver bool
 		m    *driver.Memory
 		n    uint64
 		acct *dma.Account
-	}{{&c.Desc, s.m.Far, descLen, &q.bus.Descriptor}, {&c.Driver, s.m.Far, driverLen, &q.bus.Driver},
-		{&c.Device, s.m.Near, deviceLen, &q.bus.Device}, {&all, buffers, uint64(size) * uint64(n), &q.bus.Payload}} {
+	}{{&c.Desc, s.m.Far, descLen, &q.Bus.Descriptor}, {&c.Driver, s.m.Far, driverLen, &q.Bus.Driver},
+		{&c.Device, s.m.Near, deviceLen, &q.Bus.Device}, {&all, buffers, uint64(size) * uint64(n), &q.Bus.Payload}} {
+		if a.n == 0 {
+			continue
+		}
 		sp, err := a.m.Take(name, a.n, 64)
 		if err != nil {
 			return nil, err
 		}
 		*a.to = sp.Accounted(a.acct)
 	}
-	c.PayloadKind = all.Region.Mem.Kind()
+	c.PayloadKind = mmio.Stronger(s.m.Near.Region.Mem.Kind(), s.m.Far.Region.Mem.Kind())
 	if q.SplitDriver, err = vring.NewSplitDriver(c); err != nil {
 		return nil, err
 	}
-	for k := uint32(0); k < uint32(size); k++ {
+	for k := uint32(0); k < uint32(size) && n > 0; k++ {
 		q.Buffers = append(q.Buffers, all.Sub(k*n, n))
 	}
 	if err := s.T.SetQueue(i, size, c.Desc.Addr(), c.Driver.Addr(), c.Device.Addr()); err != nil {
@@ -250,9 +265,14 @@ func (q *Queue) Offer(reqs ...vring.Request) error {
 		return err
 	}
 	if q.NeedKick() {
-		_ = doorbell.NoWait(q.kick).Ring() // one that is lost is made good by the device's polling
+		q.Kick()
 	}
 	return nil
+}
+
+// Kick kicks the device: what NeedKick asks for. It does not block, and any goroutine may call it.
+func (q *Queue) Kick() {
+	_ = doorbell.NoWait(q.kick).Ring() // one that is lost is made good by the device's polling
 }
 
 // Read is the request that buffer i be written by the device.
@@ -293,7 +313,7 @@ func (b *Base) Describe() status.Device {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	d := status.Device{Name: b.c.Name, Type: b.c.Type, Number: b.c.Number, Interface: b.c.Joined, Status: virtio.StatusString(b.status),
-		Offered: b.offered.Names(), Allowed: b.c.Features.Names(), Negotiated: b.acked.Names(),
+		Offered: b.c.Names(b.offered), Allowed: b.c.Names(b.c.Features), Negotiated: b.c.Names(b.acked),
 		Counters: map[string]uint64{"ups": b.ups, "broken": b.broken}}
 	if b.lastErr != nil {
 		d.LastError = b.lastErr.Error()
@@ -302,7 +322,7 @@ func (b *Base) Describe() status.Device {
 		st, n := q.State(), q.Stats().Load()
 		qs := status.Queue{Index: i, Name: q.name, Ready: b.stop != nil, Size: uint16(q.Size()), Avail: st.Avail, Used: st.Used,
 			Ring: status.Counters(n), Doorbell: status.Counters(q.bells.Snapshot())}
-		q.bus.Describe(&qs, n.Done)
+		q.Bus.Describe(&qs, n.Done)
 		d.Queues = append(d.Queues, qs)
 	}
 	return d
