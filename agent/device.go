@@ -25,11 +25,11 @@ const (
 type device struct {
 	l       *Link
 	n       driver.Driver
-	index   int               // its share of the memory
-	small   driver.Small      // not nil: it has a part of the memory of its own, at the end
-	queues  []session.QueueID // that have doorbells
-	made    bool              // by Config.Drivers
-	met     bool              // the host has shown the device since the link came up: it may use the device's memory
+	index   int             // its share of the memory
+	small   driver.Small    // not nil: it has a part of the memory of its own, at the end
+	queues  []session.Queue // that have doorbells
+	made    bool            // by Config.Drivers
+	met     bool            // the host has shown the device since the link came up: it may use the device's memory
 	up      bool
 	next    time.Time
 	since   time.Time // up

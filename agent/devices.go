@@ -30,11 +30,11 @@ func (l *Link) place(n driver.Driver) *device {
 }
 
 // listQueues lists the queues that the host is to ring this side for.
-func (d *device) listQueues() []session.QueueID {
+func (d *device) listQueues() []session.Queue {
 	d.queues = nil
 	// Not the control queue, whose number depends on the host: it has one answer to wait for, and polls.
 	for i := 0; i < d.n.Doorbells(); i++ {
-		d.queues = append(d.queues, session.QueueID{Dev: d.n.Number(), Queue: i})
+		d.queues = append(d.queues, session.Queue{QueueID: session.QueueID{Dev: d.n.Number(), Queue: i}, Class: d.l.cfg.Classes[d.n.Number()]})
 	}
 	return d.queues
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/driver"
 	"github.com/boardlink/boardlink/pci"
 	"github.com/boardlink/boardlink/session"
@@ -36,6 +37,8 @@ type Config struct {
 	Placement string
 	// Devices are what this side drives, where the host offers it.
 	Devices []driver.Driver
+	// Classes are, by device number, how urgent devices are where they share a doorbell; doorbell.Interactive where there is none.
+	Classes map[uint16]doorbell.Class
 	// Drivers make drivers for further devices that the host offers, by virtio device id. Such a driver belongs to
 	// the Link, which closes it when the host removes the device.
 	Drivers map[uint32]Maker
@@ -166,7 +169,9 @@ func (l *Link) Status() status.Link {
 	l.mu.Unlock()
 	s.Devices = []status.Device{}
 	for _, d := range l.devices() {
-		s.Devices = append(s.Devices, d.n.Status())
+		ds := d.n.Status()
+		ds.Class = l.cfg.Classes[d.n.Number()].String()
+		s.Devices = append(s.Devices, ds)
 	}
 	session.SumBus(&s)
 	return s
@@ -175,8 +180,8 @@ func (l *Link) Status() status.Link {
 // handler is what the session sees of a Link.
 type handler Link
 
-func (l *handler) Queues() []session.QueueID {
-	var qs []session.QueueID
+func (l *handler) Queues() []session.Queue {
+	var qs []session.Queue
 	for _, d := range l.devs {
 		qs = append(qs, d.listQueues()...)
 	}

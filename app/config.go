@@ -10,6 +10,7 @@ import (
 
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/control/vhostuser"
+	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/host"
 	"github.com/boardlink/boardlink/mmio"
 	"github.com/boardlink/boardlink/session"
@@ -77,8 +78,24 @@ type Net struct {
 	Offload  bool
 	Persist  bool
 	Queues   int // pairs; 0: the default
+	Class    Class
 	Board    int // which of the boards it is for
 }
+
+// Class is how urgent a device is, as an operator says.
+type Class struct {
+	is     doorbell.Class
+	chosen bool // else it is that of the device's type
+}
+
+func (c *Class) set(v string) (err error) {
+	c.is, err = doorbell.ParseClass(v)
+	c.chosen = err == nil
+	return err
+}
+
+// class implements classed.
+func (c *Class) class() (doorbell.Class, bool) { return c.is, c.chosen }
 
 // New returns the configuration of a side with all defaults.
 func New(side board.Side) *Config {
@@ -88,7 +105,7 @@ func New(side board.Side) *Config {
 }
 
 // netKeys are the keys of --net.
-const netKeys = "name link addr mtu mac board-mac offload persist queues board"
+const netKeys = "name link addr mtu mac board-mac offload persist queues class board"
 
 // set gives one property of a device, by its key in --net.
 func (n *Net) set(k, v string) (err error) {
@@ -132,6 +149,8 @@ func (n *Net) set(k, v string) (err error) {
 		if n.Queues, err = strconv.Atoi(v); err != nil || n.Queues < 1 || n.Queues > tunbridge.MaxQueues {
 			return fmt.Errorf("%q is not a number of queue pairs: 1 to %d", v, tunbridge.MaxQueues)
 		}
+	case "class":
+		err = n.Class.set(v)
 	case "board":
 		if n.Board, err = strconv.Atoi(v); err != nil {
 			return fmt.Errorf("%q is not a number of a board: 0 is the first one", v)

@@ -102,6 +102,7 @@ var flags = []Flag{
 	{Name: "persist", Help: "Keep the interface, with its addresses, when this program ends.", set: of("persist")},
 	{Name: "queues", Arg: "N", Help: fmt.Sprintf("Queue pairs of a device, 1 to %d, each with a loop and a queue of the interface of its own (default: 1 at the host; at the agent as many as the host offers, its processors at most).", tunbridge.MaxQueues),
 		set: of("queues")},
+	{Name: "class", Arg: "CLASS", Help: "How urgent a device is where several share a doorbell (control, interactive, bulk): who is more urgent is rung first (default: interactive; of other devices: consoles control, disks and --rng bulk).", set: of("class")},
 	{Name: "deny", Arg: "FEATURES", Help: "Virtio features not to negotiate, e.g. event_idx,host_uso.", set: deny},
 	{Name: "net", Arg: "SPEC", Help: "Several devices: one SPEC each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000. Keys: " + netKeys + " (its number, from 0); --link, --mtu, --offload, --persist and --queues give the defaults.",
 		set: func(c *Config, v string) error { c.specs = append(c.specs, v); return nil }},

@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/status"
 )
@@ -24,6 +25,16 @@ const (
 type numbered struct {
 	Plan
 	number uint16
+	class  doorbell.Class
+}
+
+// classes returns the classes of the devices by their numbers.
+func (l *link) classes() map[uint16]doorbell.Class {
+	classes := map[uint16]doorbell.Class{}
+	for _, p := range l.plans {
+		classes[p.number] = p.class
+	}
+	return classes
 }
 
 // link is one end of a link with its devices. Where a program has several, one whose devices cannot be made is tried

@@ -8,6 +8,7 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/device/netdev"
+	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/driver"
 	"github.com/boardlink/boardlink/driver/netdrv"
 	"github.com/boardlink/boardlink/session"
@@ -109,6 +110,8 @@ func (p *netPlan) keep(lost func(error)) (stop func()) {
 	k := ifaddr.Keep(ifaddr.KeepConfig{Device: p.made, Addrs: p.Addrs, Log: p.log, Lost: lost})
 	return func() { k.Close() }
 }
+
+func (p *netPlan) class() (doorbell.Class, bool) { return p.Net.Class.class() }
 
 // valid refuses what no machine would take.
 func (n *Net) valid() error {

@@ -9,6 +9,7 @@ import (
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/device/entropy"
+	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/driver"
 	entropydrv "github.com/boardlink/boardlink/driver/entropy"
 	"github.com/boardlink/boardlink/session"
@@ -24,7 +25,8 @@ type Rng struct {
 	Credit int           // the agent's: bits of entropy that a byte counts for
 	Every  time.Duration // the agent's: between two requests; 0: the default
 	Board  int           // which of the boards it is for; -1: each of them has one
-	text   string        // as it was given
+	Class  Class
+	text   string // as it was given
 }
 
 // setRng is the set of --rng, which is a switch, or has keys.
@@ -43,6 +45,8 @@ func setRng(c *Config, v string) error {
 			if r.Rate, err = parseBytes(v); err != nil || r.Rate < entropy.MinRate || r.Rate > entropy.MaxRate {
 				return fmt.Errorf("%q: %d to %d bytes a second are possible, also as 64K or 1M", v, entropy.MinRate, entropy.MaxRate)
 			}
+		case k == "class":
+			return r.Class.set(v)
 		case k == "board" && c.Side == board.Host:
 			if r.Board, err = strconv.Atoi(v); err != nil || r.Board < 0 {
 				return fmt.Errorf("%q is no number of a board: 0 is the first one", v)
@@ -56,9 +60,9 @@ func setRng(c *Config, v string) error {
 				return fmt.Errorf("%q is no time of at least 1ms, e.g. 30s", v)
 			}
 		case c.Side == board.Host:
-			return fmt.Errorf("no such key; a host has rate and board")
+			return fmt.Errorf("no such key; a host has rate, board and class")
 		default:
-			return fmt.Errorf("no such key; an agent has credit and every")
+			return fmt.Errorf("no such key; an agent has credit, every and class")
 		}
 		return nil
 	})
@@ -112,6 +116,8 @@ type rngPlan struct {
 	*Rng
 	c *Config
 }
+
+func (p *rngPlan) class() (doorbell.Class, bool) { return p.Rng.Class.class() }
 
 // Model implements Plan.
 func (p *rngPlan) Model(number uint16) (device.Device, error) {

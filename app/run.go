@@ -73,7 +73,7 @@ func (e *ends) build() error {
 				number = &first
 			}
 			for _, p := range plans {
-				l.plans = append(l.plans, numbered{p, *number})
+				l.plans = append(l.plans, numbered{p, *number, e.c.Types[i].classOf(p)})
 				*number++
 			}
 		}
@@ -133,7 +133,7 @@ func (e *ends) createHost(l *link) (end, []io.Closer, error) {
 		end, err := e.newDoor(l, offered[0])
 		return end, made, err
 	}
-	return host.NewLink(host.Config{Name: l.name, Board: l.board, Options: e.options(), Devices: offered, NoPool: !c.Pool,
+	return host.NewLink(host.Config{Name: l.name, Board: l.board, Options: e.options(), Devices: offered, Classes: l.classes(), NoPool: !c.Pool,
 		DMA: c.DMA, Log: e.log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts, Retry: l.retry}), made, nil
 }
 
@@ -153,7 +153,7 @@ func (e *ends) createAgent(l *link) (end, []io.Closer, error) {
 		end, err := e.newFrontend(l, drivers[0])
 		return end, made, err
 	}
-	return agent.NewLink(agent.Config{Name: l.name, Board: l.board, Placement: c.Placement, Options: e.options(), Devices: drivers,
+	return agent.NewLink(agent.Config{Name: l.name, Board: l.board, Placement: c.Placement, Options: e.options(), Devices: drivers, Classes: l.classes(),
 		Log: e.log, Beat: c.Beat, LostBeats: c.Lost, NoInterrupts: !c.Interrupts}), made, nil
 }
 

@@ -27,6 +27,7 @@ type line struct {
 type End struct {
 	at    atomic.Value // *spot
 	line  int
+	class Class
 	taken uint32  // 1: Assigned.Waiter was called; with sync/atomic
 	own   *outlet // its end in fan-outs; kept for the next one, as a loop may still sleep on it
 }
@@ -72,22 +73,22 @@ func (e *End) take() error {
 	if err != nil {
 		return err
 	}
-	e.own = &outlet{bell: bell, used: atomic.LoadUint32(&e.taken)}
+	e.own = &outlet{bell: bell, class: e.class, used: atomic.LoadUint32(&e.taken)}
 	return nil
 }
 
-// Assign gives each user the end of the doorbell it is to be woken by: users[i] is the
-// index in bells of user i's. A doorbell with one user is handed over as it is; one with several
-// is fanned out. Close the result after all users have stopped.
-func Assign(bells []Waiter, users []int) (*Assigned, error) {
+// Assign gives each user the end of the doorbell it is to be woken by. A doorbell with one user is handed over as it is;
+// one with several is fanned out, and rings them in the order of their classes. Close the result after all users have
+// stopped.
+func Assign(bells []Waiter, users []User) (*Assigned, error) {
 	a := &Assigned{bells: make([]line, len(bells))}
 	for i, b := range bells {
 		a.bells[i].bell = b
 	}
-	for _, b := range users {
-		e := &End{line: b}
-		e.move(bells[b])
-		a.bells[b].ends = append(a.bells[b].ends, e)
+	for _, u := range users {
+		e := &End{line: u.Bell, class: u.Class}
+		e.move(bells[u.Bell])
+		a.bells[u.Bell].ends = append(a.bells[u.Bell].ends, e)
 		a.users = append(a.users, e)
 	}
 	for i := range a.bells {
@@ -110,7 +111,7 @@ func (l *line) share(sleeper *End) error {
 		if err := e.take(); err != nil {
 			return err
 		}
-		outs = append(outs, e.own)
+		outs = inOrder(outs, e.own)
 	}
 	var moved func() bool
 	if sleeper != nil {
@@ -133,15 +134,15 @@ func (l *line) share(sleeper *End) error {
 	return nil
 }
 
-// Add adds a user of doorbell number bell of those that Assign was given, and returns its number.
-func (a *Assigned) Add(bell int) (user int, err error) {
+// Add adds a user of one of the doorbells that Assign was given, and returns its number.
+func (a *Assigned) Add(u User) (user int, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if bell < 0 || bell >= len(a.bells) {
-		return 0, fmt.Errorf("doorbell: no doorbell %d: there are %d", bell, len(a.bells))
+	if u.Bell < 0 || u.Bell >= len(a.bells) {
+		return 0, fmt.Errorf("doorbell: no doorbell %d: there are %d", u.Bell, len(a.bells))
 	}
-	l := &a.bells[bell]
-	e := &End{line: bell}
+	l := &a.bells[u.Bell]
+	e := &End{line: u.Bell, class: u.Class}
 	e.move(l.bell)
 	before := l.ends
 	l.ends = append(l.ends[:len(l.ends):len(l.ends)], e)

@@ -56,7 +56,7 @@ func until(t *testing.T, what string, ok func() bool) {
 // A user that sleeps hears each ring, however often others come to share its doorbell and leave again; and they hear theirs.
 func TestAssignedComeAndGo(t *testing.T) {
 	bell := newEventfd(t)
-	a, err := doorbell.Assign([]doorbell.Waiter{newEventfd(t), bell}, []int{0, 1})
+	a, err := doorbell.Assign([]doorbell.Waiter{newEventfd(t), bell}, []doorbell.User{{Bell: 0}, {Bell: 1}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,13 +76,13 @@ func TestAssignedComeAndGo(t *testing.T) {
 	ring(first)
 	shared := 0 // descriptors while there is one user, once the doorbell was shared
 	for round := 0; round < 50; round++ {
-		second, err := a.Add(1)
+		second, err := a.Add(doorbell.User{Bell: 1})
 		if err != nil {
 			t.Fatal(err)
 		}
 		u2 := newUser(t, a.Waiter(second))
 		ring(first, u2)
-		third, err := a.Add(1)
+		third, err := a.Add(doorbell.User{Bell: 1})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -103,7 +103,7 @@ func TestAssignedComeAndGo(t *testing.T) {
 			t.Fatalf("round %d: %d descriptors, %d after the first", round, n, shared)
 		}
 	}
-	if _, err := a.Add(2); err == nil {
+	if _, err := a.Add(doorbell.User{Bell: 2}); err == nil {
 		t.Error("a user of a doorbell that is not there")
 	}
 	first.end(t)
@@ -115,11 +115,11 @@ func TestAssignedComeAndGo(t *testing.T) {
 // Where a doorbell has no descriptor, those who come poll as all others do.
 func TestAssignedNone(t *testing.T) {
 	before := fds(t)
-	a, err := doorbell.Assign([]doorbell.Waiter{doorbell.None}, []int{0})
+	a, err := doorbell.Assign([]doorbell.Waiter{doorbell.None}, []doorbell.User{{}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	n, err := a.Add(0)
+	n, err := a.Add(doorbell.User{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -138,7 +138,7 @@ func TestAssignedNone(t *testing.T) {
 // A loop that sleeps on an end of a shared doorbell, or of one that could come to be shared, allocates nothing.
 func TestAssignedNoAllocations(t *testing.T) {
 	bells := []doorbell.Waiter{newEventfd(t), newEventfd(t)}
-	a, err := doorbell.Assign(bells, []int{0, 1, 1})
+	a, err := doorbell.Assign(bells, []doorbell.User{{Bell: 0}, {Bell: 1}, {Bell: 1}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -13,7 +13,7 @@ import (
 // of each consumer, who looks for work of its own (and often finds none: that counts as spurious there).
 // Consumers may come and go while it runs.
 type Fanout struct {
-	outs    atomic.Value // []*outlet, by consumer; never written again once stored
+	outs    atomic.Value // []*outlet, in the order in which they are rung; never written again once stored
 	stop    *Eventfd
 	closing uint32 // with sync/atomic
 	once    sync.Once
@@ -25,9 +25,10 @@ type Fanout struct {
 
 // outlet is one consumer's end.
 type outlet struct {
-	bell *Eventfd // nil: there is nothing to be rung by
-	used uint32   // 1: somebody has taken this end; with sync/atomic
-	gone uint32   // 1: the consumer has left; with sync/atomic
+	bell  *Eventfd // nil: there is nothing to be rung by
+	class Class
+	used  uint32 // 1: somebody has taken this end; with sync/atomic
+	gone  uint32 // 1: the consumer has left; with sync/atomic
 }
 
 // NewFanout shares w among n consumers, 1 <= n. It does not own w, which must stay open until
@@ -132,8 +133,18 @@ func (f *Fanout) run(s *Sleeper) {
 func (f *Fanout) add(o *outlet) {
 	f.mu.Lock()
 	outs := f.outs.Load().([]*outlet)
-	f.outs.Store(append(outs[:len(outs):len(outs)], o))
+	f.outs.Store(inOrder(outs, o))
 	f.mu.Unlock()
+}
+
+// inOrder returns outs, which stay as they are, with o behind those of its class and of more urgent ones.
+func inOrder(outs []*outlet, o *outlet) []*outlet {
+	i := len(outs)
+	for i > 0 && o.class.before(outs[i-1].class) {
+		i--
+	}
+	all := append(make([]*outlet, 0, len(outs)+1), outs[:i]...)
+	return append(append(all, o), outs[i:]...)
 }
 
 // remove takes a consumer out. Its end is its own to close: a ring of it may be under way.

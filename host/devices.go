@@ -11,6 +11,7 @@ import (
 	"github.com/boardlink/boardlink/control/msgdev"
 	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/doorbell"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/virtiomsg"
 )
@@ -26,6 +27,7 @@ type offered struct {
 	*msgdev.Server
 	number   uint16
 	dev      device.Device
+	class    doorbell.Class
 	engines  engineSet // for dev
 	since    time.Time // the driver is expected to take it from then on; the owner's goroutine only
 	undriven uint32    // atomic; 1: the driver leaves the device alone, which was logged
@@ -40,7 +42,7 @@ type notice struct {
 
 // offer makes what serves a device.
 func (l *Link) offer(n uint16, dev device.Device) *offered {
-	d := &offered{number: n, dev: dev}
+	d := &offered{number: n, dev: dev, class: l.cfg.Classes[n]}
 	starts, changes := session.NewBucket(l.cfg.Pace.Starts), session.NewBucket(l.cfg.Pace.Changes)
 	d.Server = msgdev.New(messages{l.s}, msgdev.Config{Link: l.cfg.Name, Number: n, Device: dev, Log: l.cfg.Log, Counters: &l.n.Devices,
 		Table: &l.table, Engines: &d.engines, Starts: &starts, Changes: &changes, Room: l.room, Far: func(a dma.Addr) bool { return a >= poolLink }})
@@ -48,10 +50,10 @@ func (l *Link) offer(n uint16, dev device.Device) *offered {
 }
 
 // queues lists the device's queues.
-func (d *offered) queues() []session.QueueID {
-	qs := make([]session.QueueID, d.dev.Queues())
+func (d *offered) queues() []session.Queue {
+	qs := make([]session.Queue, d.dev.Queues())
 	for i := range qs {
-		qs[i] = session.QueueID{Dev: d.number, Queue: i}
+		qs[i] = session.Queue{QueueID: session.QueueID{Dev: d.number, Queue: i}, Class: d.class}
 	}
 	return qs
 }

@@ -27,6 +27,8 @@ type Config struct {
 	Options board.Options
 	// Devices are what is offered, by device number. They belong to the Link from NewLink on.
 	Devices map[uint16]device.Device
+	// Classes are, by device number, how urgent devices are where they share a doorbell; doorbell.Interactive where there is none.
+	Classes map[uint16]doorbell.Class
 	// NoPool keeps the board out of the host's memory: no placement but window.
 	NoPool bool
 	// DMA says what the board's DMA engine is for.
@@ -143,6 +145,7 @@ func (l *Link) room() device.Room {
 // describe describes a device for an operator.
 func (d *offered) describe() status.Device {
 	s := d.Status()
+	s.Class = d.class.String()
 	d.engines.Describe(&s)
 	if atomic.LoadUint32(&d.undriven) != 0 && !d.Driven() {
 		s.Notes = append(s.Notes, undrivenNote)
@@ -153,8 +156,8 @@ func (d *offered) describe() status.Device {
 // handler is what the session sees of a Link.
 type handler Link
 
-func (l *handler) Queues() []session.QueueID {
-	var qs []session.QueueID
+func (l *handler) Queues() []session.Queue {
+	var qs []session.Queue
 	for _, d := range l.devs {
 		qs = append(qs, d.queues()...)
 	}

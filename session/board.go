@@ -118,15 +118,21 @@ func (s *Session) assign(p *prepared, self board.RingInfo) error {
 		}
 	}
 	qs := s.cfg.Handler.Queues()
-	users := make([]int, 1+len(qs))
+	users := make([]doorbell.User, 1+len(qs))
+	users[0].Class = doorbell.Control
 	p.users = make(map[QueueID]int, len(qs))
 	for i, q := range qs {
-		users[1+i] = int(virtiomsg.Vector(q.Dev, uint32(q.Queue), vectors))
-		p.users[q] = 1 + i
+		users[1+i] = userOf(q, vectors)
+		p.users[q.QueueID] = 1 + i
 	}
 	var err error
 	p.assigned, err = doorbell.Assign(bells, users)
 	return err
+}
+
+// userOf returns which of this side's doorbells a queue is rung by.
+func userOf(q Queue, vectors uint32) doorbell.User {
+	return doorbell.User{Bell: int(virtiomsg.Vector(q.Dev, uint32(q.Queue), vectors)), Class: q.Class}
 }
 
 // adopt takes a board that is prepared over.

@@ -130,30 +130,30 @@ func (s *Session) Do(ctx context.Context, f func()) error {
 // AddQueues gives queues of this side that were not among Handler.Queues when the board was opened the ends of their
 // doorbells. Without a board there is nothing to do: Queues is asked when it is opened. After an error none
 // has one. It is called on the owner's goroutine.
-func (s *Session) AddQueues(qs []QueueID) error {
+func (s *Session) AddQueues(qs []Queue) error {
 	if s.b == nil {
 		return nil
 	}
 	for i, q := range qs {
-		user, err := s.assigned.Add(int(virtiomsg.Vector(q.Dev, uint32(q.Queue), vectorsOf(s.b.Self()))))
+		user, err := s.assigned.Add(userOf(q, vectorsOf(s.b.Self())))
 		if err != nil {
 			s.RemoveQueues(qs[:i])
 			return err
 		}
-		s.users[q] = user
+		s.users[q.QueueID] = user
 	}
 	return nil
 }
 
 // RemoveQueues takes the ends of their doorbells from queues whose loops have stopped. It is called on the owner's
 // goroutine.
-func (s *Session) RemoveQueues(qs []QueueID) {
+func (s *Session) RemoveQueues(qs []Queue) {
 	if s.b == nil {
 		return
 	}
 	for _, q := range qs {
-		if user, ok := s.users[q]; ok {
-			delete(s.users, q)
+		if user, ok := s.users[q.QueueID]; ok {
+			delete(s.users, q.QueueID)
 			s.assigned.Remove(user)
 		}
 	}

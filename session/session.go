@@ -33,7 +33,7 @@ const Beat = 100 * time.Millisecond
 // may use the Session's methods.
 type Handler interface {
 	// Queues lists the queues for which this side will be rung.
-	Queues() []QueueID
+	Queues() []Queue
 	// Declare says what the link page is to declare of this side; Ring is filled in.
 	Declare(b board.Board) (virtiomsg.Declaration, error)
 	// Up: all memory of this side may be rewritten, messages may be sent.
@@ -55,6 +55,12 @@ type Handler interface {
 type QueueID struct {
 	Dev   uint16 // device number
 	Queue int
+}
+
+// Queue is a virtqueue for which this side is rung.
+type Queue struct {
+	QueueID
+	Class doorbell.Class // where it shares a doorbell
 }
 
 // Pacer is a Handler that puts requests off: what Wait returns for one is how long, 0 for not at all.

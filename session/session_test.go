@@ -66,7 +66,7 @@ func TestLimit(t *testing.T) {
 // none is the owner of a session that has no devices.
 type none struct{}
 
-func (none) Queues() []session.QueueID { return nil }
+func (none) Queues() []session.Queue { return nil }
 func (none) Declare(board.Board) (virtiomsg.Declaration, error) {
 	return virtiomsg.Declaration{}, nil
 }

@@ -59,6 +59,7 @@ type Device struct {
 	Name       string            `json:"name"` // "net0"
 	Type       string            `json:"type"` // "net"
 	Number     uint16            `json:"number"`
+	Class      string            `json:"class,omitempty"` // "interactive"; "" where nothing is shared
 	Interface  string            `json:"interface"`
 	LinkType   string            `json:"link_type"` // "tap" or "tun"
 	MAC        string            `json:"mac,omitempty"`

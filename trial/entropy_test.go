@@ -13,7 +13,7 @@ import (
 // A source of entropy beside a network: the agent asks, also after the host was killed, and neither takes memory or doorbells from
 // the other.
 func TestEntropy(t *testing.T) {
-	r := start(t, trial.Config{HostArgs: []string{"--rng=rate=1G"}, AgentArgs: []string{"--rng=every=1ms"}})
+	r := start(t, trial.Config{HostArgs: []string{"--rng=rate=1G"}, AgentArgs: []string{"--rng=every=1ms", "--class=control"}})
 	rng := func(s board.Side) (found status.Device) {
 		for _, d := range getStatus(t, r, s).Links[0].Devices {
 			if d.Type == "entropy" {
@@ -44,6 +44,9 @@ func TestEntropy(t *testing.T) {
 	}
 	if h.Counters["bytes"] != 64*h.Counters["requests"] || h.Counters["broken"] != 0 || h.Status != "ACKNOWLEDGE|DRIVER|FEATURES_OK|DRIVER_OK" {
 		t.Errorf("host: %+v", h)
+	}
+	if net := getStatus(t, r, board.Agent).Links[0].Devices[0]; h.Class != "bulk" || a.Class != "bulk" || net.Class != "control" {
+		t.Errorf("classes %q, %q, and %q of the network, want bulk, bulk and control", h.Class, a.Class, net.Class)
 	}
 	for _, f := range []string{"version_1", "event_idx"} {
 		if !slices.Contains(a.Negotiated, f) || !slices.Contains(h.Negotiated, f) {
