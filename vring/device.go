@@ -13,6 +13,7 @@ var errNoTable = errors.New("no region table")
 type deviceSide struct {
 	ring
 	indirectOK bool
+	sent       bool // Config.Sent
 	ref        *dma.TableRef
 	table      *dma.Table  // of the last batch; what the barriers cover
 	hot        *dma.Region // region of table that was used last, its range and rights
@@ -25,7 +26,7 @@ type deviceSide struct {
 
 // serve takes the region table, and makes room for indirect tables.
 func (q *deviceSide) serve(c *Config) {
-	q.ref, q.indirectOK = c.Table, c.Indirect
+	q.ref, q.indirectOK, q.sent = c.Table, c.Indirect, c.Sent
 	if c.Indirect {
 		q.tab = make([]byte, int(c.Size)*descSize)
 		q.pieces = make([]dma.Span, 0, dma.MaxSpans)

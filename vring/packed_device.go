@@ -97,8 +97,9 @@ func (q *PackedDevice) claim(used []Used) (count uint32, bytes uint64, err error
 	return count, bytes, nil
 }
 
-// Complete implements Device. With VIRTIO_F_IN_ORDER, the used descriptor of a chain that was filled, as far as it can
-// be, is left to the next one of the batch (virtio 1.2, 2.8.8).
+// Complete implements Device. With VIRTIO_F_IN_ORDER, the used descriptor of a chain that had nothing to be written is
+// left to the next one of the batch (virtio 1.2, 2.8.8). That of one that was written to its end could be left too, but
+// DPDK's driver (22.11) waits for each.
 func (q *PackedDevice) Complete(used []Used) error {
 	if q.err != nil {
 		return q.err
@@ -121,7 +122,7 @@ func (q *PackedDevice) Complete(used []Used) error {
 		s := &slots[u.ID]
 		skip := false
 		if s.count != 0 {
-			skip = inOrder && s.full == u.Len && i+1 < len(used)
+			skip = inOrder && s.full|u.Len == 0 && i+1 < len(used)
 			s.count, s.claimed = 0, false
 			q.held--
 			if q.done++; q.done == len(q.log) {

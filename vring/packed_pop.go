@@ -213,7 +213,7 @@ func (q *PackedDevice) walk(b *Batch, c *Chain, at uint16, free uint16) *Error {
 }
 
 // walkTable takes chain c from the indirect table that the descriptor at points to: all of its
-// entries, in order; WRITE is the only flag that counts (virtio 1.2, 2.8.7).
+// entries, in order; WRITE is the only flag that counts (virtio 1.2, 2.8.7), if any (Config.Sent).
 func (q *PackedDevice) walkTable(b *Batch, c *Chain, at uint16, addr dma.Addr, length uint32) *Error {
 	tab, bad := q.fetchTable(at, at, addr, length)
 	if bad != nil {
@@ -221,7 +221,11 @@ func (q *PackedDevice) walkTable(b *Batch, c *Chain, at uint16, addr dma.Addr, l
 	}
 	for i := 0; i < len(tab); i += descSize {
 		addr, w := dma.Addr(binary.LittleEndian.Uint64(tab[i:])), packedWord(binary.LittleEndian.Uint64(tab[i+8:]))
-		if bad := q.buffer(b, c, uint16(i/descSize), addr, w.len(), w.flags()); bad != nil {
+		flags := w.flags()
+		if q.sent {
+			flags &^= descWrite
+		}
+		if bad := q.buffer(b, c, uint16(i/descSize), addr, w.len(), flags); bad != nil {
 			return bad
 		}
 	}

@@ -118,7 +118,7 @@ func (q *SplitDevice) Complete(used []Used) error {
 			return q.misuse(&Error{Code: ErrComplete, Value: uint64(u.ID), Limit: uint64(q.size) - 1})
 		}
 		bytes += uint64(u.Len)
-		if q.inOrder && i+1 < n && q.filled(uint16(i), u) {
+		if q.inOrder && i+1 < n && q.unread(uint16(i), u) {
 			continue
 		}
 		pos := (q.used + uint16(start)) & mask
@@ -167,10 +167,11 @@ func (q *SplitDevice) isNext(i, head uint16) bool {
 	return h == head || h == unknownHead
 }
 
-// filled tells whether u, the i-th chain to complete, may be skipped: the driver takes it for
-// written to its end.
-func (q *SplitDevice) filled(i uint16, u *Used) bool {
-	return q.order[(q.used+i)&q.mask] == u.ID && q.full[u.ID] == u.Len
+// unread tells whether u, the i-th chain to complete, may be skipped, as it had nothing to be
+// written. One that was written to its end could be skipped too, but DPDK's driver (22.11) reads
+// the length of each.
+func (q *SplitDevice) unread(i uint16, u *Used) bool {
+	return q.order[(q.used+i)&q.mask] == u.ID && q.full[u.ID]|u.Len == 0
 }
 
 // NeedCall implements Device.

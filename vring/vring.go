@@ -161,8 +161,12 @@ type Config struct {
 	EventIdx, Indirect   bool // negotiated
 	// InOrder tells that VIRTIO_F_IN_ORDER was negotiated: the device side completes chains in the order in
 	// which it popped them (Complete refuses another), and writes one used element for those of a
-	// batch that it filled.
+	// batch that it only read.
 	InOrder bool
+	// Sent tells the device side that the driver only sends by this queue: nothing is written to its
+	// buffers. Then the entries of a packed ring's indirect tables are read also where they are
+	// marked to be written, as DPDK's driver (22.11) marks the header of each frame.
+	Sent bool
 	// Table translates what descriptors carry; device side only.
 	Table *dma.TableRef
 	// IndirectMem is where the driver side keeps its indirect tables: Size tables of

@@ -185,11 +185,12 @@ func (n *Net) lookup(i int) (*queue, string, error) {
 	return &n.queues[i], name, nil
 }
 
-// ring makes the device side of a queue.
-func (n *Net) ring(name string, r *device.Resources, a *dma.QueueAccount, s vring.State) (vring.Device, error) {
+// ring makes the device side of queue i.
+func (n *Net) ring(i int, name string, r *device.Resources, a *dma.QueueAccount, s vring.State) (vring.Device, error) {
 	c := vring.Config{Name: name, Size: r.Size, State: s, Table: r.Table.Accounted(&a.Payload),
 		Desc: r.Areas.Desc.Accounted(&a.Descriptor), Driver: r.Areas.Driver.Accounted(&a.Driver), Device: r.Areas.Device.Accounted(&a.Device),
-		EventIdx: n.acked.Has(virtio.EventIdx), Indirect: n.acked.Has(virtio.IndirectDesc), InOrder: n.acked.Has(virtio.InOrder)}
+		EventIdx: n.acked.Has(virtio.EventIdx), Indirect: n.acked.Has(virtio.IndirectDesc), InOrder: n.acked.Has(virtio.InOrder),
+		Sent: i == virtio.NetQueueTX(0)}
 	if n.acked.Has(virtio.RingPacked) {
 		return vring.NewPackedDevice(c)
 	}
@@ -209,7 +210,7 @@ func (n *Net) StartQueue(i int, r device.Resources, s vring.State) error {
 	if bus == nil {
 		bus = q.own
 	}
-	ring, err := n.ring(name, &r, bus, s)
+	ring, err := n.ring(i, name, &r, bus, s)
 	if err != nil {
 		return err
 	}
@@ -256,7 +257,7 @@ func (n *Net) ChangeQueue(i int, c device.Change, deadline time.Time) error {
 		if c.Areas != nil {
 			r.Areas = *c.Areas
 			var err error
-			if ring, err = n.ring(name, &r, q.bus, q.q.State().Rewound()); err != nil {
+			if ring, err = n.ring(i, name, &r, q.bus, q.q.State().Rewound()); err != nil {
 				return err
 			}
 		}

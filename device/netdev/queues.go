@@ -29,11 +29,12 @@ func (n *Net) lookup(i int) (q *netQueue, p *netPair, name string, err error) {
 	return q, p, name, nil
 }
 
-// ringConfig describes the ring of a queue with resources r, to go on at s.
-func (n *Net) ringConfig(name string, r *device.Resources, a *dma.QueueAccount, s vring.State) vring.Config {
+// ringConfig describes the ring of queue q with resources r, to go on at s.
+func (n *Net) ringConfig(q *netQueue, i int, name string, r *device.Resources, a *dma.QueueAccount, s vring.State) vring.Config {
 	return vring.Config{Name: name, Size: r.Size, State: s, Table: r.Table.Accounted(&a.Payload),
 		Desc: r.Areas.Desc.Accounted(&a.Descriptor), Driver: r.Areas.Driver.Accounted(&a.Driver), Device: r.Areas.Device.Accounted(&a.Device),
-		EventIdx: n.acked.Has(virtio.EventIdx), Indirect: n.acked.Has(virtio.IndirectDesc), InOrder: n.acked.Has(virtio.InOrder)}
+		EventIdx: n.acked.Has(virtio.EventIdx), Indirect: n.acked.Has(virtio.IndirectDesc), InOrder: n.acked.Has(virtio.InOrder),
+		Sent: q != &n.ctrl && i%2 == 1}
 }
 
 // newDeviceQueue makes the device side of a queue of the negotiated kind.
@@ -67,7 +68,7 @@ func (n *Net) StartQueue(i int, r device.Resources, s vring.State) error {
 	if bus == nil {
 		bus = q.own
 	}
-	ring, err := newDeviceQueue(n.ringConfig(name, &r, bus, s), n.acked.Has(virtio.RingPacked))
+	ring, err := newDeviceQueue(n.ringConfig(q, i, name, &r, bus, s), n.acked.Has(virtio.RingPacked))
 	if err != nil {
 		return err
 	}
@@ -244,7 +245,7 @@ func (n *Net) ChangeQueue(i int, c device.Change, deadline time.Time) error {
 		}
 		if c.Areas != nil {
 			r.Areas = *c.Areas
-			ring, err := newDeviceQueue(n.ringConfig(name, &r, q.bus, old.State()), n.acked.Has(virtio.RingPacked))
+			ring, err := newDeviceQueue(n.ringConfig(q, i, name, &r, q.bus, old.State()), n.acked.Has(virtio.RingPacked))
 			if err != nil {
 				return t, err
 			}
