@@ -121,6 +121,8 @@ type Resources struct {
 	// Account counts the accesses to memory; nil: the model has an account of its own.
 	Account *dma.QueueAccount
 	Copy    *CopyEngine // nil: the processor copies
+	// Log is where the queue marks what it writes; the zero Log: nowhere.
+	Log vring.Log
 }
 
 // Change is what of a started queue's Resources is given anew; nil fields stay.
@@ -128,6 +130,7 @@ type Change struct {
 	Areas *Areas // of the same ring, in another mapping of the same memory
 	Kick  doorbell.Waiter
 	Call  doorbell.Ringer
+	Log   *vring.Log // all writes from then on are marked there, all before are in the one before
 }
 
 // Stopped is what is left of a queue that has stopped.

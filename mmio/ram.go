@@ -109,6 +109,16 @@ func (r RAM) Consume32(off uint64) uint32 {
 	return le32(atomic.LoadUint32((*uint32)(unsafe.Add(r.base, off))))
 }
 
+// CompareAndSwap32 writes v at off, little-endian, if the word there is old, and tells whether it did. It is
+// atomic towards other processes that have the memory mapped. Of the accesses before and after it, none
+// passes it where it has written.
+func (r RAM) CompareAndSwap32(off uint64, old, v uint32) bool {
+	if r.bad(off, 3) {
+		panic(Fault{off, r.size, 4})
+	}
+	return atomic.CompareAndSwapUint32((*uint32)(unsafe.Add(r.base, off)), le32(old), le32(v))
+}
+
 // Publish32 is Mem.Publish32.
 func (r RAM) Publish32(off uint64, v uint32) {
 	if r.bad(off, 3) {

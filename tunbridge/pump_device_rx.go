@@ -289,6 +289,7 @@ func (p *DeviceRX) readFrame() (int, error) {
 		return 0, fmt.Errorf("%s: %s gave a frame of %d bytes with its header", p.name, p.ifc.Name(), n)
 	}
 	if n > p.max {
+		p.spoiled(n)
 		if whole := p.need == p.max; p.tooLong() && whole {
 			p.need = p.max
 		}
@@ -303,6 +304,19 @@ func (p *DeviceRX) readFrame() (int, error) {
 	first.CopyIn(0, p.hdr[:])
 	p.countFrame(n - HeaderLen)
 	return n, nil
+}
+
+// spoiled tells the ring that n bytes were read into buffers that stay ours, header and all.
+func (p *DeviceRX) spoiled(n int) {
+	for i := p.next; n > 0 && i < len(p.b.Chains); i++ {
+		c := &p.b.Chains[i]
+		l := int(c.WriteLen)
+		if l > n {
+			l = n
+		}
+		p.q.Wrote(c.ID, uint32(l))
+		n -= l
+	}
 }
 
 // use marks the buffers that n bytes fill as used, and returns their number.

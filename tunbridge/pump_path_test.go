@@ -45,7 +45,8 @@ type pathConfig struct {
 	queue    uint16
 	rxBuffer uint32
 	rxMem    uint64
-	noPumps  bool // of the driver side: the test puts into the ring what it likes
+	noPumps  bool      // of the driver side: the test puts into the ring what it likes
+	log      vring.Log // of the device side
 }
 
 type countingRinger struct{ n int }
@@ -106,6 +107,7 @@ func newPathOf(t testing.TB, cfg pathConfig) *path {
 		t.Fatal(err)
 	}
 	c.Desc, c.Driver, c.Device, c.Table = far(c.Desc), far(c.Driver), far(c.Device), ref
+	c.Log, c.LogByLen = cfg.log, true
 	dev, err := vring.NewSplitDevice(c)
 	if err != nil {
 		t.Fatal(err)

@@ -10,6 +10,7 @@ import (
 // area is one of the three areas of a queue, as this side sees it.
 type area struct {
 	region *dma.Region
+	addr   uint64   // link address
 	mem    mmio.Mem // exactly the area
 	ram    mmio.RAM // the same, where isRAM
 	isRAM  bool
@@ -47,7 +48,7 @@ func newArea(name string, s dma.Span, n, align, native uint64, access dma.Access
 	if err != nil {
 		return area{}, fmt.Errorf("%s in region %q: %v", name, r.Name, err)
 	}
-	a := area{region: r, mem: m, account: r.Account, words: 1}
+	a := area{region: r, addr: addr, mem: m, account: r.Account, words: 1}
 	if !wide && !m.Modelled() {
 		a.words = 2
 	}

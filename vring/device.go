@@ -20,6 +20,7 @@ type deviceSide struct {
 	hotAddr    uint64
 	hotSize    uint64
 	hotAccess  dma.Access
+	dirty      dirty
 	tab        []byte     // copy of an indirect table
 	pieces     []dma.Span // where the indirect table lies
 }
@@ -27,6 +28,8 @@ type deviceSide struct {
 // serve takes the region table, and makes room for indirect tables.
 func (q *deviceSide) serve(c *Config) {
 	q.ref, q.indirectOK, q.sent = c.Table, c.Indirect, c.Sent
+	q.dirty.byLen = c.LogByLen
+	q.dirty.set(c.Log, c.Size)
 	if c.Indirect {
 		q.tab = make([]byte, int(c.Size)*descSize)
 		q.pieces = make([]dma.Span, 0, dma.MaxSpans)

@@ -59,6 +59,9 @@ func NewPackedDevice(c Config) (*PackedDevice, error) {
 	q.p.event = eventEnable << 16
 	q.device.store32(0, q.p.event)
 	q.fence(mmio.FullBarrier)
+	if q.dirty.bits != nil {
+		q.markArea(&q.device, 0, 4)
+	}
 	q.flush()
 	return q, nil
 }
@@ -111,9 +114,13 @@ func (q *PackedDevice) Complete(used []Used) error {
 	if err != nil {
 		return err
 	}
+	if q.dirty.kept != nil {
+		q.markUsed(used)
+	}
 	direct, ram, slots, inOrder := q.desc.direct, q.desc.ram, q.slots, q.inOrder
 	size := uint32(q.size)
 	pos, mark := uint32(q.used&^wrapBit), usedMark(q.used)
+	start := uint64(pos)
 	at, atMark := pos, mark // where the next used descriptor goes
 	var head begun
 	first := true
@@ -156,6 +163,11 @@ func (q *PackedDevice) Complete(used []Used) error {
 	q.used = q.forward(q.used, uint16(count))
 	q.flying -= uint16(count)
 	q.publish(&q.desc, head.off, head.word) // A
+	if q.dirty.bits != nil {
+		q.fence(mmio.FullBarrier)
+		q.markRing(&q.desc, 0, start, uint64(count), descSize)
+		q.dirty.bits.Tell()
+	}
 	q.passed(&q.p, count)
 	q.setState(q.avail, q.used)
 	q.stats.add(cDone, uint64(len(used)))
@@ -174,7 +186,11 @@ func (q *PackedDevice) ArmKick() (bool, error) {
 		return false, q.err
 	}
 	q.stats.add(cArms, 1)
+	before := q.p.event
 	q.arm(&q.p, &q.device, q.avail)
+	if q.dirty.bits != nil && q.p.event != before {
+		q.markWord(0, 4)
+	}
 	pending := q.scan(&q.p, q.p.words[:1], q.avail, false) > 0
 	q.looked(&q.p)
 	q.desc.flush()
@@ -190,7 +206,11 @@ func (q *PackedDevice) ArmKick() (bool, error) {
 // DisarmKick implements Device. With the event index too there is something to write: positions come again every
 // two laps.
 func (q *PackedDevice) DisarmKick() {
-	if q.err == nil {
-		q.suppress(&q.p, &q.device, eventDisable<<16)
+	if q.err != nil || q.p.event == eventDisable<<16 {
+		return
+	}
+	q.suppress(&q.p, &q.device, eventDisable<<16)
+	if q.dirty.bits != nil {
+		q.markWord(0, 4)
 	}
 }

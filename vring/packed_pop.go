@@ -105,6 +105,9 @@ func (q *PackedDevice) Pop(b *Batch, max int) (int, error) {
 		n++
 	}
 	b.Chains, b.Spans = chains, spans
+	if q.dirty.kept != nil {
+		q.dirty.keep(b, n)
+	}
 	q.avail, q.flying = at, flying
 	return n, q.popped(n, bytes, bad)
 }

@@ -89,6 +89,10 @@ func NewSplitDevice(c Config) (*SplitDevice, error) {
 	q.device.store16(availEventOff(q.size), q.availEvent)
 	q.publish(&q.device, 0, word(0, q.used))
 	q.fence(mmio.FullBarrier)
+	if q.dirty.bits != nil {
+		q.markArea(&q.device, 0, ringHead)
+		q.markArea(&q.device, availEventOff(q.size), 2)
+	}
 	q.flush()
 	return q, nil
 }
@@ -104,6 +108,9 @@ func (q *SplitDevice) Complete(used []Used) error {
 	}
 	if inflight := int(q.avail - q.used); n > inflight {
 		return q.misuse(&Error{Code: ErrComplete, Value: uint64(n), Limit: uint64(inflight)})
+	}
+	if q.dirty.kept != nil {
+		q.markUsed(used)
 	}
 	var bytes uint64
 	direct, ram, ring, mask := q.device.direct, q.device.ram, q.ring, q.mask
@@ -150,6 +157,12 @@ func (q *SplitDevice) Complete(used []Used) error {
 	}
 	q.used += uint16(n)
 	q.publish(&q.device, 0, word(q.flags, q.used)) // A
+	if q.dirty.bits != nil {
+		q.fence(mmio.FullBarrier)
+		q.markRing(&q.device, ringHead, uint64((q.used-uint16(n))&mask), uint64(n), usedSize)
+		q.markArea(&q.device, 0, ringHead)
+		q.dirty.bits.Tell()
+	}
 	if q.sinceCall += uint32(n); q.sinceCall > 1<<16 {
 		q.sinceCall = 1 << 16
 	}
@@ -217,10 +230,16 @@ func (q *SplitDevice) ArmKick() (bool, error) {
 		if q.availEvent != q.avail {
 			q.availEvent, q.settled = q.avail, false
 			q.device.store16(off, q.avail)
+			if q.dirty.bits != nil {
+				q.markWord(off, 2)
+			}
 		}
 	} else if q.flags != 0 {
 		q.flags, q.settled = 0, false
 		q.device.store32(0, word(0, q.used))
+		if q.dirty.bits != nil {
+			q.markWord(0, ringHead)
+		}
 	}
 	// Where the word stands as it was, the driver has seen it since it was settled.
 	if !q.settled {
@@ -243,5 +262,8 @@ func (q *SplitDevice) DisarmKick() {
 	}
 	q.flags, q.settled = usedNoNotify, false
 	q.device.store32(0, word(q.flags, q.used))
+	if q.dirty.bits != nil {
+		q.markWord(0, ringHead)
+	}
 	q.device.flush()
 }

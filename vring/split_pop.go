@@ -118,6 +118,9 @@ func (q *SplitDevice) Pop(b *Batch, max int) (int, error) {
 		n++
 	}
 	b.Chains, b.Spans = chains, spans
+	if q.dirty.kept != nil {
+		q.dirty.keep(b, n)
+	}
 	return n, q.popped(n, bytes, bad)
 }
 

@@ -128,6 +128,12 @@ type Device interface {
 	// that were popped back, as Complete and Unpop do, and tells whether the driver wants to be called. A broken
 	// queue stays broken; its State is then one to go on from once the driver has mended what broke it.
 	Settle(used []Used, rest int) (call bool, err error)
+	// SetLog replaces the Log. It is called while no chain is popped and not completed: of such a chain the buffers
+	// would not be marked.
+	SetLog(Log)
+	// Wrote tells that the first n bytes of the writable spans of a popped chain were written, which its completion
+	// may not tell, or which is given back. Without a Log it does nothing.
+	Wrote(id uint16, n uint32)
 	State() State
 	Broken() error
 	Stats() *Stats
@@ -178,6 +184,11 @@ type Config struct {
 	// PayloadKind is the strongest kind of the memory of the buffers, as the driver
 	// side sees it: the barriers must cover it. The device side finds it in Table.
 	PayloadKind mmio.Kind
+	// Log is where the device side marks what it writes; SetLog replaces it. With LogByLen, its owner writes no more of
+	// a chain than it says by Used.Len, or calls Wrote: then no more is marked. Else all is marked that the
+	// device may write of a chain that it completes.
+	Log      Log
+	LogByLen bool
 	// State is where to go on. A driver side starts with nothing in flight (Avail equal
 	// to Used); a device side goes on with Avail-Used chains in flight, whose IDs
 	// its owner knows.

@@ -190,7 +190,7 @@ func (n *Net) ring(i int, name string, r *device.Resources, a *dma.QueueAccount,
 	c := vring.Config{Name: name, Size: r.Size, State: s, Table: r.Table.Accounted(&a.Payload),
 		Desc: r.Areas.Desc.Accounted(&a.Descriptor), Driver: r.Areas.Driver.Accounted(&a.Driver), Device: r.Areas.Device.Accounted(&a.Device),
 		EventIdx: n.acked.Has(virtio.EventIdx), Indirect: n.acked.Has(virtio.IndirectDesc), InOrder: n.acked.Has(virtio.InOrder),
-		Sent: i == virtio.NetQueueTX(0)}
+		Sent: i == virtio.NetQueueTX(0), Log: r.Log}
 	if n.acked.Has(virtio.RingPacked) {
 		return vring.NewPackedDevice(c)
 	}
@@ -253,6 +253,10 @@ func (n *Net) ChangeQueue(i int, c device.Change, deadline time.Time) error {
 		}
 		if c.Call != nil {
 			r.Call = c.Call
+		}
+		if c.Log != nil {
+			r.Log = *c.Log
+			ring.SetLog(r.Log)
 		}
 		if c.Areas != nil {
 			r.Areas = *c.Areas

@@ -34,7 +34,7 @@ func (n *Net) ringConfig(q *netQueue, i int, name string, r *device.Resources, a
 	return vring.Config{Name: name, Size: r.Size, State: s, Table: r.Table.Accounted(&a.Payload),
 		Desc: r.Areas.Desc.Accounted(&a.Descriptor), Driver: r.Areas.Driver.Accounted(&a.Driver), Device: r.Areas.Device.Accounted(&a.Device),
 		EventIdx: n.acked.Has(virtio.EventIdx), Indirect: n.acked.Has(virtio.IndirectDesc), InOrder: n.acked.Has(virtio.InOrder),
-		Sent: q != &n.ctrl && i%2 == 1}
+		Sent: q != &n.ctrl && i%2 == 1, Log: r.Log, LogByLen: q != &n.ctrl}
 }
 
 // newDeviceQueue makes the device side of a queue of the negotiated kind.
@@ -242,6 +242,10 @@ func (n *Net) ChangeQueue(i int, c device.Change, deadline time.Time) error {
 		}
 		if c.Call != nil {
 			r.Call = c.Call
+		}
+		if c.Log != nil {
+			r.Log = *c.Log
+			old.SetLog(r.Log)
 		}
 		if c.Areas != nil {
 			r.Areas = *c.Areas

@@ -181,6 +181,10 @@ func (s *Set) ChangeQueue(i int, c device.Change, deadline time.Time) error {
 		if c.Call != nil {
 			w.res.Call = c.Call
 		}
+		if c.Log != nil {
+			w.res.Log = *c.Log
+			w.ring.SetLog(w.res.Log)
+		}
 		if c.Areas == nil {
 			return nil
 		}
@@ -354,7 +358,7 @@ func (w *Worker) open(st vring.State) error {
 	a, f := w.res.Areas, w.set.acked
 	ring, err := vring.NewSplitDevice(vring.Config{Name: w.set.info(w.index).Name, Size: w.res.Size,
 		Desc: a.Desc.Accounted(&w.bus.Descriptor), Driver: a.Driver.Accounted(&w.bus.Driver), Device: a.Device.Accounted(&w.bus.Device),
-		Table: w.res.Table.Accounted(&w.bus.Payload), State: st, EventIdx: f.Has(virtio.EventIdx), Indirect: f.Has(virtio.IndirectDesc)})
+		Table: w.res.Table.Accounted(&w.bus.Payload), State: st, EventIdx: f.Has(virtio.EventIdx), Indirect: f.Has(virtio.IndirectDesc), Log: w.res.Log})
 	if err != nil {
 		return err
 	}
