@@ -27,7 +27,6 @@ type Config struct {
 	Name   string   // of the first link; the others count on from it
 	Nets   []Net    // the network devices
 	Rngs   []Rng    // sources of entropy for boards
-	Disks  []Disk   // disks for boards
 
 	Types []DeviceType // of device; New gives all that there are
 
@@ -188,9 +187,6 @@ func (c *Config) finish() error {
 		return err
 	}
 	if err := c.checkRngs(); err != nil {
-		return err
-	}
-	if err := c.checkDisks(); err != nil {
 		return err
 	}
 	for i := range c.Nets {

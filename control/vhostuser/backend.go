@@ -35,6 +35,9 @@ type backend struct {
 	running  bool // the device is told so
 	starts   bucket
 	kept     []*doorbell.Eventfd // that may be in use until close
+	dirty    *dirtyLog           // of SET_LOG_BASE; nil: none
+	oldLogs  []*dirtyLog         // that may be in use until close
+	logBell  logBell             // of SET_LOG_FD
 
 	again time.Time // when what could not be started is tried again; zero: never
 	pause time.Duration
@@ -71,7 +74,7 @@ func dataQueues(dev device.Device) int {
 
 // offered returns the feature bits of GET_FEATURES.
 func (b *backend) offered() uint64 {
-	return b.dev.Features().Without(notOffered).Mask() | featProtocol
+	return b.dev.Features().Without(notOffered).Mask() | featProtocol | featLogAll
 }
 
 // accepted returns the accepted features as the device knows them.
@@ -83,7 +86,7 @@ func (b *backend) packed() bool { return b.accepted().Has(virtio.RingPacked) }
 
 // protocol returns the protocol features that are offered.
 func (b *backend) protocol() uint64 {
-	p := protoMQ | protoReplyAck | protoMemSlots | protoResetDevice | protoStatus
+	p := protoMQ | protoLog | protoReplyAck | protoMemSlots | protoResetDevice | protoStatus
 	if b.dev.DeviceID() != virtio.IDNet {
 		return p | protoConfig // QEMU serves a network device's configuration space itself
 	}
@@ -107,7 +110,7 @@ func (b *backend) handle(m *message) ([]byte, error) {
 	case isFinal(err):
 		return nil, err
 	}
-	ack := m.needReply() && b.proto&protoReplyAck != 0 && !ownReply[m.req]
+	ack := m.needReply() && b.proto&protoReplyAck != 0 && !b.ownReply(m.req)
 	if err == nil {
 		if ack {
 			return encodeReply(m.req, encodeU64(0)), nil
@@ -137,8 +140,12 @@ func (b *backend) handle(m *message) ([]byte, error) {
 	return nil, err
 }
 
-// ownReply are the requests whose answer is more than an acknowledgement.
-var ownReply = map[Request]bool{GetFeatures: true, GetProtocolFeatures: true, GetQueueNum: true, GetVringBase: true, GetConfig: true,
+// ownReply tells whether a request has an answer of its own, which is not an acknowledgement.
+func (b *backend) ownReply(r Request) bool {
+	return ownReplies[r] || r == SetLogBase && b.proto&protoLog != 0
+}
+
+var ownReplies = map[Request]bool{GetFeatures: true, GetProtocolFeatures: true, GetQueueNum: true, GetVringBase: true, GetConfig: true,
 	GetMaxMemSlots: true, GetStatus: true}
 
 // serve carries out a message.
@@ -173,6 +180,10 @@ func (b *backend) serve(m *message) (reply []byte, err error) {
 		return nil, b.setMemTable(m)
 	case GetMaxMemSlots, AddMemReg, RemMemReg:
 		return b.memSlots(m)
+	case SetLogBase:
+		return b.setLogBase(m)
+	case SetLogFD:
+		return nil, b.setLogFD(m)
 	case GetQueueNum:
 		n := len(b.rings)
 		if b.dev.DeviceID() == virtio.IDNet {
@@ -221,13 +232,24 @@ func (b *backend) setFeatures(m *message) error {
 	if bad := v &^ b.offered(); bad != 0 {
 		return m.errorf(ErrFeatures, "%s were not offered", virtio.FeaturesFromMask(bad))
 	}
-	if v == b.features {
+	if v&featLogAll != 0 {
+		if err := b.negotiated(m, protoLog); err != nil {
+			return m.errorf(ErrFeatures, "log_all without protocol feature log_shmfd: the log has to be shared memory")
+		}
+	}
+	switch {
+	case v == b.features:
 		return nil
+	case v == b.features^featLogAll && b.usable:
+		return b.setLogging(v)
 	}
 	if err := b.stopAll(); err != nil {
 		return err
 	}
 	b.features, b.usable = v, false
+	if err := b.fitLog(b.mem); err != nil {
+		return err
+	}
 	if !b.accepted().Has(virtio.Version1) {
 		// Front ends send this before the guest's driver has said anything, too: it is told when a
 		// queue is kicked.
@@ -285,6 +307,7 @@ func (b *backend) close(limit time.Time) error {
 	b.table.Store(new(dma.Table))
 	b.mem.unmapBut(nil)
 	b.mem = &memory{}
+	b.closeLogs()
 	for i := range b.rings {
 		r := &b.rings[i]
 		r.started = false
@@ -379,15 +402,19 @@ func (b *backend) setAddr(m *message, a vringAddr) error {
 	if err != nil {
 		return err
 	}
-	if r.addressed && a.desc == r.addr.desc && a.avail == r.addr.avail && a.used == r.addr.used {
-		r.addr = a
-		return nil
+	was, again := r.addr, r.addressed && a.desc == r.addr.desc && a.avail == r.addr.avail && a.used == r.addr.used
+	if !again {
+		if err := b.stopped(m, r); err != nil {
+			return err
+		}
 	}
-	if err := b.stopped(m, r); err != nil {
+	r.addr = a
+	if err := b.checkRing(r); err != nil {
+		r.addr = was
 		return err
 	}
-	r.addr, r.addressed = a, true
-	return nil
+	r.addressed = true
+	return b.relogRing(r)
 }
 
 // setVringFD serves the requests that bring a doorbell.

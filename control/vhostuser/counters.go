@@ -23,6 +23,9 @@ type counters struct {
 	BaseResent        uint64 // queues that start before the base they are told, as some of their chains were never completed
 	Stuck             uint64 // stops of queues or changes of memory that took too long
 	MemoryFaults      uint64 // accesses to memory that is gone
+	Logs              uint64 // dirty logs that were taken
+	LogChanges        uint64 // VHOST_F_LOG_ALL turned on or off while the features stayed
+	LogOutside        uint64 // marks beyond the end of a dirty log that is not in use any more
 	RARP              uint64 // announcements sent
 	NoAcknowledge     uint64 // requests that failed without anybody to tell: their connections were closed
 }
@@ -44,6 +47,9 @@ func (c *counters) load() map[string]uint64 {
 		BaseResent:        atomic.LoadUint64(&c.BaseResent),
 		Stuck:             atomic.LoadUint64(&c.Stuck),
 		MemoryFaults:      atomic.LoadUint64(&c.MemoryFaults),
+		Logs:              atomic.LoadUint64(&c.Logs),
+		LogChanges:        atomic.LoadUint64(&c.LogChanges),
+		LogOutside:        atomic.LoadUint64(&c.LogOutside),
 		RARP:              atomic.LoadUint64(&c.RARP),
 		NoAcknowledge:     atomic.LoadUint64(&c.NoAcknowledge),
 	})

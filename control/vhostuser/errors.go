@@ -22,6 +22,8 @@ var (
 	ErrAddress = errors.New("ring outside the memory")
 	// ErrFeatures: features that were not offered, or that cannot be used.
 	ErrFeatures = errors.New("impossible features")
+	// ErrLog: a dirty log cannot be used, is too small for what is to be marked, or is missing.
+	ErrLog = errors.New("unusable dirty log")
 	// ErrUnknown: a request that this back end does not know, or whose protocol feature was not
 	// negotiated.
 	ErrUnknown = errors.New("unknown request")

@@ -465,6 +465,13 @@ func FuzzConversation(f *testing.F) {
 		state(SetVringEnable, 0, 1), state(GetVringBase, 0, 0))
 	add(u64(SetProtocolFeatures, allProto), encodeMessage(AddMemReg, flagVersion, slot(region{guestBase, mib, userBase, 0})),
 		encodeMessage(RemMemReg, flagVersion, slot(region{guestBase, mib, userBase, 0})), u64(SetStatus, 0), encodeMessage(ResetDevice, flagVersion, nil))
+	logged := append([]byte(nil), addr...)
+	native.PutUint32(logged[4:], logRing)
+	native.PutUint64(logged[32:], guestBase+0x3000)
+	add(u64(SetProtocolFeatures, logProto), u64(SetFeatures, featProtocol|1<<32), encodeMessage(SetMemTable, flagVersion, table([]region{{1 << 20, mib / 2, userBase, 0}})),
+		state(SetVringNum, 0, 64), encodeMessage(SetVringAddr, flagVersion, addr), u64(SetVringKick, 0), state(SetVringEnable, 0, 1),
+		encodeMessage(SetLogBase, flagVersion, logBase(4096, 0)), u64(SetFeatures, featProtocol|featLogAll|1<<32), encodeMessage(SetVringAddr, flagVersion|flagNeedReply, logged),
+		encodeMessage(SetLogFD, flagVersion, nil), encodeMessage(SetLogBase, flagVersion, logBase(8192, 4096)), u64(SetFeatures, featProtocol|1<<32), state(GetVringBase, 0, 0))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		n := new(counters)
 		e := newEcho(t, 2)
@@ -484,7 +491,7 @@ func FuzzConversation(f *testing.F) {
 				if len(m.payload) > 0 {
 					want = int(m.payload[0] % 9)
 				}
-			case AddMemReg, SetVringKick, SetVringCall, SetVringErr:
+			case AddMemReg, SetVringKick, SetVringCall, SetVringErr, SetLogBase, SetLogFD:
 				want = 1
 			}
 			if len(m.payload) > 0 && m.payload[len(m.payload)-1] == 0xff {
@@ -492,7 +499,7 @@ func FuzzConversation(f *testing.F) {
 			}
 			for i := 0; i < want; i++ {
 				var fd int
-				if m.req == SetMemTable || m.req == AddMemReg {
+				if m.req == SetMemTable || m.req == AddMemReg || m.req == SetLogBase {
 					fd, err = unix.FcntlInt(uintptr(file), unix.F_DUPFD_CLOEXEC, 0)
 				} else {
 					fd, err = unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
@@ -521,6 +528,7 @@ func FuzzConversation(f *testing.F) {
 				}
 			}
 			checkMemory(t, be, e)
+			checkLogs(t, be, e)
 		}
 		if err := be.close(time.Time{}); err != nil {
 			t.Fatal(err)
@@ -529,6 +537,21 @@ func FuzzConversation(f *testing.F) {
 			t.Fatalf("%d descriptors and %d mappings are left", n, mapsOf(t, file))
 		}
 	})
+}
+
+// checkLogs holds the logs of all started queues to the one that is mapped, which covers what they mark.
+func checkLogs(t testing.TB, b *backend, e *echo) {
+	t.Helper()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for i := range e.queues {
+		if l := e.queues[i].r.Log; e.queues[i].started && l.Bits != nil && (b.dirty == nil || l.Bits != b.dirty.bits) {
+			t.Fatalf("queue %d marks in a log that is gone", i)
+		}
+	}
+	if b.dirty != nil && b.dirty.bits.Outside() != 0 {
+		t.Fatalf("%d marks outside the log", b.dirty.bits.Outside())
+	}
 }
 
 // checkMemory holds the areas of all started queues to the memory that is mapped.

@@ -18,10 +18,8 @@ const regionAlign = 16
 // mapping is one memory region of the front end, mapped into this process.
 type mapping struct {
 	region
-	dev, ino uint64 // of the file
-	bytes    []byte // the whole mapping, which starts at a page
-	mem      mmio.Mem
-	unguard  func()
+	*sharedFile
+	mem mmio.Mem
 }
 
 // fileSystems are those whose files are mapped: memory of the kernel. A file system of a program
@@ -56,6 +54,26 @@ func mapRegion(name string, r region, fd int) (*mapping, error) {
 	case (r.guest|r.user|r.offset)%regionAlign != 0:
 		return bad("address %#x of the front end and file offset %#x: all have to be multiples of %d", r.user, r.offset, regionAlign)
 	}
+	f, at, err := mapShared(fd, r.offset, r.size, fmt.Sprintf("%s: memory region at %#x", name, r.guest))
+	if err != nil {
+		return bad("%v", err)
+	}
+	return &mapping{region: r, sharedFile: f, mem: mmio.NewMem(at, r.size, mmio.Cached)}, nil
+}
+
+// sharedFile is a piece of a file in memory, mapped into this process.
+type sharedFile struct {
+	dev, ino uint64 // of the file
+	bytes    []byte // the whole mapping, which starts at a page
+	unguard  func()
+}
+
+// mapShared maps size bytes at offset of the file fd, which stays the caller's, and returns where they are. name is for
+// the error of an access that fails. size is not 0.
+func mapShared(fd int, offset, size uint64, name string) (*sharedFile, unsafe.Pointer, error) {
+	bad := func(format string, args ...interface{}) (*sharedFile, unsafe.Pointer, error) {
+		return nil, nil, fmt.Errorf(format, args...)
+	}
 	if !inMemory(fd) {
 		return bad("its descriptor is no file in memory: only tmpfs (memfd, /dev/shm) and hugetlbfs are taken, " +
 			"e.g. -object memory-backend-memfd,share=on of QEMU")
@@ -75,41 +93,43 @@ func mapRegion(name string, r region, fd int) (*mapping, error) {
 		return bad("its file is on a file system of type %#x: only tmpfs (memfd, /dev/shm) and hugetlbfs are taken, "+
 			"e.g. -object memory-backend-memfd,share=on of QEMU", uint32(fs.Type))
 	}
-	if end := r.offset + r.size; end < r.offset || st.Size < 0 || end > uint64(st.Size) {
-		return bad("from offset %#x on it passes the end of its file of %#x bytes", r.offset, uint64(st.Size))
+	if end := offset + size; end < offset || st.Size < 0 || end > uint64(st.Size) {
+		return bad("from offset %#x on it passes the end of its file of %#x bytes", offset, uint64(st.Size))
 	}
 	// A mapping starts at a page, of hugetlbfs at a huge one.
 	page := uint64(unix.Getpagesize())
 	if b := uint64(fs.Bsize); b > page && b&(b-1) == 0 {
 		page = b
 	}
-	skip := r.offset % page
-	length := (skip + r.size + page - 1) / page * page
-	if length < r.size || int(length) < 0 || uint64(int(length)) != length {
+	skip := offset % page
+	length := (skip + size + page - 1) / page * page
+	if length < size || int(length) < 0 || uint64(int(length)) != length {
 		return bad("it is too large for this process")
 	}
-	b, err := unix.Mmap(fd, int64(r.offset-skip), int(length), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE)
+	b, err := unix.Mmap(fd, int64(offset-skip), int(length), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE)
 	if err != nil {
 		return bad("mmap: %v", err)
 	}
 	_ = unix.Madvise(b, unix.MADV_DONTDUMP) // no core dump needs the guest's memory
-	m := &mapping{region: r, dev: uint64(st.Dev), ino: st.Ino, bytes: b}
-	m.mem = mmio.NewMem(unsafe.Pointer(&b[skip]), r.size, mmio.Cached)
-	m.unguard = pci.GuardShared(uintptr(unsafe.Pointer(&b[0])), length, fmt.Sprintf("%s: memory region at %#x", name, r.guest))
-	return m, nil
+	f := &sharedFile{dev: uint64(st.Dev), ino: st.Ino, bytes: b}
+	f.unguard = pci.GuardShared(uintptr(unsafe.Pointer(&b[0])), length, name)
+	return f, unsafe.Pointer(&b[skip]), nil
 }
 
 // unmap ends the use of the memory. Nothing touches it any more.
-func (m *mapping) unmap() {
-	m.unguard()
-	_ = unix.Munmap(m.bytes)
+func (f *sharedFile) unmap() {
+	f.unguard()
+	_ = unix.Munmap(f.bytes)
+}
+
+// of tells whether f is a piece of the file fd.
+func (f *sharedFile) of(fd int) bool {
+	var st unix.Stat_t
+	return inMemory(fd) && unix.Fstat(fd, &st) == nil && uint64(st.Dev) == f.dev && st.Ino == f.ino
 }
 
 // same tells whether m is the region r of the file fd.
-func (m *mapping) same(r region, fd int) bool {
-	var st unix.Stat_t
-	return m.region == r && inMemory(fd) && unix.Fstat(fd, &st) == nil && uint64(st.Dev) == m.dev && st.Ino == m.ino
-}
+func (m *mapping) same(r region, fd int) bool { return m.region == r && m.of(fd) }
 
 // memory is the regions of one connection. It is immutable: a change makes another one, which
 // shares the mappings that stay.

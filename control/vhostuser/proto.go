@@ -63,6 +63,7 @@ func (r Request) String() string {
 // Protocol feature bits (specification, "Protocol features").
 const (
 	protoMQ           uint64 = 1 << 0
+	protoLog          uint64 = 1 << 1 // LOG_SHMFD
 	protoRARP         uint64 = 1 << 2
 	protoReplyAck     uint64 = 1 << 3
 	protoMTU          uint64 = 1 << 4
@@ -78,7 +79,7 @@ const (
 var protoNames = [...]struct {
 	bit  uint64
 	name string
-}{{protoMQ, "mq"}, {protoRARP, "rarp"}, {protoReplyAck, "reply_ack"}, {protoMTU, "mtu"}, {protoConfig, "config"},
+}{{protoMQ, "mq"}, {protoLog, "log_shmfd"}, {protoRARP, "rarp"}, {protoReplyAck, "reply_ack"}, {protoMTU, "mtu"}, {protoConfig, "config"},
 	{protoResetDevice, "reset_device"}, {protoMemSlots, "mem_slots"}, {protoStatus, "status"}}
 
 // The header (specification, "Header"): request, flags, payload size, each a 32-bit number. All
@@ -220,6 +221,16 @@ func (a vringAddr) encode() []byte {
 	native.PutUint64(b[24:], a.avail)
 	native.PutUint64(b[32:], a.log)
 	return b
+}
+
+const logLen = 16
+
+// log reads SET_LOG_BASE: the size of the log in bytes, and its offset in the file.
+func (m *message) log() (size, offset uint64, err error) {
+	if err := m.want(logLen); err != nil {
+		return 0, 0, err
+	}
+	return native.Uint64(m.payload), native.Uint64(m.payload[8:]), nil
 }
 
 // region describes one memory region: guest physical address, size, address in the front end's

@@ -32,6 +32,8 @@ type ring struct {
 	started   bool
 	broken    bool // it ended by what lay in it; until it is stopped by the front end
 
+	log vring.Log // where it marks what it writes, while it is started
+
 	kick, call, err *doorbell.Eventfd // nil: none came
 }
 
@@ -126,7 +128,8 @@ func (b *backend) state(r *ring, as device.Areas) (s vring.State, err error) {
 
 // ready tells whether a ring has all that it needs, but for its memory.
 func (b *backend) ready(r *ring) bool {
-	return b.usable && b.again.IsZero() && r.kicked && r.addressed && r.size > 0
+	return b.usable && b.again.IsZero() && r.kicked && r.addressed && r.size > 0 &&
+		(b.dirty != nil || !b.logs(r)) // QEMU starts queues before it sends the log, when a guest restarts while it is migrated
 }
 
 // start starts a ring that is ready. With pending, one whose memory is not there waits for it, else
@@ -146,15 +149,19 @@ func (b *backend) start(r *ring, pending bool) error {
 	if err != nil {
 		return err
 	}
+	if err := b.checkLog(b.dirty, b.mem); err != nil {
+		return err
+	}
 	b.starts.take(time.Now())
+	l := b.ringLog(r)
 	err = b.dev.EnableQueue(r.index, b.enabled(r), deadline())
 	if err == nil {
-		err = b.dev.StartQueue(r.index, device.Resources{Size: r.size, Areas: as, Table: &b.table, Kick: r.waiter(), Call: r.ringer()}, s)
+		err = b.dev.StartQueue(r.index, device.Resources{Size: r.size, Areas: as, Table: &b.table, Kick: r.waiter(), Call: r.ringer(), Log: l}, s)
 	}
 	if err != nil {
 		return b.notNow(err)
 	}
-	r.started, r.broken = true, false
+	r.started, r.broken, r.log = true, false, l
 	atomic.AddUint64(&b.n.QueueStarts, 1)
 	// After a restart of either side nobody may owe a call any more.
 	ringOnce(r.call)
@@ -222,7 +229,7 @@ func (b *backend) settle(pending bool) error {
 		r := &b.rings[i]
 		switch err := b.start(r, pending); {
 		case err == nil:
-		case errors.Is(err, ErrQueue), errors.Is(err, ErrAddress):
+		case errors.Is(err, ErrQueue), errors.Is(err, ErrAddress), errors.Is(err, ErrLog):
 			// What lies in this ring is no matter of the others, nor of the request that had it looked at.
 			b.log.Warn("queue cannot go on: the guest's driver has to reset the device", "link", b.name, "queue", i, "error", err)
 			b.ringBroke(r)

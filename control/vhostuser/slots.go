@@ -43,6 +43,9 @@ func (b *backend) setMemTable(m *message) error {
 	if err != nil {
 		return undo(err)
 	}
+	if err := b.fitLog(next); err != nil {
+		return undo(err)
+	}
 	return b.replaceMemory(next)
 }
 
@@ -91,6 +94,9 @@ func (b *backend) memSlots(m *message) ([]byte, error) {
 		return nil, err
 	}
 	next, err := newMemory(append(append([]*mapping(nil), b.mem.maps...), o))
+	if err == nil {
+		err = b.fitLog(next)
+	}
 	if err != nil {
 		o.unmap()
 		return nil, err
