@@ -3,14 +3,9 @@
 package hwtest
 
 import (
-	"context"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
-	"strconv"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -20,7 +15,6 @@ import (
 	"github.com/boardlink/boardlink/hwtest/vm/vmtest"
 	"github.com/boardlink/boardlink/status"
 	"github.com/boardlink/boardlink/trial/netns"
-	"github.com/boardlink/boardlink/trial/traffic"
 	"golang.org/x/sys/unix"
 )
 
@@ -154,95 +148,4 @@ func has(names []string, name string) bool {
 		}
 	}
 	return false
-}
-
-// TestVhostUserDPDK: DPDK's virtio_user driver drives the device and answers pings, over each kind
-// of ring; it ends, is killed, and comes back. What it says that it sent has arrived.
-func TestVhostUserDPDK(t *testing.T) {
-	exe, err := exec.LookPath("dpdk-testpmd")
-	if err != nil {
-		vmtest.Lacks(t, "dpdk-testpmd (Debian: apt-get install dpdk-dev)")
-	}
-	dir := shortDir(t)
-	sock := filepath.Join(dir, "s")
-	d := newDoors(t, dir, "--board", "vhost-user:"+sock+",queues=2", "-i", "bl0", "--addr", hostPrefix)
-	sent := func(l status.Link) (n uint64) {
-		for _, q := range l.Devices[0].Queues {
-			if strings.HasPrefix(q.Name, "tx") {
-				n += q.Pump["frames"]
-			}
-		}
-		return n
-	}
-	for _, c := range []struct {
-		name, vdev string
-		pairs      int
-		packed     bool
-		kill       bool
-	}{
-		{"split", "queues=1,packed_vq=0,mrg_rxbuf=0,in_order=0", 1, false, false},
-		{"split, in order, mergeable, killed", "queues=1,packed_vq=0,mrg_rxbuf=1,in_order=1", 1, false, true},
-		{"packed, mergeable, two pairs", "queues=2,packed_vq=1,mrg_rxbuf=1,in_order=0", 2, true, false},
-		{"packed, in order", "queues=1,packed_vq=1,mrg_rxbuf=0,in_order=1", 1, true, false},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			before := sent(d.listening(0))
-			p := exec.Command(exe, "--no-huge", "-m", "256", "--lcores", "0,1", "--no-pci", "--no-telemetry", "--file-prefix="+filepath.Base(dir),
-				"--vdev", "net_virtio_user0,path="+sock+","+c.vdev, "--", "--forward-mode=icmpecho", "--auto-start", "--nb-cores=1",
-				"--rxq="+strconv.Itoa(c.pairs), "--txq="+strconv.Itoa(c.pairs), "--total-num-mbufs=8192", "--no-mlockall")
-			var out logBuffer
-			p.Stdout, p.Stderr = &out, &out
-			p.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-			stdin, err := p.StdinPipe()
-			if err == nil {
-				err = p.Start()
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			ended := false
-			t.Cleanup(func() {
-				if !ended {
-					p.Process.Kill()
-					p.Wait()
-				}
-				if t.Failed() {
-					t.Logf("testpmd:\n%s", &out)
-				}
-			})
-			l := d.connected(0, c.pairs)
-			if got := has(l.Devices[0].Negotiated, "ring_packed"); got != c.packed {
-				t.Errorf("negotiated %v", l.Devices[0].Negotiated)
-			}
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-			defer cancel()
-			addr := netip.MustParseAddr(boardIP)
-			if err := traffic.WaitReachable(ctx, d.ns, addr); err != nil {
-				t.Fatal(err)
-			}
-			r, err := traffic.Ping(ctx, d.ns, addr, traffic.PingConfig{Count: 200, Interval: time.Millisecond, Sizes: []int{56, 0, 1400}, Timeout: 5 * time.Second})
-			if err != nil || r.Lost != 0 || r.Corrupt != 0 || r.Received != 200 {
-				t.Fatalf("%+v, %v", r, err)
-			}
-			l = d.connected(0, c.pairs)
-			if l.Counters["failed"] != 0 || l.Counters["unknown"] != 0 || l.Counters["queues_broken"] != 0 {
-				t.Errorf("%v", l.Counters)
-			}
-			if c.kill {
-				p.Process.Kill()
-			} else {
-				stdin.Close()
-			}
-			p.Wait()
-			ended = true
-			after := sent(d.listening(0))
-			if c.kill {
-				return
-			}
-			m := regexp.MustCompile(`(?s)Accumulated forward statistics.*?TX-packets: (\d+)`).FindStringSubmatch(out.String())
-			if m == nil || m[1] != strconv.FormatUint(after-before, 10) {
-				t.Errorf("%d frames arrived, testpmd sent %v", after-before, m)
-			}
-		})
-	}
 }

@@ -52,7 +52,8 @@ func PackedStateFromBase(c Config, base uint32) (State, error) {
 // earlier device side took and did not complete (State.Rewound pops them again). c.State does not count.
 // The errors are *Error values: Code ErrConfig where the ring is not as NewSplitDevice needs it, ErrState
 // where the base is no index of 16 bits, or where the used index is not at most c.Size
-// behind it.
+// behind it. A base of 0 then means the used index: DPDK's virtio-user tells it whenever it connects
+// again, wherever its ring is.
 func SplitStateFromBase(c Config, base uint32) (State, error) {
 	if err := splitSize(c.Size); err != nil {
 		return State{}, configError(&c, err)
@@ -70,6 +71,10 @@ func SplitStateFromBase(c Config, base uint32) (State, error) {
 	device.flush()
 	s := State{Avail: uint16(base), Used: used}
 	if n := s.Avail - s.Used; n > c.Size {
+		if base == 0 {
+			s.Avail = used
+			return s, nil
+		}
 		return State{}, &Error{Queue: c.Name, Code: ErrState, Err: fmt.Errorf("base %d and used index %d in the ring: %d chains in flight in a queue of %d", s.Avail, s.Used, n, c.Size)}
 	}
 	return s, nil
