@@ -27,6 +27,7 @@ type Config struct {
 	Name   string   // of the first link; the others count on from it
 	Nets   []Net    // the network devices
 	Rngs   []Rng    // sources of entropy for boards
+	Disks  []Disk   // disks for boards
 
 	Types []DeviceType // of device; New gives all that there are
 
@@ -187,6 +188,9 @@ func (c *Config) finish() error {
 		return err
 	}
 	if err := c.checkRngs(); err != nil {
+		return err
+	}
+	if err := c.checkDisks(); err != nil {
 		return err
 	}
 	for i := range c.Nets {

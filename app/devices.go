@@ -12,6 +12,7 @@ import (
 var deviceTypes = []DeviceType{
 	{Name: "net", Plan: planNets},
 	{Name: "entropy", First: rngNumber, Class: doorbell.Bulk, Plan: planRngs},
+	{Name: "block", First: diskNumber, Class: doorbell.Bulk, Plan: planDisks},
 }
 
 // DeviceType is a type of device. Both ends of a link know it.

@@ -122,12 +122,17 @@ func (e *ends) createHost(l *link) (end, []io.Closer, error) {
 	c := e.c
 	var made []io.Closer
 	offered := map[uint16]device.Device{}
-	for _, p := range l.plans {
-		d, err := p.Model(p.number)
-		if err != nil {
-			return nil, made, err
+	for _, nets := range []bool{false, true} { // networks last: others see an interface come, and go where something else fails
+		for _, p := range l.plans {
+			if _, ok := p.Plan.(*netPlan); ok != nets {
+				continue
+			}
+			d, err := p.Model(p.number)
+			if err != nil {
+				return nil, made, err
+			}
+			made, offered[p.number] = append(made, d), d
 		}
-		made, offered[p.number] = append(made, d), d
 	}
 	if isDoor(l.board) {
 		end, err := e.newDoor(l, offered[0])

@@ -281,18 +281,8 @@ func (c *Console) Status() status.Device {
 		d.Interface = strings.Join(names, " ")
 	}
 	c.Describe(&d)
-	d.Offered, d.Allowed, d.Negotiated = names(possible), names(c.Features()), names(c.Accepted())
+	d.Offered, d.Allowed, d.Negotiated = virtio.ConsoleNames(possible), virtio.ConsoleNames(c.Features()), virtio.ConsoleNames(c.Accepted())
 	return d
-}
-
-// names are those of features, where bit 0 is the console's own.
-func names(f virtio.Features) []string {
-	size := f.Has(virtio.ConsoleSize)
-	f.Clear(virtio.ConsoleSize)
-	if size {
-		return append([]string{"size"}, f.Names()...)
-	}
-	return f.Names()
 }
 
 // Close implements device.Device. It ends what terminals read behind what is left of the scrollback.

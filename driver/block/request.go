@@ -76,6 +76,7 @@ type Request struct {
 	// Data is what is written, or where to read to; of GetID it has virtio.BlkIDLen bytes.
 	Data  []byte
 	Owner Owner
+	Tag   interface{} // the owner's own
 	// Err is why the request failed; nil if it did not.
 	Err error
 

@@ -328,6 +328,14 @@ func (b *Base) Describe() status.Device {
 	return d
 }
 
+// Features returns the features that the device offered, that the driver can use, and that were accepted; those of the last time
+// that the device was asked.
+func (b *Base) Features() (offered, allowed, accepted virtio.Features) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.offered, b.c.Features, b.acked
+}
+
 // Memory implements driver.Small: a page is enough for the rings and buffers of a few requests.
 func (b *Base) Memory(uint64) uint64 { return 4096 }
 
