@@ -10,7 +10,6 @@ import (
 	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/device/block"
 	"github.com/boardlink/boardlink/doorbell"
-	"github.com/boardlink/boardlink/driver"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/virtio"
 )
@@ -34,6 +33,9 @@ type Disk struct {
 	WriteThrough bool
 	Serial       string // "": Name
 	Queues       int
+
+	// The agent's; Queues too.
+	Export string // path of a socket for NBD clients
 
 	text string // as it was given
 }
@@ -78,7 +80,7 @@ func (d *Disk) set(side board.Side, k, v string) (err error) {
 	case side == board.Host:
 		return d.setHost(k, v)
 	default:
-		err = errors.New("no such key")
+		return d.setAgent(k, v)
 	}
 	return err
 }
@@ -117,7 +119,7 @@ func (d *Disk) setHost(k, v string) (err error) {
 // complete refuses a disk that lacks something, and gives it what follows from the rest.
 func (d *Disk) complete(side board.Side) error {
 	if side != board.Host {
-		return nil
+		return d.completeAgent()
 	}
 	if d.File == "" {
 		return errors.New("file=PATH is missing: the image or the block device")
@@ -195,9 +197,4 @@ func (p *diskPlan) class() (doorbell.Class, bool) { return p.Disk.Class.class() 
 // open opens what the disk lies on.
 func (p *diskPlan) open() (block.Backend, error) {
 	return block.OpenFile(block.FileConfig{Path: p.File, ReadOnly: p.ReadOnly, Direct: p.Direct})
-}
-
-// Driver implements Plan.
-func (p *diskPlan) Driver(uint16) (driver.Driver, error) {
-	return nil, Usagef("%s: an agent has no disks yet", p.text)
 }

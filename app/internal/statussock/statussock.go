@@ -141,9 +141,16 @@ type Listener struct {
 // under another name, and moved to path when it is complete, under a lock of the directory (flock):
 // programs that start at once do not take each other's for a dead one's.
 func Listen(path string) (*Listener, error) {
-	fail := func(err error) (*Listener, error) {
-		return nil, fmt.Errorf("status socket %s: %w; choose another with --status", path, err)
+	l, err := ListenAt(path)
+	if err != nil {
+		return nil, fmt.Errorf("status socket %w; choose another with --status", err)
 	}
+	return l, nil
+}
+
+// ListenAt is Listen for a socket of another kind.
+func ListenAt(path string) (*Listener, error) {
+	fail := func(err error) (*Listener, error) { return nil, fmt.Errorf("%s: %w", path, err) }
 	dir, base := filepath.Split(path)
 	if dir == "" {
 		dir = "./"
