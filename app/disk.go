@@ -10,6 +10,7 @@ import (
 	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/device/block"
 	"github.com/boardlink/boardlink/doorbell"
+	"github.com/boardlink/boardlink/nbd"
 	"github.com/boardlink/boardlink/session"
 	"github.com/boardlink/boardlink/virtio"
 )
@@ -28,6 +29,8 @@ type Disk struct {
 
 	// The host's.
 	File         string // image or block device
+	NBD          string // socket of an NBD server, instead of File
+	NBDExport    string // of that server; "": its default
 	ReadOnly     bool
 	Direct       bool
 	WriteThrough bool
@@ -41,7 +44,7 @@ type Disk struct {
 }
 
 // hostDiskKeys are the keys of a host's --disk.
-const hostDiskKeys = "name file ro serial cache direct queues board class"
+const hostDiskKeys = "name file nbd nbd-export ro serial cache direct queues board class"
 
 // setDisk is the set of --disk.
 func setDisk(c *Config, v string) error {
@@ -90,6 +93,12 @@ func (d *Disk) setHost(k, v string) (err error) {
 	switch k {
 	case "file":
 		d.File = v
+	case "nbd":
+		d.NBD = v
+	case "nbd-export":
+		if d.NBDExport = v; len(v) > nbd.MaxName {
+			err = fmt.Errorf("%d bytes: up to %d are possible", len(v), nbd.MaxName)
+		}
 	case "ro":
 		d.ReadOnly, err = parseBool(v)
 	case "direct":
@@ -121,8 +130,15 @@ func (d *Disk) complete(side board.Side) error {
 	if side != board.Host {
 		return d.completeAgent()
 	}
-	if d.File == "" {
-		return errors.New("file=PATH is missing: the image or the block device")
+	switch {
+	case d.File == "" && d.NBD == "":
+		return errors.New("file=PATH is missing: the image or the block device (or nbd=PATH: the socket of an NBD server)")
+	case d.File != "" && d.NBD != "":
+		return errors.New("file and nbd: a disk lies on one of them")
+	case d.NBD != "" && d.Direct:
+		return errors.New("direct: is for files; the server decides how it accesses its disk")
+	case d.NBD == "" && d.NBDExport != "":
+		return errors.New("nbd-export: is for nbd=PATH")
 	}
 	if d.Serial == "" {
 		if d.Serial = d.Name; len(d.Serial) > virtio.BlkIDLen {
@@ -196,5 +212,11 @@ func (p *diskPlan) class() (doorbell.Class, bool) { return p.Disk.Class.class() 
 
 // open opens what the disk lies on.
 func (p *diskPlan) open() (block.Backend, error) {
+	if p.NBD != "" {
+		log := session.Limit(p.log) // a server may come and go
+		return block.OpenNBD(block.NBDConfig{Path: p.NBD, Export: p.NBDExport, ReadOnly: p.ReadOnly, Logf: func(format string, args ...interface{}) {
+			log.Warn(fmt.Sprintf(format, args...))
+		}})
+	}
 	return block.OpenFile(block.FileConfig{Path: p.File, ReadOnly: p.ReadOnly, Direct: p.Direct})
 }

@@ -1,5 +1,5 @@
-// Package block is the virtio block device (virtio 1.2, 5.2): the driver's requests are served from a file, a block device, or an NBD
-// server, by several goroutines, so that requests are under way at the same time and end in any order.
+// Package block is the virtio block device (virtio 1.2, 5.2): the driver's requests are served from a file, a block device, or an
+// NBD server, by several goroutines, so that requests are under way at the same time and end in any order.
 //
 // It must not know messages, boards, or what a driver uses the disk for.
 package block
@@ -256,6 +256,11 @@ func (b *Block) Status() status.Device {
 		Dropped: atomic.LoadUint64(&n.Dropped), Staged: atomic.LoadUint64(&n.Staged), Syncs: atomic.LoadUint64(&n.Syncs)}
 	d := status.Device{Name: b.cfg.Name, Type: "block", Number: b.cfg.Number, Interface: b.describe(), Counters: status.Counters(c)}
 	d.Counters["capacity"] = b.geo.Size
+	if c, ok := b.cfg.Backend.(*client); ok {
+		for k, v := range c.Counters() {
+			d.Counters[k] = v
+		}
+	}
 	b.Describe(&d)
 	d.Offered, d.Allowed, d.Negotiated = virtio.BlkNames(b.possible()), virtio.BlkNames(b.Features()), virtio.BlkNames(b.Accepted())
 	return d
@@ -266,6 +271,9 @@ func (b *Block) describe() string {
 	s := b.geo.Name
 	if b.geo.ReadOnly {
 		s += ", read-only"
+	}
+	if c, ok := b.cfg.Backend.(*client); ok && c.State() != "" {
+		s += ", " + c.State()
 	}
 	return s
 }
