@@ -26,6 +26,25 @@ type Result struct {
 	Dropped           uint64  `json:"dropped"`              // frames that an interface refused
 	Rescued           uint64  `json:"rescued"`              // sleeps of both sides that the poll fallback ended, and a doorbell should have
 	Setup             Setup   `json:"setup"`
+
+	Disk *DiskResult `json:"disk,omitempty"` // nil: there was none
+	Rng  *RngResult  `json:"rng,omitempty"`
+}
+
+// RngResult is what the source of entropy did.
+type RngResult struct {
+	Bytes uint64 `json:"bytes"` // that the board got
+}
+
+// OK reports whether every ping was answered, nothing was corrupt, and each device did something.
+func (res *Result) OK() bool {
+	if d := res.Disk; d != nil && (d.Bytes == 0 || d.Corrupt != 0 || d.Lost != 0) {
+		return false
+	}
+	if res.Rng != nil && res.Rng.Bytes == 0 {
+		return false
+	}
+	return res.Result.OK()
 }
 
 // Bus is what the accesses of both sides across the bus come to, each frame.
@@ -159,10 +178,40 @@ func Run(ctx context.Context, cfg Config, tc traffic.RunConfig) (res Result, err
 	if serr != nil {
 		return res, fmt.Errorf("an end is gone: %w", serr)
 	}
+	if err == nil {
+		err = r.others(ctx, &res, tc.Step)
+	}
 	host, _ := r.Status(ctx, board.Host)
 	res.figures(before, after)
 	res.Setup = r.setup(host)
 	return res, err
+}
+
+// others tries the devices beside the networks.
+func (r *Rig) others(ctx context.Context, res *Result, step func(string)) error {
+	if r.cfg.Disk {
+		step("disk: " + fmt.Sprint(diskSize>>20) + " MiB")
+		d, err := r.Disk(ctx)
+		res.Disk = &d
+		if err != nil {
+			return err
+		}
+	}
+	if r.cfg.Rng {
+		p, err := r.Status(ctx, board.Agent)
+		if err != nil {
+			return err
+		}
+		res.Rng = new(RngResult)
+		for _, l := range p.Links {
+			for _, d := range l.Devices {
+				if d.Type == "entropy" {
+					res.Rng.Bytes += d.Counters["bytes"]
+				}
+			}
+		}
+	}
+	return nil
 }
 
 func (res *Result) figures(before, after [2]totals) {

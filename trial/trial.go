@@ -58,6 +58,8 @@ type Config struct {
 	Queues  int
 	Persist bool // interfaces outlive the processes
 	Nets    int  // devices; default 1. Addresses are given to all
+	Disk    bool // a disk beside the networks: an image in memory, exported by the agent
+	Rng     bool // a source of entropy
 	// HostArgs and AgentArgs are added to the command lines.
 	HostArgs, AgentArgs []string
 	Log                 io.Writer // of both processes; nil keeps it for errors
@@ -169,6 +171,11 @@ func (r *Rig) start() error {
 		}
 		go func() { r.served <- r.server.Serve() }()
 	}
+	if r.cfg.Disk {
+		if err := r.makeImage(); err != nil {
+			return err
+		}
+	}
 	for i := range r.ns {
 		if r.ns[i], err = netns.New(); err != nil {
 			return err
@@ -235,8 +242,17 @@ func (r *Rig) args(s board.Side) []string {
 			a = append(a, "--ring", r.cfg.Ring)
 		}
 	}
+	if r.cfg.Disk {
+		a = append(a, r.diskArgs(s)...)
+	}
+	if r.cfg.Rng {
+		a = append(a, rngArg[s])
+	}
 	return append(a, extra...)
 }
+
+// rngArg are the flags of each side for a source of entropy: enough of it that a trial sees some.
+var rngArg = [2]string{board.Host: "--rng=rate=1M", board.Agent: "--rng=every=50ms"}
 
 // StartSide starts an end that does not run.
 func (r *Rig) StartSide(s board.Side) error {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -31,7 +32,8 @@ type loopbackCmd struct {
 	Queues    int           `default:"1" help:"Queue pairs of each device, 1 to ${max_queues}."`
 	Memory    string        `enum:"cached,write-combining,uncached" default:"cached" help:"How memory across the bus is accessed (${enum}): the last two take the paths for device memory."`
 	Window    string        `default:"16M" help:"Size of the shared memory (half the board's, half the host's): a power of two, with K, M or G."`
-	Devices   int           `default:"1" help:"Network devices on the link."`
+	Nets      int           `default:"1" help:"Network devices on the link."`
+	Devices   []string      `default:"net" placeholder:"LIST" help:"Types of devices on the link, besides the networks: disk, rng, e.g. net,disk,rng (default: net)."`
 	BusyPoll  string        `default:"auto" placeholder:"DURATION" help:"How long a loop with nothing to do busy-polls before it sleeps: auto, off, or e.g. 50us (default: ${default})."`
 	CPU       []string      `placeholder:"BOARD,HOST" help:"Processors to lock the loops of the board's end and of the host's to, e.g. 0,1 (default: none)."`
 	JSON      bool          `name:"json" help:"Print the result as JSON."`
@@ -68,8 +70,12 @@ func (c *loopbackCmd) Run(s *streams) error {
 			return usagef("--cpu: %v", err)
 		}
 	}
-	if c.Devices < 1 || c.Devices > 16 {
-		return usagef("--devices %d: 1 to 16", c.Devices)
+	if c.Nets < 1 || c.Nets > 16 {
+		return usagef("--nets %d: 1 to 16", c.Nets)
+	}
+	types, err := c.deviceTypes()
+	if err != nil {
+		return err
 	}
 	if c.Queues < 1 || c.Queues > tunbridge.MaxQueues {
 		return usagef("--queues %d: 1 to %d", c.Queues, tunbridge.MaxQueues)
@@ -98,7 +104,7 @@ func (c *loopbackCmd) Run(s *streams) error {
 	defer stop()
 
 	p := newProgress(s.err, !c.JSON && !c.Verbose)
-	cfg := trial.Config{Exe: exe, Door: door, Link: c.Link, Offload: c.Offload, MTU: c.MTU, Window: window, Memory: c.Memory, Nets: c.Devices,
+	cfg := trial.Config{Exe: exe, Door: door, Link: c.Link, Offload: c.Offload, MTU: c.MTU, Window: window, Memory: c.Memory, Nets: c.Nets, Disk: types["disk"], Rng: types["rng"],
 		Placement: c.Placement, Ring: c.Ring, Queues: c.Queues}
 	cfg.AgentArgs, cfg.HostArgs = []string{"--busy-poll", c.BusyPoll}, []string{"--busy-poll", c.BusyPoll}
 	if len(c.CPU) > 0 {
@@ -149,12 +155,34 @@ func (c *loopbackCmd) checkDoor() error {
 		return usagef("--placement %s: not with --door vhost-user: no bus is between the ends", c.Placement)
 	case c.Memory != "cached":
 		return usagef("--memory %s: not with --door vhost-user: no bus is between the ends", c.Memory)
-	case c.Devices != 1:
-		return usagef("--devices %d: not with --door vhost-user: a socket has one device", c.Devices)
+	case c.Nets != 1:
+		return usagef("--nets %d: not with --door vhost-user: a socket has one device", c.Nets)
+	case len(c.Devices) != 1:
+		return usagef("--devices %s: not with --door vhost-user: a socket has one device", strings.Join(c.Devices, ","))
 	case c.Window != "16M":
 		return usagef("--window %s: not with --door vhost-user: the front end brings its own memory", c.Window)
 	}
 	return nil
+}
+
+// deviceTypes reads --devices.
+func (c *loopbackCmd) deviceTypes() (map[string]bool, error) {
+	types := map[string]bool{}
+	for _, t := range c.Devices {
+		switch t {
+		case "net", "disk", "rng":
+			types[t] = true
+		default:
+			if _, err := strconv.Atoi(t); err == nil {
+				return nil, usagef("--devices %s: it takes types of device, e.g. net,disk,rng; the number of networks is --nets %s", t, t)
+			}
+			return nil, usagef("--devices: there is no type %q; there are net, disk, rng", t)
+		}
+	}
+	if !types["net"] {
+		return nil, usagef("--devices %s: net is missing: it is always there, for what is measured beside the others", strings.Join(c.Devices, ","))
+	}
+	return types, nil
 }
 
 func printTrial(s *streams, r *trial.Result) {
@@ -179,6 +207,13 @@ func printTrial(s *streams, r *trial.Result) {
 	row("tcp", "%.2f Gbit/s board to host, %.2f host to board, %s", r.TCPGbps.BoardToHost, r.TCPGbps.HostToBoard, tcp)
 	row("udp, 64 bytes", "%.0f kpps board to host, %.0f host to board", r.UDP64Kpps.BoardToHost, r.UDP64Kpps.HostToBoard)
 	row("corrupt", "%d", r.Corrupt)
+	if d := r.Disk; d != nil {
+		row("disk", "%d MiB written at %.0f MB/s, read at %.0f MB/s, %d bytes corrupt", d.Bytes>>20, d.WriteMBps, d.ReadMBps, d.Corrupt)
+		row("ping beside the disk", "%.0f us median, %.0f us p99 (idle %.0f and %.0f), %d lost", d.Beside.P50, d.Beside.P99, d.Idle.P50, d.Idle.P99, d.Lost)
+	}
+	if r.Rng != nil {
+		row("rng", "%d random bytes of the host reached the board", r.Rng.Bytes)
+	}
 	if r.Setup.Door == "" {
 		printBus(row, r)
 	}

@@ -50,7 +50,7 @@ func TestNonsense(t *testing.T) {
 	cases = append(cases, e+"--queue-max 0", e+"--queue-max 65536", e+"--dma maybe", e+"--dma-min -1", e+"--dma-min 4294967296", e+"--ring split", e+"--board loopback:$D/none",
 		e+"--board loopback:$D/other -i a", e+"--board loopback:$D/other --net board=0", e+"--board-mac 01:00:00:00:00:00")
 	cases = append(cases, "serve", "serve ''", "serve $D/none/s", "serve $D/s --size 0", "serve $D/s --size nonsense", "serve $D/s --size 3M", "serve $D/s --vectors 0", "serve $D/s --vectors x", "serve $D/s --mode 999", "serve $F",
-		"loopback --duration 0", "loopback --duration x", "loopback --mtu 0", "loopback --mtu x", "loopback --queues 0", "loopback --devices 0", "loopback --window 0", "loopback --window x", "loopback --memory tape",
+		"loopback --duration 0", "loopback --duration x", "loopback --mtu 0", "loopback --mtu x", "loopback --queues 0", "loopback --nets 0", "loopback --devices x", "loopback --window 0", "loopback --window x", "loopback --memory tape",
 		"loopback --busy-poll x", "loopback --cpu x,y", "loopback --placement moon", "loopback --ring round", "loopback --link tub",
 		"doctor", "doctor ''", "doctor nonsense", "doctor nokind:x", "doctor loopback:", "doctor loopback:/nope", "doctor loopback:$F", "doctor generic:$F", "doctor generic:$F@0000:00:00.0", "doctor generic:$D/none",
 		"doctor ivshmem:x", "doctor mpc83xx:x", "doctor ivshmem:0000:ff:1f.7",

@@ -32,6 +32,9 @@ var pattern = sync.OnceValue(func() []byte {
 	return p
 })
 
+// Mix scrambles a number, a different one for each: it makes bytes that tell where they belong. mix is the same.
+func Mix(x uint64) uint64 { return mix(x) }
+
 // mix scrambles a number: the finalizer of splitmix64 (Steele, Lea, Flood 2014, doi
 // 10.1145/2660193.2660195).
 func mix(x uint64) uint64 {
