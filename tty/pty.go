@@ -73,6 +73,25 @@ func (p *Pty) Read(b []byte) (int, error) {
 // Write passes on what is typed. It waits while programs do not read.
 func (p *Pty) Write(b []byte) (int, error) { return p.f.Write(b) }
 
+// Interrupt ends a Write that waits, and those that come, with os.ErrDeadlineExceeded; until it is called with on false.
+func (p *Pty) Interrupt(on bool) error {
+	var at time.Time
+	if on {
+		at = time.Unix(1, 0)
+	}
+	return p.f.SetWriteDeadline(at)
+}
+
+// Discard drops what was written and no program has read.
+func (p *Pty) Discard() error {
+	f, err := p.OpenSlave() // the master's TCOFLUSH leaves what has reached the line discipline
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return control(f, func(fd int) error { return unix.IoctlSetInt(fd, unix.TCFLSH, unix.TCIFLUSH) })
+}
+
 // HungUp tells whether no program has the terminal open.
 func (p *Pty) HungUp() bool {
 	hup := false

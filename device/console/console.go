@@ -71,8 +71,15 @@ type Console struct {
 	out [4096]byte // for the goroutine of fromDriver
 	in  [4096]byte // for the goroutine of toDriver
 
-	mu         sync.Mutex // guards the size
+	mu         sync.Mutex // guards what follows
 	cols, rows uint16
+	joined     []joint
+}
+
+// joint is a log file or a pseudo-terminal.
+type joint interface {
+	close(limit time.Duration)
+	describe(d *status.Device)
 }
 
 // counters are updated with sync/atomic.
@@ -281,13 +288,41 @@ func (c *Console) Status() status.Device {
 		d.Interface = strings.Join(names, " ")
 	}
 	c.Describe(&d)
+	c.mu.Lock()
+	for _, j := range c.joined {
+		j.describe(&d)
+	}
+	c.mu.Unlock()
 	d.Offered, d.Allowed, d.Negotiated = virtio.ConsoleNames(possible), virtio.ConsoleNames(c.Features()), virtio.ConsoleNames(c.Accepted())
 	return d
 }
+
+// SetRunning implements device.Device.
+func (c *Console) SetRunning(on bool, deadline time.Time) error {
+	err := c.Set.SetRunning(on, deadline)
+	c.hub.run(on && err == nil)
+	return err
+}
+
+// Reset implements device.Device.
+func (c *Console) Reset(deadline time.Time) error {
+	c.hub.run(false)
+	return c.Set.Reset(deadline)
+}
+
+// closeTime is how long Close waits for a log file or a terminal that takes its time.
+const closeTime = time.Second
 
 // Close implements device.Device. It ends what terminals read behind what is left of the scrollback.
 func (c *Console) Close() error {
 	err := c.Reset(time.Time{})
 	c.hub.close()
+	c.mu.Lock()
+	joined := c.joined
+	c.joined = nil
+	c.mu.Unlock()
+	for _, j := range joined {
+		j.close(closeTime)
+	}
 	return err
 }

@@ -30,6 +30,7 @@ type hub struct {
 	keyboard *Terminal // nil: nobody has it
 	all      map[*Terminal]bool
 	wake     func() // there is something typed
+	running  bool   // a driver has the device
 	closed   bool
 }
 
@@ -66,8 +67,31 @@ func (h *hub) take(n int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.typed = append(h.typed[:0], h.typed[n:]...)
+	h.retry()
+}
+
+// retry has those who wait to type look again.
+func (h *hub) retry() {
 	close(h.room)
 	h.room = make(chan struct{})
+}
+
+// changed tells all terminals that State is another one.
+func (h *hub) changed() {
+	for t := range h.all {
+		t.changed = true
+		t.ring()
+	}
+}
+
+// run notes whether a driver has the device.
+func (h *hub) run(on bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.running != on {
+		h.running = on
+		h.changed()
+	}
 }
 
 func (h *hub) close() {
@@ -77,18 +101,25 @@ func (h *hub) close() {
 	for t := range h.all {
 		t.ring()
 	}
-	close(h.room)
-	h.room = make(chan struct{})
+	h.retry()
 }
 
 // Terminal is somebody who looks at a console.
 type Terminal struct {
-	h      *hub
-	name   string
-	at     uint64 // bytes of all that was printed that it has read
-	bell   chan struct{}
-	closed bool
-	quit   chan struct{}
+	h       *hub
+	name    string
+	at      uint64 // bytes of all that was printed that it has read
+	bell    chan struct{}
+	changed bool // State, since Next told
+	closed  bool
+	quit    chan struct{}
+}
+
+// State is how things are with a console.
+type State struct {
+	Running   bool     // a driver has the device
+	Keyboard  bool     // this terminal types
+	Terminals []string // names; that of the one with the keyboard comes first, behind an asterisk
 }
 
 // attach returns a new terminal, which begins with the last back bytes that were printed, as far as they are kept.
@@ -104,7 +135,30 @@ func (h *hub) attach(name string, back int) *Terminal {
 	}
 	t := &Terminal{h: h, name: name, at: h.printed - kept, bell: make(chan struct{}, 1), quit: make(chan struct{})}
 	h.all[t] = true
+	h.changed()
 	return t
+}
+
+// State returns how things are.
+func (t *Terminal) State() State {
+	t.h.mu.Lock()
+	defer t.h.mu.Unlock()
+	return t.state()
+}
+
+func (t *Terminal) state() State {
+	return State{Running: t.h.running, Keyboard: t.h.keyboard == t, Terminals: t.h.namesLocked()}
+}
+
+// Kept returns how many bytes the terminal has not read, of those that are kept.
+func (t *Terminal) Kept() int {
+	t.h.mu.Lock()
+	defer t.h.mu.Unlock()
+	n := t.h.printed - t.at
+	if n > uint64(len(t.h.back)) {
+		n = uint64(len(t.h.back))
+	}
+	return int(n)
 }
 
 func (t *Terminal) ring() {
@@ -117,24 +171,36 @@ func (t *Terminal) ring() {
 // Read waits until there is something that the terminal has not read, and reads it into b. lost is how many bytes in front of it were
 // overwritten before they were read. The error is ErrClosed.
 func (t *Terminal) Read(b []byte) (n int, lost uint64, err error) {
-	for len(b) > 0 {
-		if n, lost, err = t.read(b); n > 0 || err != nil {
-			return n, lost, err
+	for len(b) > 0 && n == 0 && err == nil {
+		n, lost, _, err = t.Next(b)
+	}
+	return n, lost, err
+}
+
+// Next is Read that returns also when State has become another one, which it returns then, perhaps without a byte.
+func (t *Terminal) Next(b []byte) (n int, lost uint64, s *State, err error) {
+	for {
+		if n, lost, s, err = t.read(b); n > 0 || s != nil || err != nil {
+			return n, lost, s, err
 		}
 		select {
 		case <-t.bell:
 		case <-t.quit:
 		}
 	}
-	return 0, 0, nil
 }
 
-func (t *Terminal) read(b []byte) (n int, lost uint64, err error) {
+func (t *Terminal) read(b []byte) (n int, lost uint64, s *State, err error) {
 	h := t.h
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if t.closed {
-		return 0, 0, ErrClosed
+		return 0, 0, nil, ErrClosed
+	}
+	if t.changed {
+		t.changed = false
+		now := t.state()
+		s = &now
 	}
 	size := uint64(len(h.back))
 	if h.printed-t.at > size {
@@ -147,7 +213,7 @@ func (t *Terminal) read(b []byte) (n int, lost uint64, err error) {
 		if h.closed {
 			err = ErrClosed
 		}
-		return 0, 0, err
+		return 0, 0, s, err
 	}
 	if uint64(len(b)) > have {
 		b = b[:have]
@@ -155,7 +221,7 @@ func (t *Terminal) read(b []byte) (n int, lost uint64, err error) {
 	n = copy(b, h.back[t.at%size:])
 	n += copy(b[n:], h.back)
 	t.at += uint64(n)
-	return n, lost, nil
+	return n, lost, s, nil
 }
 
 // Keyboard gives the terminal the keyboard. Where another one has it, take takes it away from that one; without, the error is
@@ -166,10 +232,14 @@ func (t *Terminal) Keyboard(take bool) error {
 	switch k := t.h.keyboard; {
 	case t.closed || t.h.closed:
 		return ErrClosed
-	case k != nil && k != t && !take:
+	case k == t:
+		return nil
+	case k != nil && !take:
 		return ErrReadOnly
 	}
 	t.h.keyboard = t
+	t.h.changed()
+	t.h.retry() // who typed until now, and waits for room, has to hear of it
 	return nil
 }
 
@@ -224,13 +294,26 @@ func (t *Terminal) Close() error {
 	if h.keyboard == t {
 		h.keyboard = nil
 	}
+	h.changed()
+	h.retry()
 	return nil
+}
+
+// Drained tells whether the board has all that was typed, or the terminal is closed; wait is closed when that may have changed.
+func (t *Terminal) Drained() (done bool, wait <-chan struct{}) {
+	t.h.mu.Lock()
+	defer t.h.mu.Unlock()
+	return len(t.h.typed) == 0 || t.closed || t.h.closed, t.h.room
 }
 
 // names returns those of all terminals, the one with the keyboard first, marked by an asterisk.
 func (h *hub) names() []string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	return h.namesLocked()
+}
+
+func (h *hub) namesLocked() []string {
 	var first, others []string
 	for t := range h.all {
 		if t == h.keyboard {
