@@ -29,6 +29,8 @@ type Config struct {
 	Rngs   []Rng    // sources of entropy for boards
 	Disks  []Disk   // disks for boards
 
+	Consoles []Console // in the order of their device numbers
+
 	Types []DeviceType // of device; New gives all that there are
 
 	Deny virtio.Features
@@ -191,6 +193,9 @@ func (c *Config) finish() error {
 		return err
 	}
 	if err := c.checkDisks(); err != nil {
+		return err
+	}
+	if err := c.checkConsoles(); err != nil {
 		return err
 	}
 	for i := range c.Nets {

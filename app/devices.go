@@ -11,6 +11,7 @@ import (
 // one below device and one below driver) and a line here.
 var deviceTypes = []DeviceType{
 	{Name: "net", Plan: planNets},
+	{Name: "console", First: consoleNumber, Class: doorbell.Control, Plan: planConsoles},
 	{Name: "entropy", First: rngNumber, Class: doorbell.Bulk, Plan: planRngs},
 	{Name: "block", First: diskNumber, Class: doorbell.Bulk, Plan: planDisks},
 }

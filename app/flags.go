@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/device/console"
 	"github.com/boardlink/boardlink/device/entropy"
 	entropydrv "github.com/boardlink/boardlink/driver/entropy"
 	"github.com/boardlink/boardlink/host"
@@ -106,6 +107,8 @@ var flags = []Flag{
 	{Name: "deny", Arg: "FEATURES", Help: "Virtio features not to negotiate, e.g. event_idx,host_uso.", set: deny},
 	{Name: "net", Arg: "SPEC", Help: "Several devices: one SPEC each, e.g. name=bl0,addr=10.0.0.1/24,mtu=9000. Keys: " + netKeys + " (its number, from 0); --link, --mtu, --offload, --persist and --queues give the defaults.",
 		set: func(c *Config, v string) error { c.specs = append(c.specs, v); return nil }},
+	{Name: "console", Arg: "SPEC", sides: hostOnly, Help: fmt.Sprintf("A console for the board, e.g. name=con0,log=/var/log/con0.log: boardlink console con0 attaches a terminal. Keys: name, log=FILE (what the board prints is added to it), scrollback=BYTES (what is kept in memory, %dK by default), pty=PATH (a link to a pseudo-terminal, for picocom, screen, conserver), class, board (its number, from 0). May be repeated.", console.DefaultScrollback>>10), set: setConsole},
+	{Name: "console", Arg: "SPEC", sides: agentOnly, Help: "What a console of the host is joined to here: name=con0 and one of pty=PATH (a link to a pseudo-terminal for programs of this machine), kmsg (the kernel's log, one way) and, as the last key, exec=COMMAND (a program on a terminal, e.g. exec=/sbin/agetty -L 115200 %t vt220, started again when it ends; %t is the terminal's name). May be repeated: both ends count in this order.", set: setConsole},
 	{Name: "rng", sides: hostOnly, Help: fmt.Sprintf("Offer random bytes of this machine to the board. --rng=rate=BYTES limits what a board gets each second (default: %dK), --rng=board=N (its number, from 0) is for one of several boards.", entropy.DefaultRate>>10), set: setRng},
 	{Name: "rng", sides: agentOnly, Help: fmt.Sprintf("Mix random bytes that the host offers into the kernel's generator, %d at the start and after each minute. --rng=credit=BITS counts each byte for 1 to 8 bits of entropy, which needs root (default: 0, mixed in and counted for nothing), every=DURATION sets the time between.", entropydrv.Request), set: setRng},
 	{Name: "disk", Arg: "SPEC", sides: hostOnly, Help: "Offer a disk to the board, e.g. name=root,file=/srv/root.img; may be repeated. file is an image or a block device, which nobody else may write; nbd=PATH in its place is the socket of an NBD server (nbd-export=NAME its export). Further keys: ro, serial=TEXT (default: the name), cache=none (a write ends on stable storage) or writeback (the default: a flush does), direct (passes the page cache by), queues=N, board=N (its number, from 0), class=CLASS (see --class).", set: setDisk},

@@ -13,6 +13,7 @@ import (
 	"github.com/boardlink/boardlink/agent"
 	"github.com/boardlink/boardlink/app/internal/statussock"
 	"github.com/boardlink/boardlink/board"
+	"github.com/boardlink/boardlink/ctl"
 	"github.com/boardlink/boardlink/device"
 	"github.com/boardlink/boardlink/dma"
 	"github.com/boardlink/boardlink/driver"
@@ -175,7 +176,7 @@ func (e *ends) serve(ctx context.Context, version string) error {
 		path = ""
 	}
 	started := time.Now().Format(time.RFC3339)
-	srv, err := ServeStatus(path, func() status.Program {
+	srv, err := ServeControl(path, func() status.Program {
 		p := status.Program{Version: version, Side: e.c.Side.String(), PID: os.Getpid(), Started: started}
 		if e.c.LogLost != nil {
 			p.LogLost = e.c.LogLost()
@@ -184,7 +185,7 @@ func (e *ends) serve(ctx context.Context, version string) error {
 			p.Links = append(p.Links, l.Status())
 		}
 		return p
-	})
+	}, map[string]Verb{ctl.VerbConsole: e.attach})
 	if err != nil {
 		return UsageError{err}
 	}

@@ -195,6 +195,11 @@ const boardSocket = "board.sock"
 // statusSocket returns the name of an end's socket in the place.
 func statusSocket(s board.Side) string { return s.String() + ".sock" }
 
+// StatusSocket returns the path of an end's status socket, for any process while this one runs.
+func (r *Rig) StatusSocket(s board.Side) string {
+	return strings.Replace(r.place.path(statusSocket(s)), "/proc/self/", fmt.Sprintf("/proc/%d/", os.Getpid()), 1)
+}
+
 // NS returns the namespace of a side.
 func (r *Rig) NS(s board.Side) *netns.NS { return r.ns[s] }
 

@@ -36,6 +36,7 @@ type cli struct {
 	Check    checkCmd        `cmd:"" help:"Check a file that describes a board, without the board; samples to start from."`
 	Doctor   doctorCmd       `cmd:"" help:"Try a board: driver, IOMMU, window, doorbells, with latencies."`
 	Bench    benchCmd        `cmd:"" help:"Measure a board."`
+	Console  consoleCmd      `cmd:"" help:"Attach a terminal to a board's console; list consoles."`
 	Status   statusCmd       `cmd:"" help:"State, features, queues and counters of running ends."`
 	VhostNet vhostUserNetCmd `cmd:"" name:"vhost-user-net" passthrough:"" help:"A host for one vhost-user front end, with the flags that QEMU's conventions give back ends."`
 	Version  versionCmd      `cmd:"" help:"Print the version."`

@@ -3,6 +3,7 @@ package msgdev
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -208,7 +209,7 @@ func (d *Server) driverStatus(s uint32) {
 		d.lastErr, d.note = "", note
 		d.stateMu.Unlock()
 		d.gaveUp, d.logged = false, ""
-		d.c.Log.Info("device running", "link", d.c.Link, "device", d.c.Number, "features", d.driver.String())
+		d.c.Log.Info("device running", "link", d.c.Link, "device", d.c.Number, "features", d.features())
 		if note != "" && fresh {
 			d.c.Log.Warn("the board accepts less than is offered", "link", d.c.Link, "device", d.c.Number, "note", note)
 		}
@@ -263,6 +264,14 @@ func (d *Server) Status() status.Device {
 		s.LastError = d.lastErr
 	}
 	return s
+}
+
+// features returns the names of the accepted features: the model knows what those of its type mean.
+func (d *Server) features() string {
+	if names := d.c.Device.Status().Negotiated; len(names) > 0 {
+		return strings.Join(names, " ")
+	}
+	return d.driver.String()
 }
 
 // without says what of the offered features the driver left out, and why.

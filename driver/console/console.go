@@ -52,6 +52,7 @@ type Console struct {
 	// more is rung when there is something to be printed, room when something typed was taken.
 	more, room *doorbell.Eventfd
 	ends       sync.WaitGroup
+	short      uint32 // 1: receive waits for room; with sync/atomic
 
 	mu     sync.Mutex // guards what follows
 	size   tty.Size   // that the end was told
@@ -89,7 +90,11 @@ func New(cfg Config) (*Console, error) {
 	}
 	nothing := func() {}
 	c.out = newBuffer(Backlog, func() { c.more.Ring() }, nothing) // neither ring can fail: they are this program's alone
-	c.in = newBuffer(Backlog, nothing, func() { c.room.Ring() })
+	c.in = newBuffer(Backlog, nothing, func() {
+		if atomic.LoadUint32(&c.short) != 0 {
+			c.room.Ring()
+		}
+	})
 	c.out.setWait(cfg.End.Keeps())
 	c.in.setWait(true)
 	features := plain.Features.Or(virtio.FeaturesOf(virtio.ConsoleSize))
@@ -274,6 +279,11 @@ func (c *Console) receive(q *plain.Queue) error {
 		}
 		if n > 0 {
 			continue
+		}
+		if len(idle) == 0 {
+			atomic.StoreUint32(&c.short, 0)
+		} else if atomic.SwapUint32(&c.short, 1) == 0 {
+			continue // room that came before is seen now, what comes later rings
 		}
 		if stop, err := rest(q); stop || err != nil {
 			return err

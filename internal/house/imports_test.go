@@ -12,7 +12,7 @@ import (
 // floors is the table of docs/architecture.md: an import points down. Sub-packages
 // stand on the floor of their top folder, see floor.
 var floors = map[string]int{
-	"mmio": 0, "virtio": 0, "status": 0, "nbd": 0, "tty": 0,
+	"mmio": 0, "virtio": 0, "status": 0, "nbd": 0, "tty": 0, "ctl": 0,
 	"dma":   1,
 	"vring": 2, "doorbell": 2, "pci": 2,
 	"board":     3,

@@ -1,5 +1,5 @@
-// Package statusd reads the status of running hosts and agents: JSON over HTTP on a unix socket, which
-// app.ServeStatus serves.
+// Package statusd asks running hosts and agents: for their status, JSON over HTTP on a unix socket, and, on the same socket, for what
+// package ctl has. app.ServeControl serves it.
 //
 // It must not know what a status says (package status), or how it is printed.
 package statusd
@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"syscall"
+	"time"
 
 	"github.com/boardlink/boardlink/status"
 )
@@ -24,6 +25,22 @@ var (
 	// ErrDenied: this user may not ask.
 	ErrDenied = errors.New("permission denied")
 )
+
+// noDeadline takes a deadline away.
+var noDeadline time.Time
+
+// explain returns the error of a connection that cannot be made.
+func explain(path string, err error) error {
+	for _, e := range []error{syscall.ENOENT, syscall.ECONNREFUSED} {
+		if errors.Is(err, e) {
+			return fmt.Errorf("%s: %w: is it running, and with this --status?", path, ErrNobody)
+		}
+	}
+	if errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.EPERM) {
+		return fmt.Errorf("%s: %w: ask as the user of that program, or as root", path, ErrDenied)
+	}
+	return fmt.Errorf("%s: %w", path, err)
+}
 
 // Get asks the program at path.
 func Get(ctx context.Context, path string) (status.Program, error) {
@@ -40,13 +57,8 @@ func Get(ctx context.Context, path string) (status.Program, error) {
 	}
 	resp, err := c.Do(req)
 	if err != nil {
-		for _, e := range []error{syscall.ENOENT, syscall.ECONNREFUSED} {
-			if errors.Is(err, e) {
-				return p, fmt.Errorf("%s: %w: is it running, and with this --status?", path, ErrNobody)
-			}
-		}
-		if errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.EPERM) {
-			return p, fmt.Errorf("%s: %w: ask as the user of that program, or as root", path, ErrDenied)
+		if e := explain(path, err); errors.Is(e, ErrNobody) || errors.Is(e, ErrDenied) {
+			return p, e
 		}
 		if ctx.Err() != nil {
 			return p, fmt.Errorf("%s: no answer: %w", path, ctx.Err())
