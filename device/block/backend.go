@@ -40,6 +40,8 @@ type Geometry struct {
 	Physical, MinIO, OptIO uint32
 	// Discard tells that Discard does something. WriteZeroes is always there, by writing zeros if need be.
 	Discard bool
+	// Remote tells that calls wait for somebody else, who may not answer.
+	Remote bool
 	// Parallel is how many calls at a time are useful; 0: a default.
 	Parallel int
 }

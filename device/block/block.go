@@ -73,6 +73,9 @@ type Block struct {
 	geo Geometry
 	*plain.Set
 	pool *pool
+	pace pace
+	own  []scratch // of the queues' goroutines
+	busy int32     // requests in the pool's hands; with sync/atomic
 
 	through  uint32 // 1: the driver turned the write cache off (VIRTIO_BLK_F_CONFIG_WCE); with sync/atomic
 	aborting uint32 // 1: Reset, requests that are not served yet are dropped; with sync/atomic
@@ -122,7 +125,12 @@ func New(cfg Config) (*Block, error) {
 	if n <= 0 {
 		n = defaultParallel
 	}
-	b.pool = newPool(n, cfg.Queues*queueMax, b.work)
+	b.pace.off = geo.Remote
+	b.own = make([]scratch, cfg.Queues)
+	b.pool = newPool(n, cfg.Queues*queueMax, func(s *scratch, r *request) {
+		b.work(s, r)
+		atomic.AddInt32(&b.busy, -1)
+	})
 	return b, nil
 }
 
@@ -203,7 +211,7 @@ func (b *Block) Queue(i int) device.QueueInfo {
 	return q
 }
 
-// Serve implements plain.Model: it hands requests to the pool.
+// Serve implements plain.Model: it hands requests to the pool, unless pace says otherwise.
 func (b *Block) Serve(w *plain.Worker) (plain.Next, error) {
 	chains, spans, err := w.Pop(queueMax)
 	if len(chains) == 0 {
@@ -215,6 +223,12 @@ func (b *Block) Serve(w *plain.Worker) (plain.Next, error) {
 		r := b.pool.request()
 		r.w, r.chain = w, *c
 		r.spans = append(r.spans[:0], spans[c.First:int(c.First)+int(c.Readable)+int(c.Writable)]...)
+		if len(chains) == 1 && atomic.LoadInt32(&b.busy) == 0 && b.pace.quick(c.ReadLen, c.WriteLen) {
+			b.work(&b.own[w.Index()], r)
+			b.pool.done(r)
+			break
+		}
+		atomic.AddInt32(&b.busy, 1)
 		b.pool.submit(r)
 	}
 	return plain.Again, err

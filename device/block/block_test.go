@@ -42,7 +42,7 @@ type fake struct {
 }
 
 func newFake(size int) *fake {
-	return &fake{mem: make([]byte, size), geo: Geometry{Name: "fake", Size: uint64(size), BlockSize: 512, Discard: true}}
+	return &fake{mem: make([]byte, size), geo: Geometry{Name: "fake", Size: uint64(size), BlockSize: 512, Discard: true, Remote: true}}
 }
 
 func (f *fake) Geometry() Geometry { return f.geo }
@@ -169,6 +169,55 @@ func newDisk(t testing.TB, c Config, kind mmio.Kind, without ...virtio.Feature) 
 	d.q = d.Queue(0, 64)
 	d.q.Start(vring.State{})
 	return d
+}
+
+// restart resets the device and starts its queue anew.
+func (d *disk) restart() {
+	d.t.Helper()
+	if err := d.b.Reset(time.Time{}); err != nil {
+		d.t.Fatal(err)
+	}
+	if err := d.b.SetFeatures(d.b.Features(), device.Options{}); err != nil {
+		d.t.Fatal(err)
+	}
+	d.q.Start(vring.State{})
+}
+
+// Only what is alone, short, and has been quick is served by the queue's goroutine.
+func TestPace(t *testing.T) {
+	var p pace
+	for _, c := range []struct {
+		read, write uint32
+		want        bool
+	}{{16, 4097, true}, {16 + 4096, 1, true}, {16, 1, false}, {32, 1, false}, {16, 21, false}, {16, quickLen + 1, true}, {16, 2*quickLen + 1, false}} {
+		if got := p.quick(c.read, c.write); got != c.want {
+			t.Errorf("%d and %d bytes: %v", c.read, c.write, got)
+		}
+	}
+	for i := 0; i < 10; i++ {
+		p.served(20 * time.Microsecond)
+	}
+	if !p.quick(16, 513) {
+		t.Error("not after quick ones")
+	}
+	p.served(time.Second) // a disk that sleeps
+	if p.quick(16, 513) {
+		t.Error("after a slow one")
+	}
+	for i := 0; i < 40; i++ {
+		p.served(20 * time.Microsecond)
+	}
+	if !p.quick(16, 513) {
+		t.Error("not after many quick ones")
+	}
+	// Of several at a time none is: that the first one waits for the image does not hold up the second one.
+	f := newFake(1 << 20)
+	f.gate = make(chan struct{})
+	d := newDisk(t, Config{Backend: f}, mmio.Cached)
+	d.q.Add(d.request(virtio.BlkTIn, 0, false, 512).vring(1), d.request(virtio.BlkTIn, 0, false, 512).vring(2))
+	f.wait(t, 2)
+	f.open()
+	d.q.Wait(2)
 }
 
 // req is a request as a driver lays it out.
@@ -512,14 +561,8 @@ func TestMalformed(t *testing.T) {
 		if n := d.b.Status(); n.Counters["broken"] != uint64(i+1) || n.LastError == "" {
 			t.Errorf("%d: %v %q", i, n.Counters, n.LastError)
 		}
-		if err := d.b.Reset(time.Time{}); err != nil {
-			t.Fatal(err)
-		}
-		if err := d.b.SetFeatures(d.b.Features(), device.Options{}); err != nil {
-			t.Fatal(err)
-		}
 		d.q = d.Queue(0, 64)
-		d.q.Start(vring.State{})
+		d.restart()
 		if got := d.read(0, 512); !bytes.Equal(got, f.mem[:512]) {
 			t.Errorf("%d: after the reset the data differ", i)
 		}

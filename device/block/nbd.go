@@ -117,7 +117,7 @@ func (c *client) measure(e nbd.ExportInfo, s nbd.BlockSize) error {
 		return fmt.Errorf("the export has blocks of %d bytes, up to %d are possible", s.Min, most)
 	}
 	c.flags = e.Flags
-	c.geo.Size, c.geo.ReadOnly, c.geo.Parallel = e.Size, c.cfg.ReadOnly, nbdParallel
+	c.geo.Size, c.geo.ReadOnly, c.geo.Remote, c.geo.Parallel = e.Size, c.cfg.ReadOnly, true, nbdParallel
 	c.geo.BlockSize = virtio.BlkSector
 	if s.Min > c.geo.BlockSize {
 		c.geo.BlockSize = s.Min

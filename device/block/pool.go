@@ -22,7 +22,7 @@ type pool struct {
 	tasks chan *request
 	most  int
 	idle  int32 // goroutines that wait for a request; with sync/atomic
-	done  sync.WaitGroup
+	wg    sync.WaitGroup
 
 	mu      sync.Mutex // guards what follows
 	started int
@@ -56,7 +56,7 @@ func (p *pool) submit(r *request) {
 	more := p.started < p.most
 	if more {
 		p.started++
-		p.done.Add(1)
+		p.wg.Add(1)
 	}
 	p.mu.Unlock()
 	if more {
@@ -65,8 +65,8 @@ func (p *pool) submit(r *request) {
 }
 
 func (p *pool) run() {
-	defer p.done.Done()
-	s := newScratch()
+	defer p.wg.Done()
+	s := &scratch{}
 	for {
 		atomic.AddInt32(&p.idle, 1)
 		r, ok := <-p.tasks
@@ -75,14 +75,19 @@ func (p *pool) run() {
 			return
 		}
 		p.work(s, r)
-		p.mu.Lock()
-		p.free = append(p.free, r)
-		p.mu.Unlock()
+		p.done(r)
 	}
+}
+
+// done takes a request back that was served.
+func (p *pool) done(r *request) {
+	p.mu.Lock()
+	p.free = append(p.free, r)
+	p.mu.Unlock()
 }
 
 // close ends the goroutines. Nothing is submitted any more.
 func (p *pool) close() {
 	close(p.tasks)
-	p.done.Wait()
+	p.wg.Wait()
 }

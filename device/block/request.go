@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -22,8 +23,6 @@ type scratch struct {
 	staging []byte // nil until it is needed
 }
 
-func newScratch() *scratch { return &scratch{} }
-
 // stage returns the staging memory.
 func (s *scratch) stage() []byte {
 	if s.staging == nil {
@@ -39,9 +38,11 @@ func (b *Block) work(s *scratch, r *request) {
 		r.w.Drop(1)
 		return
 	}
+	begin := time.Now()
 	var err error
 	fault := pci.Guard(func() {
 		if err = b.serve(s, r); err == nil {
+			b.pace.served(time.Since(begin))
 			// The status byte was written last of what the driver may write.
 			err = r.w.Finish(vring.Used{ID: r.chain.ID, Count: r.chain.Count, Len: r.chain.WriteLen})
 		}
