@@ -460,7 +460,7 @@ func (k pmdKind) virtioUser(sock string) string {
 // checkVector checks that testpmd takes its vectorised path, where its processor has one.
 func (k pmdKind) checkVector(t *testing.T, p *pmd) {
 	t.Helper()
-	if !k.vector || k.packed && !k.inOrder || !k.packed && (k.inOrder || k.mergeable) {
+	if !k.vector || k.mergeable || k.packed != k.inOrder {
 		return // DPDK takes another path
 	}
 	if k.packed {

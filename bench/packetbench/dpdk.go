@@ -40,13 +40,15 @@ type DPDK struct {
 	Version string // of DPDK
 	host    *program
 	board   *program
+	mixed   map[Ends]*mixed // links of which one end is ours: the second port of the testpmd at the other
 	dir     string
 	restore func()
 }
 
 // StartDPDK starts the pair for c's kind of ring, size of queues, order, and processors, which must be named. Where there are too
-// few huge pages it reserves some, as root, and gives them back in Close.
-func StartDPDK(ctx context.Context, c Config) (_ *DPDK, err error) {
+// few huge pages it reserves some, as root, and gives them back in Close. For each of ends but BothEnds, there is a link besides
+// that has our end in the place of one of DPDK's, for MeasureMixed.
+func StartDPDK(ctx context.Context, c Config, ends ...Ends) (_ *DPDK, err error) {
 	if err := c.defaults(); err != nil {
 		return nil, err
 	}
@@ -71,9 +73,13 @@ func StartDPDK(ctx context.Context, c Config) (_ *DPDK, err error) {
 		return nil, err
 	}
 	sock := filepath.Join(d.dir, "vhost")
-	args := func(cpu int, name, vdev, mode string) []string {
-		return []string{"--lcores", fmt.Sprintf("0@%d,1@%d", cpu, cpu), "--in-memory", "--single-file-segments", "-m", strconv.Itoa(dpdkMiB), "--no-pci", "--no-telemetry",
-			"--file-prefix=" + filepath.Base(d.dir) + name, "--vdev", vdev, "--", "-i", "--forward-mode=" + mode, "--nb-cores=1", "--total-num-mbufs=16384", "--no-mlockall"}
+	args := func(cpu int, name, mode string, vdevs ...string) []string {
+		a := []string{"--lcores", fmt.Sprintf("0@%d,1@%d", cpu, cpu), "--in-memory", "--single-file-segments", "-m", strconv.Itoa(dpdkMiB), "--no-pci", "--no-telemetry",
+			"--file-prefix=" + filepath.Base(d.dir) + name}
+		for _, v := range vdevs {
+			a = append(a, "--vdev", v)
+		}
+		return append(a, "--", "-i", "--forward-mode="+mode, "--port-topology=loop", "--nb-cores=1", "--total-num-mbufs=16384", "--no-mlockall")
 	}
 	bit := func(on bool) int {
 		if on {
@@ -81,11 +87,34 @@ func StartDPDK(ctx context.Context, c Config) (_ *DPDK, err error) {
 		}
 		return 0
 	}
-	if d.host, err = start(ctx, path, args(cpu[1], "host", "net_vhost0,iface="+sock, "rxonly")); err != nil {
+	user := func(i int, path string) string {
+		return fmt.Sprintf("net_virtio_user%d,path=%s,queues=1,packed_vq=%d,mrg_rxbuf=0,in_order=%d,queue_size=%d", i, path, bit(c.Ring == "packed"), bit(c.InOrder), c.Size)
+	}
+	hosts, boards := []string{"net_vhost0,iface=" + sock}, []string{user(0, sock)}
+	d.mixed = map[Ends]*mixed{}
+	for _, e := range ends {
+		switch at := filepath.Join(d.dir, string(e)); e {
+		case DeviceEnd: // it listens before its driver starts
+			boards = append(boards, user(1, at))
+			if d.mixed[e], err = startMixed(c, e, at); err != nil {
+				delete(d.mixed, e)
+				return nil, err
+			}
+		case DriverEnd:
+			hosts = append(hosts, "net_vhost1,iface="+at)
+		}
+	}
+	if d.host, err = start(ctx, path, args(cpu[1], "host", "rxonly", hosts...)); err != nil {
 		return nil, err
 	}
-	d.board, err = start(ctx, path, args(cpu[0], "board", fmt.Sprintf("net_virtio_user0,path=%s,queues=1,packed_vq=%d,mrg_rxbuf=0,in_order=%d,queue_size=%d", sock, bit(c.Ring == "packed"), bit(c.InOrder), c.Size), "txonly"))
-	if err != nil {
+	if len(hosts) > 1 {
+		m, err := startMixed(c, DriverEnd, filepath.Join(d.dir, string(DriverEnd)))
+		if err != nil {
+			return nil, err
+		}
+		d.mixed[DriverEnd] = m
+	}
+	if d.board, err = start(ctx, path, args(cpu[0], "board", "txonly", boards...)); err != nil {
 		return nil, err
 	}
 	d.Version = version()
@@ -149,6 +178,9 @@ func (d *DPDK) Close() {
 			p.end()
 		}
 	}
+	for _, m := range d.mixed {
+		m.stop()
+	}
 	if d.dir != "" {
 		os.RemoveAll(d.dir)
 	}
@@ -167,7 +199,7 @@ func (d *DPDK) Measure(dir Direction, bytes int, dur time.Duration) (mpps float6
 	modes, burst, first := [2]string{"txonly", "rxonly"}, 32, ""
 	if dir == Echo {
 		// What was left under way is taken out first.
-		if err := d.both("set fwd rxonly", "set fwd rxonly", "start", "start"); err != nil {
+		if err := d.both("set portlist 0", "set portlist 0", "set fwd rxonly", "set fwd rxonly", "start", "start"); err != nil {
 			return 0, err
 		}
 		time.Sleep(dpdkSettle)
@@ -181,16 +213,16 @@ func (d *DPDK) Measure(dir Direction, bytes int, dur time.Duration) (mpps float6
 	for _, c := range []struct {
 		p    *program
 		line string
-	}{{from, "set fwd " + modes[0]}, {to, "set fwd " + modes[1]}, {from, size}, {to, size}, {from, set}, {to, set}, {to, "start"}, {from, "start" + first}} {
+	}{{from, "set portlist 0"}, {to, "set portlist 0"}, {from, "set fwd " + modes[0]}, {to, "set fwd " + modes[1]}, {from, size}, {to, size}, {from, set}, {to, set}, {to, "start"}, {from, "start" + first}} {
 		if _, err := c.p.do(c.line); err != nil {
 			return 0, err
 		}
 	}
 	time.Sleep(dpdkSettle)
-	_, err = to.stats()
+	_, err = to.stats(0)
 	if err == nil {
 		time.Sleep(dur)
-		mpps, err = to.stats()
+		mpps, err = to.stats(0)
 	}
 	if serr := d.stop(from, to); err == nil {
 		err = serr
@@ -356,9 +388,9 @@ func (p *program) do(line string) (string, error) {
 
 var rxPPS = regexp.MustCompile(`Rx-pps:\s+(\d+)`)
 
-// stats returns the rate of frames received since the last call, by the program's own clock.
-func (p *program) stats() (mpps float64, err error) {
-	s, err := p.do("show port stats all")
+// stats returns the rate of frames received at a port since the last call, by the program's own clock.
+func (p *program) stats(port int) (mpps float64, err error) {
+	s, err := p.do(fmt.Sprintf("show port stats %d", port))
 	if err != nil {
 		return 0, err
 	}
@@ -388,6 +420,7 @@ func (p *program) end() {
 
 // Comparison is our frames and DPDK's in turns.
 type Comparison struct {
+	Ends      Ends      `json:"ours"` // that are ours, in the measurements of ours
 	Direction Direction `json:"direction"`
 	Ring      string    `json:"ring"`
 	Bytes     int       `json:"bytes"`
@@ -412,12 +445,16 @@ type Turn struct {
 	Steady bool `json:"steady"`
 }
 
-// Compare measures in turns, c.Runs runs of ours in each turn, and DPDK for as long. Every step is told.
-func Compare(ctx context.Context, c Config, d *DPDK, turns int, step func(string)) (*Comparison, error) {
+// Compare measures in turns, ends of a link that are ours, c.Runs runs of them in each turn where both are, and DPDK's two ends for as
+// long. Every step is told.
+func Compare(ctx context.Context, c Config, d *DPDK, ends Ends, turns int, step func(string)) (*Comparison, error) {
 	if err := c.defaults(); err != nil {
 		return nil, err
 	}
-	r := &Comparison{Direction: c.Direction, Ring: c.Ring, Bytes: c.Bytes, InOrder: c.InOrder, DPDK: d.Version}
+	if err := c.CheckEnds(ends); err != nil {
+		return nil, err
+	}
+	r := &Comparison{Ends: ends, Direction: c.Direction, Ring: c.Ring, Bytes: c.Bytes, InOrder: c.InOrder, DPDK: d.Version}
 	trip := func(t *Turn, i int) error {
 		if c.CPU[0] == c.CPU[1] || c.CPU[0] < 0 || c.CPU[1] < 0 {
 			return nil
@@ -429,16 +466,17 @@ func Compare(ctx context.Context, c Config, d *DPDK, turns int, step func(string
 	for i := 0; i < turns; i++ {
 		var t Turn
 		what := fmt.Sprintf("%s, %s, %d bytes, turn %d of %d: ", c.Ring, c.Direction, c.Bytes, i+1, turns)
-		step(what + "boardlink")
+		name := "boardlink"
+		if ends != BothEnds {
+			name = "boardlink's " + string(ends) + " side"
+		}
+		step(what + name)
 		if err := trip(&t, 0); err != nil {
 			return nil, err
 		}
-		o, err := Run(ctx, c)
-		if err != nil {
+		var err error
+		if t.Ours, err = ours(ctx, c, d, ends); err != nil {
 			return nil, err
-		}
-		if o.Corrupt > 0 {
-			return nil, fmt.Errorf("%d frames were not what was sent", o.Corrupt)
 		}
 		if err := trip(&t, 1); err != nil {
 			return nil, err
@@ -453,12 +491,32 @@ func Compare(ctx context.Context, c Config, d *DPDK, turns int, step func(string
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		t.Ours = o.Mpps.Median
 		t.Ratio = t.Ours / t.Theirs
 		lo, hi := min(t.Trips[0], t.Trips[1], t.Trips[2]), max(t.Trips[0], t.Trips[1], t.Trips[2])
 		t.Steady = hi <= 1.5*lo
 		r.Turns = append(r.Turns, t)
 	}
+	r.sum()
+	return r, nil
+}
+
+// ours is one measurement of ends that are ours.
+func ours(ctx context.Context, c Config, d *DPDK, ends Ends) (float64, error) {
+	if ends != BothEnds {
+		return d.MeasureMixed(c, ends)
+	}
+	o, err := Run(ctx, c)
+	if err != nil {
+		return 0, err
+	}
+	if o.Corrupt > 0 {
+		return 0, fmt.Errorf("%d frames were not what was sent", o.Corrupt)
+	}
+	return o.Mpps.Median, nil
+}
+
+// sum makes the figures of all turns.
+func (r *Comparison) sum() {
 	for _, t := range r.Turns {
 		if t.Steady {
 			r.Steady++
@@ -471,5 +529,4 @@ func Compare(ctx context.Context, c Config, d *DPDK, turns int, step func(string
 		}
 	}
 	r.Ours, r.Theirs, r.Ratio = benchkit.SpreadOf(ours), benchkit.SpreadOf(theirs), benchkit.SpreadOf(ratio)
-	return r, nil
 }

@@ -5,6 +5,7 @@ package packetbench
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -35,7 +36,7 @@ printf 'EAL: Detected CPU lcores: 2\ntestpmd> '
 while read -r l; do
 	case "$l" in
 	quit) exit 0 ;;
-	"show port stats all") printf '%s\r\n  Rx-pps:     2000000          Rx-bps:   1\r\n' "$l" ;;
+	"show port stats "*) printf '%s\r\n  Rx-pps:     2000000          Rx-bps:   1\r\n' "$l" ;;
 	"set txpkts 666") echo EAL: Error; exit 3 ;;
 	*) printf '%s\r\n' "$l" ;;
 	esac
@@ -86,7 +87,7 @@ func TestEndsAtOnce(t *testing.T) {
 
 func TestCompare(t *testing.T) {
 	d := fakeDPDK(t)
-	r, err := Compare(context.Background(), Config{Duration: 2 * time.Millisecond, Runs: 1}, d, 2, func(string) {})
+	r, err := Compare(context.Background(), Config{Duration: 2 * time.Millisecond, Runs: 1}, d, BothEnds, 2, func(string) {})
 	if err != nil && err.Error() == "two processors are needed: the sides poll" && os.Getenv("CI") != "true" {
 		t.Skip(err)
 	}
@@ -103,6 +104,65 @@ func TestNoDPDK(t *testing.T) {
 	}
 }
 
+// TestMixed: our two ends that stand in for one of DPDK's, joined by a vhost-user socket.
+func TestMixed(t *testing.T) {
+	for _, ring := range []string{"split", "packed"} {
+		c := Config{Ring: ring, CPU: [2]int{-1, -1}, Bytes: 100}
+		if err := c.defaults(); err != nil {
+			t.Fatal(err)
+		}
+		at := filepath.Join(t.TempDir(), "s")
+		host, err := startMixed(c, DeviceEnd, at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		board, err := startMixed(c, DriverEnd, at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, dir := range []Direction{BoardToHost, HostToBoard, Echo} {
+			c.Direction = dir
+			a, b := &order{c: c}, &order{c: c}
+			if err := errors.Join(host.begin(a), board.begin(b)); err != nil {
+				t.Fatal(err)
+			}
+			a.counting.Store(true)
+			b.counting.Store(true)
+			for begin := time.Now(); a.moved.Load()+b.moved.Load() < 1000; time.Sleep(time.Millisecond) {
+				if time.Since(begin) > time.Minute {
+					t.Fatalf("%s, %s: %d and %d frames", ring, dir, a.moved.Load(), b.moved.Load())
+				}
+			}
+			if err := errors.Join(board.finish(b), host.finish(a)); err != nil || a.corrupt+b.corrupt != 0 {
+				t.Errorf("%s, %s: %v, %d and %d frames are corrupt", ring, dir, err, a.corrupt, b.corrupt)
+			}
+			if to := a.moved.Load() > 0; to != (dir != HostToBoard) {
+				t.Errorf("%s, %s: the device side received: %v", ring, dir, to)
+			}
+			// What is under way is taken out.
+			a, b = &order{c: c, drain: true}, &order{c: c, drain: true}
+			if err := errors.Join(host.begin(a), board.begin(b)); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(dpdkSettle)
+			if err := errors.Join(board.finish(b), host.finish(a)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := errors.Join(board.stop(), host.stop()); err != nil {
+			t.Error(err)
+		}
+		for _, bad := range []struct {
+			e Ends
+			n int
+		}{{DeviceEnd, mixedMax + 1}, {DriverEnd, 9000}} {
+			if err := (Config{Bytes: bad.n}).CheckEnds(bad.e); err == nil {
+				t.Errorf("frames of %d bytes with our %s side", bad.n, bad.e)
+			}
+		}
+	}
+}
+
 // The real one, where it is installed and there are huge pages; else it is said in a line what is missing.
 func TestDPDK(t *testing.T) {
 	before, _ := os.ReadFile(hugePagesAt)
@@ -115,12 +175,27 @@ func TestDPDK(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if d, err := StartDPDK(ctx, Config{CPU: [2]int{cpus[0], cpus[len(cpus)-1]}}); err == nil {
-		m, err := d.Measure(BoardToHost, 64, 20*time.Millisecond)
-		d.Close()
-		if err != nil || m <= 0 {
-			t.Error(m, err)
+	c := Config{CPU: [2]int{cpus[0], cpus[len(cpus)-1]}, Duration: 20 * time.Millisecond}
+	if d, err := StartDPDK(ctx, c, BothEnds, DeviceEnd, DriverEnd); err == nil {
+		// On a busy machine a short time may pass without a frame.
+		patient := func(what string, f func() (float64, error)) {
+			m, err := f()
+			for i := 0; i < 20 && err != nil && strings.Contains(err.Error(), "no frames"); i++ {
+				m, err = f()
+			}
+			if err != nil || m <= 0 {
+				t.Errorf("%s: %v, %v", what, m, err)
+			}
 		}
+		patient("DPDK alone", func() (float64, error) { return d.Measure(BoardToHost, 64, c.Duration) })
+		// Each of our ends with one of theirs, in all directions; what came before has another length.
+		for i, dir := range []Direction{BoardToHost, HostToBoard, Echo} {
+			for _, e := range []Ends{DeviceEnd, DriverEnd} {
+				c.Direction, c.Bytes = dir, 64+i*700
+				patient(fmt.Sprintf("our %s side, %s", e, dir), func() (float64, error) { return d.MeasureMixed(c, e) })
+			}
+		}
+		d.Close()
 	} else if !errors.Is(err, ErrNoDPDK) || strings.Contains(err.Error(), "\n") {
 		t.Error(err)
 	}

@@ -163,15 +163,19 @@ func (s *side) serve() error {
 		if s.out, err = frames.NewDeviceSender(s.end(rx), q); err != nil {
 			return err
 		}
-		// What it sends lies in memory of its own first, one frame beside the other.
-		s.own = make([][]byte, s.c.Size)
-		stride := (s.c.Bytes2 + 63) / 64 * 64
-		all := make([]byte, s.c.Size*stride)
-		for i := range s.own {
-			s.own[i] = all[i*stride : i*stride+s.c.Bytes2 : i*stride+s.c.Bytes2]
-		}
+		s.makeOwn()
 	}
 	return nil
+}
+
+// makeOwn makes the memory in which a device side's frames lie first, one beside the other.
+func (s *side) makeOwn() {
+	s.own = make([][]byte, s.c.Size)
+	stride := (s.c.Bytes2 + 63) / 64 * 64
+	all := make([]byte, s.c.Size*stride)
+	for i := range s.own {
+		s.own[i] = all[i*stride : i*stride+s.c.Bytes2 : i*stride+s.c.Bytes2]
+	}
 }
 
 func (s *side) close() error {

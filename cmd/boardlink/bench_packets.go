@@ -31,6 +31,7 @@ type benchPacketsCmd struct {
 	Verify    bool          `help:"Write every byte and check it; else the first 64 are written, and each frame's length and number checked."`
 	CPU       string        `name:"cpu" placeholder:"A,B" help:"Processors of the board and the host side; -1 is any. Default: the first two."`
 	DPDK      bool          `name:"dpdk" help:"In turns with DPDK's virtio-user and vhost drivers (testpmd), one processor each; needs dpdk-testpmd and 512 MiB of huge pages, which it reserves as root for that time."`
+	Ours      string        `enum:"both,device,driver,each" default:"both" help:"With --dpdk, which ends of the link are ours: both; device: the host's side, by a vhost-user socket to DPDK's virtio-user driver; driver: the board's, to DPDK's vhost; each: all three, one after the other. DPDK's two ends take turns with them. device and driver: frames up to 1514 bytes."`
 	Turns     int           `default:"5" help:"With --dpdk."`
 }
 
@@ -66,6 +67,9 @@ func (c *benchPacketsCmd) configs() (todo []packetbench.Config, pair [2]int, err
 	if c.DPDK && (c.Placement != "local" || c.Sleep || c.Verify || strings.Contains(c.Size, "-")) {
 		return nil, pair, usagef("--dpdk: with --placement local, frames of one length, and without --sleep and --verify, as testpmd has none of them")
 	}
+	if c.Ours != "both" && !c.DPDK {
+		return nil, pair, usagef("--ours %s: with --dpdk only", c.Ours)
+	}
 	sizes := strings.Split(c.Size, ",")
 	switch {
 	case c.Size == "sweep" || c.Size == "" && c.Plot != "":
@@ -96,6 +100,11 @@ func (c *benchPacketsCmd) configs() (todo []packetbench.Config, pair [2]int, err
 				}
 				if err := k.Check(); err != nil {
 					return nil, pair, usageError{err}
+				}
+				for _, e := range c.ends() {
+					if err := k.CheckEnds(e); err != nil {
+						return nil, pair, usageError{err}
+					}
 				}
 				todo = append(todo, k)
 			}
@@ -144,21 +153,32 @@ func (c *benchPacketsCmd) Run(s *streams) error {
 	return nil
 }
 
+// ends are those of a link that are to be ours, one after the other.
+func (c *benchPacketsCmd) ends() []packetbench.Ends {
+	if c.Ours == "each" {
+		return []packetbench.Ends{packetbench.BothEnds, packetbench.DeviceEnd, packetbench.DriverEnd}
+	}
+	return []packetbench.Ends{packetbench.Ends(c.Ours)}
+}
+
 // compare measures in turns with DPDK: one pair of its programs for each kind of ring, as that is decided at its start.
 func (c *benchPacketsCmd) compare(run *benchRun, r *benchPackets, todo []packetbench.Config) error {
 	for len(todo) > 0 {
 		ring := todo[0].Ring
 		run.step("DPDK, " + ring)
 		todo[0].CPU = r.Environment.Pair
-		d, err := packetbench.StartDPDK(run.ctx, todo[0])
+		d, err := packetbench.StartDPDK(run.ctx, todo[0], c.ends()...)
 		if err != nil {
 			return err
 		}
 		for err == nil && len(todo) > 0 && todo[0].Ring == ring {
 			k := todo[0]
 			k.CPU = r.Environment.Pair
-			var one *packetbench.Comparison
-			if one, err = packetbench.Compare(run.ctx, k, d, c.Turns, run.step); err == nil {
+			for _, e := range c.ends() {
+				var one *packetbench.Comparison
+				if one, err = packetbench.Compare(run.ctx, k, d, e, c.Turns, run.step); err != nil {
+					break
+				}
 				r.DPDK = append(r.DPDK, one)
 			}
 			todo = todo[1:]
@@ -225,22 +245,22 @@ func frameSize(q *packetbench.Result) string {
 func (r *benchPackets) printDPDK(out io.Writer) {
 	fmt.Fprintf(out, "in turns with DPDK %s (virtio-user and vhost by testpmd: txonly, rxonly; echo: io, one frame); Mpps, of echo millions of round trips a second\n", r.DPDK[0].DPDK)
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(w, "ring\tdirection\tbytes\tturn\tboardlink\tDPDK\tratio\tcache line ns before, between, behind\t\t")
+	fmt.Fprintln(w, "ring\tdirection\tbytes\tours\tturn\tboardlink\tDPDK\tratio\tcache line ns before, between, behind\t\t")
 	for _, q := range r.DPDK {
 		for i, t := range q.Turns {
 			note := ""
 			if !t.Steady {
 				note = "the processors moved"
 			}
-			fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%.2f\t%.2f\t%.2f\t%.0f %.0f %.0f\t%s\t\n", q.Ring, q.Direction, q.Bytes, i+1, t.Ours, t.Theirs, t.Ratio, t.Trips[0], t.Trips[1], t.Trips[2], note)
+			fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%d\t%.2f\t%.2f\t%.2f\t%.0f %.0f %.0f\t%s\t\n", q.Ring, q.Direction, q.Bytes, q.Ends, i+1, t.Ours, t.Theirs, t.Ratio, t.Trips[0], t.Trips[1], t.Trips[2], note)
 		}
 	}
 	w.Flush()
 	fmt.Fprintln(out, "medians of the turns in which the processors stayed (of all where they never did); worst..best:")
 	w = tabwriter.NewWriter(out, 0, 8, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(w, "ring\tdirection\tbytes\tboardlink\tDPDK\tratio\t\tturns\t")
+	fmt.Fprintln(w, "ring\tdirection\tbytes\tours\tboardlink\tDPDK\tratio\t\tturns\t")
 	for _, q := range r.DPDK {
-		fmt.Fprintf(w, "%s\t%s\t%d\t%.2f\t%.2f\t%.2f\t(%.2f..%.2f)\t%d of %d\t\n", q.Ring, q.Direction, q.Bytes, q.Ours.Median, q.Theirs.Median, q.Ratio.Median, q.Ratio.Min, q.Ratio.Max, q.Steady, len(q.Turns))
+		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%.2f\t%.2f\t%.2f\t(%.2f..%.2f)\t%d of %d\t\n", q.Ring, q.Direction, q.Bytes, q.Ends, q.Ours.Median, q.Theirs.Median, q.Ratio.Median, q.Ratio.Min, q.Ratio.Max, q.Steady, len(q.Turns))
 	}
 	w.Flush()
 }
@@ -270,6 +290,9 @@ func (r *benchPackets) plot(w io.Writer) error {
 	}
 	for _, q := range r.DPDK {
 		name := fmt.Sprintf("%s, %s", q.Ring, q.Direction)
+		if q.Ends != packetbench.BothEnds {
+			name += fmt.Sprintf(", our %s side", q.Ends)
+		}
 		add(name, colour(name), false, q.Bytes, q.Ours.Median)
 		add(name+", DPDK", colour(name), true, q.Bytes, q.Theirs.Median)
 	}

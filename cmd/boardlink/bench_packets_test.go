@@ -71,7 +71,8 @@ func TestBenchPackets(t *testing.T) {
 	}
 	bad := [][]string{{"--size", "x"}, {"--size", "63"}, {"--size", "64-"}, {"--size", "100-64"}, {"--size", "70000"}, {"--batch", "0"}, {"--batch", "300"}, {"--queue-size", "100"},
 		{"--direction", "x"}, {"--cpu", "0,0"}, {"--cpu", "x"}, {"--duration", "1h"}, {"--duration", "0s"}, {"--runs", "0"}, {"--plot", "/nonexistent/x.svg"},
-		{"--dpdk", "--sleep"}, {"--dpdk", "--size", "64-1500"}, {"--dpdk", "--placement", "push"}, {"--dpdk", "--turns", "0"}}
+		{"--dpdk", "--sleep"}, {"--dpdk", "--size", "64-1500"}, {"--dpdk", "--placement", "push"}, {"--dpdk", "--turns", "0"},
+		{"--ours", "device"}, {"--dpdk", "--ours", "x"}, {"--dpdk", "--ours", "driver", "--size", "64,2000"}}
 	if _, err := exec.LookPath("dpdk-testpmd"); errors.Is(err, exec.ErrNotFound) {
 		bad = append(bad, []string{"--dpdk", "--duration", "2ms"})
 	}

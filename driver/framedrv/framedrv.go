@@ -46,6 +46,8 @@ type Config struct {
 	QueueSize int
 	// Packed asks for packed virtqueues, which need placement window. The default are split ones.
 	Packed bool
+	// Deny are features not to be accepted.
+	Deny virtio.Features
 	// Batch is the most frames that Reserve or Receive hand out at once; the default is frames.DefaultBatch.
 	Batch int
 	// Fallback is how a Wait polls beside its doorbell.
@@ -116,7 +118,7 @@ func (n *Net) wanted() virtio.Features {
 
 // choose returns the features to accept of those offered.
 func (n *Net) choose(offered virtio.Features, push bool) (virtio.Features, error) {
-	f := offered.And(n.wanted())
+	f := offered.And(n.wanted()).Without(n.cfg.Deny)
 	switch {
 	case !f.Has(virtio.Version1):
 		return f, fmt.Errorf("%s: the host does not offer version_1: it is not a virtio 1.x device", n.cfg.Name)
@@ -204,6 +206,13 @@ func (n *Net) setUp(t driver.Transport, m driver.Layout, set uint32, broken func
 	set |= virtio.StatusDriverOK
 	if s, err = t.SetStatus(set); err == nil && s&(virtio.StatusNeedsReset|virtio.StatusDriverOK) != virtio.StatusDriverOK {
 		err = fmt.Errorf("%s: the host cannot start the device (status %s): see its log", n.cfg.Name, virtio.StatusString(s))
+	}
+	if e, ok := t.(driver.Enabler); ok {
+		for _, i := range [...]int{rx, tx} {
+			if err == nil {
+				err = e.EnableQueue(i, true)
+			}
+		}
 	}
 	if err != nil {
 		return err
@@ -294,8 +303,8 @@ func (n *Net) room(m *driver.Memory, c frames.Config, q *queue, limit uint64) (d
 func (n *Net) queue(t driver.Transport, m driver.Layout, acked virtio.Features, i, max int, stop *doorbell.Eventfd) (*queue, frames.Config, error) {
 	q := &n.queues[i]
 	name := n.cfg.Name + " " + virtio.NetQueueName(i, 1)
-	c := frames.Config{Name: name, MaxFrame: max, Batch: n.cfg.Batch, Ring: t.Kick(i), Stats: q.stats,
-		Sleep: doorbell.SleeperConfig{Doorbell: t.Call(i), Stop: stop, Fallback: n.cfg.Fallback, Counters: q.bells}}
+	c := frames.Config{Name: name, MaxFrame: max, Batch: n.cfg.Batch, Stats: q.stats,
+		Sleep: doorbell.SleeperConfig{Stop: stop, Fallback: n.cfg.Fallback, Counters: q.bells}}
 	limit, err := t.QueueMax(i)
 	if err != nil {
 		return nil, c, err
@@ -339,7 +348,11 @@ func (n *Net) queue(t driver.Transport, m driver.Layout, acked virtio.Features, 
 	n.mu.Lock()
 	q.q, q.size = d, size
 	n.mu.Unlock()
-	return q, c, t.SetQueue(i, size, r.Desc.Addr(), r.Driver.Addr(), r.Device.Addr())
+	if err := t.SetQueue(i, size, r.Desc.Addr(), r.Driver.Addr(), r.Device.Addr()); err != nil {
+		return nil, c, err
+	}
+	c.Ring, c.Sleep.Doorbell = t.Kick(i), t.Call(i)
+	return q, c, nil
 }
 
 // Down implements driver.Driver. It returns once the Handler has returned.
@@ -382,7 +395,7 @@ func (n *Net) Status() status.Device {
 	defer n.mu.Unlock()
 	s := status.Device{Name: n.cfg.Name, Type: "net", Number: n.cfg.Number, LinkType: "frames", MTU: n.mtu,
 		Carrier: n.serving != nil && (!n.acked.Has(virtio.NetStatus) || n.net.LinkUp),
-		Status:  virtio.StatusString(n.devStatus), Offered: n.offered.Names(), Allowed: n.wanted().Names(), Negotiated: n.acked.Names(),
+		Status:  virtio.StatusString(n.devStatus), Offered: n.offered.Names(), Allowed: n.wanted().Without(n.cfg.Deny).Names(), Negotiated: n.acked.Names(),
 		MaxPairs: 1, Counters: map[string]uint64{"ups": n.ups, "broken": n.broken}}
 	if n.serving != nil {
 		s.Pairs = 1
