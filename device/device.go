@@ -123,6 +123,8 @@ type Resources struct {
 	Copy    *CopyEngine // nil: the processor copies
 	// Log is where the queue marks what it writes; the zero Log: nowhere.
 	Log vring.Log
+	// Journal is where a packed queue keeps its place; nil: nowhere.
+	Journal *vring.Journal
 }
 
 // Change is what of a started queue's Resources is given anew; nil fields stay.

@@ -6,7 +6,10 @@ import (
 	"github.com/boardlink/boardlink/dma"
 )
 
-var errNoTable = errors.New("no region table")
+var (
+	errNoTable   = errors.New("no region table")
+	errNoJournal = errors.New("no journal")
+)
 
 // deviceSide is what the device sides of both kinds of virtqueue have in common: the way
 // from what a descriptor says to spans.

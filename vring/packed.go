@@ -23,6 +23,7 @@ import (
 type packed struct {
 	words     []packedWord // flags, ids, lengths as scanned
 	event     uint32       // own event suppression word, as written
+	enable    uint32       // that which asks to be notified of everything
 	unsettled bool         // it may not have reached the other side since it was written
 
 	since   uint32 // descriptors made available, or used, since NeedKick, NeedCall
@@ -331,7 +332,7 @@ func (q *ring) suppress(p *packed, a *area, w uint32) {
 
 // arm asks in area a to be notified of the descriptor at position at.
 func (q *ring) arm(p *packed, a *area, at uint16) {
-	w := uint32(eventEnable << 16)
+	w := p.enable
 	if q.eventIdx {
 		w = eventDesc<<16 | uint32(at)
 	}

@@ -23,7 +23,13 @@ type PackedDevice struct {
 
 	run            []byte // copy of descriptors in memory that is not direct
 	taken, scanned int    // of p.words: how many this batch took, and has scanned
+
+	journal *Journal // nil: none is kept
 }
+
+// touched is set in the event suppression word of a device side with a Journal: as the position
+// of an event, which means nothing beside eventEnable and eventDisable, it tells that the ring is in use.
+const touched = 1
 
 // heldSlot is what the device side knows of a buffer id.
 type heldSlot struct {
@@ -56,7 +62,15 @@ func NewPackedDevice(c Config) (*PackedDevice, error) {
 	q.avail, q.used, q.flying, q.unknown = s.Avail, s.Used, n, n
 	q.setState(q.avail, q.used)
 	q.serve(&c)
-	q.p.event = eventEnable << 16
+	q.p.enable = eventEnable << 16
+	if c.Journal != nil {
+		if err := c.Journal.fits(c.Size); err != nil {
+			return nil, configError(&c, err)
+		}
+		q.journal = c.Journal
+		q.p.enable |= touched
+	}
+	q.p.event = q.p.enable
 	q.device.store32(0, q.p.event)
 	q.fence(mmio.FullBarrier)
 	if q.dirty.bits != nil {
@@ -117,6 +131,9 @@ func (q *PackedDevice) Complete(used []Used) error {
 	if q.dirty.kept != nil {
 		q.markUsed(used)
 	}
+	if q.journal != nil {
+		q.journal.begin(q, used, uint16(count))
+	}
 	direct, ram, slots, inOrder := q.desc.direct, q.desc.ram, q.slots, q.inOrder
 	size := uint32(q.size)
 	pos, mark := uint32(q.used&^wrapBit), usedMark(q.used)
@@ -129,7 +146,7 @@ func (q *PackedDevice) Complete(used []Used) error {
 		s := &slots[u.ID]
 		skip := false
 		if s.count != 0 {
-			skip = inOrder && s.full|u.Len == 0 && i+1 < len(used)
+			skip = inOrder && s.full|u.Len == 0 && i+1 < len(used) // as leaves
 			s.count, s.claimed = 0, false
 			q.held--
 			if q.done++; q.done == len(q.log) {
@@ -167,6 +184,9 @@ func (q *PackedDevice) Complete(used []Used) error {
 		q.fence(mmio.FullBarrier)
 		q.markRing(&q.desc, 0, start, uint64(count), descSize)
 		q.dirty.bits.Tell()
+	}
+	if q.journal != nil {
+		q.journal.commit(q.used)
 	}
 	q.passed(&q.p, count)
 	q.setState(q.avail, q.used)

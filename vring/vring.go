@@ -189,6 +189,9 @@ type Config struct {
 	// device may write of a chain that it completes.
 	Log      Log
 	LogByLen bool
+	// Journal is where the device side of a packed queue keeps its place, for another process that goes on after
+	// this one's sudden end; nil: nowhere. It stands at State.Used (Journal.Reset), and no chain of State is in flight.
+	Journal *Journal
 	// State is where to go on. A driver side starts with nothing in flight (Avail equal
 	// to Used); a device side goes on with Avail-Used chains in flight, whose IDs
 	// its owner knows.

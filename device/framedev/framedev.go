@@ -190,7 +190,7 @@ func (n *Net) ring(i int, name string, r *device.Resources, a *dma.QueueAccount,
 	c := vring.Config{Name: name, Size: r.Size, State: s, Table: r.Table.Accounted(&a.Payload),
 		Desc: r.Areas.Desc.Accounted(&a.Descriptor), Driver: r.Areas.Driver.Accounted(&a.Driver), Device: r.Areas.Device.Accounted(&a.Device),
 		EventIdx: n.acked.Has(virtio.EventIdx), Indirect: n.acked.Has(virtio.IndirectDesc), InOrder: n.acked.Has(virtio.InOrder),
-		Sent: i == virtio.NetQueueTX(0), Log: r.Log}
+		Sent: i == virtio.NetQueueTX(0), Log: r.Log, Journal: r.Journal}
 	if n.acked.Has(virtio.RingPacked) {
 		return vring.NewPackedDevice(c)
 	}

@@ -31,7 +31,7 @@ func (n *Net) lookup(i int) (q *netQueue, p *netPair, name string, err error) {
 
 // ringConfig describes the ring of queue q with resources r, to go on at s.
 func (n *Net) ringConfig(q *netQueue, i int, name string, r *device.Resources, a *dma.QueueAccount, s vring.State) vring.Config {
-	return vring.Config{Name: name, Size: r.Size, State: s, Table: r.Table.Accounted(&a.Payload),
+	return vring.Config{Name: name, Size: r.Size, State: s, Journal: r.Journal, Table: r.Table.Accounted(&a.Payload),
 		Desc: r.Areas.Desc.Accounted(&a.Descriptor), Driver: r.Areas.Driver.Accounted(&a.Driver), Device: r.Areas.Device.Accounted(&a.Device),
 		EventIdx: n.acked.Has(virtio.EventIdx), Indirect: n.acked.Has(virtio.IndirectDesc), InOrder: n.acked.Has(virtio.InOrder),
 		Sent: q != &n.ctrl && i%2 == 1, Log: r.Log, LogByLen: q != &n.ctrl}
