@@ -2,10 +2,13 @@ package app
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strings"
 
+	"github.com/boardlink/boardlink/app/internal/statussock"
 	"github.com/boardlink/boardlink/board"
 	"github.com/boardlink/boardlink/control/vhostuser"
 	"github.com/boardlink/boardlink/device"
@@ -75,7 +78,21 @@ func (e *ends) newDoor(l *link, d device.Device) (end, error) {
 	if err != nil {
 		return nil, err
 	}
-	return doorEnd{vhostuser.New(vhostuser.Config{Name: l.name, Board: l.board, Spec: s, Device: d, Log: session.Limit(e.log)}), d}, nil
+	return doorEnd{vhostuser.New(vhostuser.Config{Name: l.name, Board: l.board, Spec: s, Device: d, State: doorState(s), Log: session.Limit(e.log)}), d}, nil
+}
+
+// doorState returns the file in which a socket's packed queues keep their places: beside the status sockets, named after the
+// socket. It is empty where there is no such directory, or no path that names the socket.
+func doorState(s vhostuser.Spec) string {
+	if s.Path == "" {
+		return ""
+	}
+	path, err := filepath.Abs(s.Path)
+	if err != nil || statussock.Prepare() != nil {
+		return ""
+	}
+	sum := sha256.Sum256([]byte(path))
+	return filepath.Join(statussock.Dir(), fmt.Sprintf("%x.rings", sum[:8]))
 }
 
 // doorEnd is the end of a link to a front end.

@@ -76,7 +76,7 @@ func queueSize(to func(c *Config) *uint16) func(c *Config, v string) error {
 
 // flags are all there are, in the order of the help.
 var flags = []Flag{
-	{Name: "board", Arg: "KIND:ARG", sides: hostOnly, Help: "The board, e.g. loopback:/run/a.sock, or a vhost-user front end in its place: vhost-user:/run/x.sock, with ,client ,mode=0660 or ,queues=N behind it. It may come later. May be repeated.",
+	{Name: "board", Arg: "KIND:ARG", sides: hostOnly, Help: "The board, e.g. loopback:/run/a.sock, or a vhost-user front end in its place: vhost-user:/run/x.sock, with ,client ,mode=0660 ,queues=N ,slots=off or ,status=off behind it. It may come later. May be repeated.",
 		set: func(c *Config, v string) error { c.Boards = append(c.Boards, v); return nil }},
 	{Name: "board", Arg: "KIND:ARG", sides: agentOnly, Help: "The board, e.g. loopback:/run/a.sock, or a vhost-user back end in the host's place: vhost-user:/run/y.sock (,server ,mode=0660 may follow). It may come later.",
 		set: func(c *Config, v string) error { c.Boards = append(c.Boards, v); return nil }},

@@ -31,8 +31,12 @@ type backend struct {
 	mem      *memory
 	table    dma.TableRef
 	rings    []ring
-	first    int  // so many rings have to be started and enabled before the device runs
-	running  bool // the device is told so
+	places   *places // nil: no places of packed rings are kept
+	answer   *ring   // whose place is in the answer that is to be sent; nil: none
+	first    int     // so many rings have to be started and enabled before the device runs
+	running  bool    // the device is told so
+	without  uint64  // protocol features that are not offered, as the operator wants it
+	told     bool    // the log has told that the driver is a legacy one
 	starts   bucket
 	kept     []*doorbell.Eventfd // that may be in use until close
 	dirty    *dirtyLog           // of SET_LOG_BASE; nil: none
@@ -88,13 +92,13 @@ func (b *backend) packed() bool { return b.accepted().Has(virtio.RingPacked) }
 func (b *backend) protocol() uint64 {
 	p := protoMQ | protoLog | protoReplyAck | protoMemSlots | protoResetDevice | protoStatus
 	if b.dev.DeviceID() != virtio.IDNet {
-		return p | protoConfig // QEMU serves a network device's configuration space itself
+		return (p | protoConfig) &^ b.without // QEMU serves a network device's configuration space itself
 	}
 	p |= protoMTU
 	if _, ok := b.dev.(device.Announcer); ok {
 		p |= protoRARP
 	}
-	return p
+	return p &^ b.without
 }
 
 // handle serves a message and returns its answer, nil where there is none. An error is one that
@@ -289,6 +293,9 @@ func (b *backend) reset() error {
 	if err := b.dev.Reset(deadline()); err != nil {
 		return err
 	}
+	for i := range b.rings {
+		b.forget(&b.rings[i])
+	}
 	b.features, b.usable, b.taken, b.status, b.running = 0, false, false, 0, false
 	for i := range b.rings {
 		r := &b.rings[i]
@@ -352,6 +359,7 @@ func (b *backend) setVring(m *message) ([]byte, error) {
 			return nil, err
 		}
 		r.kicked, r.broken = false, false
+		b.answer = r // sent, the front end knows the place
 		return encodeReply(m.req, vringState{s.index, r.base}.encode()), nil
 	case SetVringEnable:
 		if s.num > 1 {
@@ -382,7 +390,8 @@ func (b *backend) setVring(m *message) ([]byte, error) {
 		if err := b.stopped(m, r); err != nil {
 			return nil, err
 		}
-		r.base, r.based = s.num, true
+		r.base, r.based, r.own = s.num, true, false
+		r.told, r.toldBase = s.num, true
 	}
 	return nil, nil
 }
@@ -473,11 +482,21 @@ func (b *backend) setVringFD(m *message) error {
 	replace(&old, nil)
 	r.kicked = true
 	if !b.usable {
-		b.log.Warn("the front end starts a queue without virtio 1 (VERSION_1): its driver is a legacy one, or negotiated while this program was away. "+
-			"Set disable-legacy=on for the device, or let the guest's driver start anew", "link", b.name, "queue", r.index)
+		b.tellLegacy()
 		return nil
 	}
 	return b.settleRing(r)
+}
+
+// tellLegacy logs, once for each connection, that queues are not started because the front end has
+// not accepted VERSION_1.
+func (b *backend) tellLegacy() {
+	if b.told {
+		return
+	}
+	b.told = true
+	b.log.Warn("the front end starts queues without virtio 1 (VERSION_1): its driver is a legacy one, or negotiated while this program was away. "+
+		"Set disable-legacy=on for the device, or let the guest's driver start anew", "link", b.name)
 }
 
 // settleRing starts a ring that was kicked, and all else that can be started. What is wrong with

@@ -31,6 +31,9 @@ type Config struct {
 	Board  string // the spec as it was given, for status
 	Spec   Spec
 	Device device.Device // it belongs to the caller, who closes it when Run has returned
+	// State is a file in which the places of packed queues are kept, so that they can go on after this process was
+	// killed; empty: they are kept in this process only. It is made where it is not there.
+	State string
 	// Log should limit lines that repeat: a front end can cause them at will.
 	Log Logger
 }
@@ -80,6 +83,7 @@ type Door struct {
 	wake   chan struct{} // there are events
 	closer closer        // of what front ends sent
 	pace   bucket        // of connections
+	places *places
 
 	mu      sync.Mutex // guards what follows
 	events  []device.Event
@@ -93,6 +97,7 @@ type Door struct {
 // New returns a door for a device. The device belongs to the door until Run has returned.
 func New(c Config) *Door {
 	d := &Door{cfg: c, wake: make(chan struct{}, 1), pace: bucket{every: connectEvery, burst: connectBurst}}
+	d.places = newPlaces(c.Name, c.State, dataQueues(c.Device), c.Log)
 	d.setState(stateStarting, nil)
 	c.Device.Notify(d.event)
 	return d
@@ -146,6 +151,11 @@ func (d *Door) Open(context.Context) error {
 // connection that was passed as a descriptor ends it too.
 func (d *Door) Run(ctx context.Context) (err error) {
 	defer func() { d.setState(stateStopped, err) }()
+	defer func() {
+		if err == nil { // else a queue may still write there
+			d.places.close()
+		}
+	}()
 	logged := ""
 	for d.ln == nil && d.single == nil && !d.cfg.Spec.Client {
 		err := d.Open(ctx)
@@ -273,6 +283,8 @@ func (d *Door) serve(ctx context.Context, c *net.UnixConn) error {
 	atomic.AddUint64(&d.n.Connections, 1)
 	d.takeEvents() // of the connection before
 	b := newBackend(d.cfg.Name, d.cfg.Device, d.cfg.Log, &d.n)
+	b.places = d.places
+	b.without = d.cfg.Spec.without()
 	d.setState(stateConnected, nil)
 	d.cfg.Log.Info("front end connected", "link", d.cfg.Name)
 	err := d.converse(ctx, c, b)
@@ -394,6 +406,7 @@ func (d *Door) answer(ctx context.Context, c *net.UnixConn, b *backend, m *messa
 		return ctx.Err()
 	}
 	var reply []byte
+	b.answer = nil
 	err := d.guard(func() (err error) {
 		reply, err = b.handle(m)
 		return err
@@ -407,6 +420,9 @@ func (d *Door) answer(ctx context.Context, c *net.UnixConn, b *backend, m *messa
 	}
 	if _, err := c.Write(reply); err != nil {
 		return fmt.Errorf("answer to %s: %w", m.req, err)
+	}
+	if r := b.answer; r != nil {
+		return d.guard(func() error { b.heard(r); return nil })
 	}
 	return nil
 }

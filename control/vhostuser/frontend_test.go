@@ -111,7 +111,7 @@ func (e *echo) Queue(i int) device.QueueInfo {
 
 func (e *echo) open(i int, r device.Resources, s vring.State) (vring.Device, error) {
 	c := vring.Config{Name: e.Queue(i).Name, Size: r.Size, Desc: r.Areas.Desc, Driver: r.Areas.Driver, Device: r.Areas.Device, Table: r.Table, State: s,
-		EventIdx: e.accepted.Has(virtio.EventIdx), Indirect: e.accepted.Has(virtio.IndirectDesc), InOrder: e.accepted.Has(virtio.InOrder), Log: r.Log}
+		EventIdx: e.accepted.Has(virtio.EventIdx), Indirect: e.accepted.Has(virtio.IndirectDesc), InOrder: e.accepted.Has(virtio.InOrder), Log: r.Log, Journal: r.Journal}
 	if e.accepted.Has(virtio.RingPacked) {
 		return vring.NewPackedDevice(c)
 	}

@@ -284,7 +284,7 @@ func TestLegacy(t *testing.T) {
 		f.queue(i, kinds[0].f)
 		f.start(i, 0)
 	}
-	if _, started, _ := e.state(); started != 0 || !d.log.has("disable-legacy=on") {
+	if _, started, _ := e.state(); started != 0 || strings.Count(strings.Join(d.log.lines, "\n"), "disable-legacy=on") != 1 {
 		t.Errorf("started %#x, log %q", started, d.log.lines)
 	}
 	f.set(SetFeatures, encodeU64(kinds[0].f.Mask()|featProtocol))
@@ -293,6 +293,26 @@ func TestLegacy(t *testing.T) {
 		f.enable(i, 1)
 	}
 	f.trip(0, 50, 2, func() error { _, err := e.echo(0); return err })
+}
+
+// TestNotOffered: protocol features that the operator has switched off are not there.
+func TestNotOffered(t *testing.T) {
+	d := newDoor(t, newEcho(t, 1))
+	f := newFront(t, d.connect(t))
+	if p := f.getU64(GetProtocolFeatures); p&(protoMemSlots|protoStatus) != protoMemSlots|protoStatus {
+		t.Errorf("protocol features %#x", p)
+	}
+	d = newDoor(t, newEcho(t, 1))
+	d.cfg.Spec.NoSlots, d.cfg.Spec.NoStatus = true, true
+	f = newFront(t, d.connect(t))
+	if p := f.getU64(GetProtocolFeatures); p&(protoMemSlots|protoStatus) != 0 || p&protoReplyAck == 0 {
+		t.Errorf("protocol features %#x", p)
+	}
+	f.negotiate(kinds[0].f, allProto&^(protoMemSlots|protoStatus))
+	if f.ask(SetStatus, encodeU64(1)) {
+		t.Error("SET_STATUS was taken")
+	}
+	f.setTable()
 }
 
 // TestSecondFrontEnd: one front end at a time; another one is turned away, and the first one goes
@@ -425,6 +445,8 @@ func TestParseSpec(t *testing.T) {
 		"vhost-user:/run/x,mode=0660,queues=4":       {Path: "/run/x", FD: -1, Mode: 0o660, Queues: 4},
 		"vhost-user:fd=3":                            {FD: 3},
 		"vhost-user:fd=0,queues=128":                 {FD: 0, Queues: 128},
+		"vhost-user:/x,slots=off,status=off":         {Path: "/x", FD: -1, NoSlots: true, NoStatus: true},
+		"vhost-user:fd=3,slots=on,status=on":         {FD: 3},
 		"vhost-user:" + strings.Repeat("a", maxPath): {Path: strings.Repeat("a", maxPath), FD: -1},
 	} {
 		if got, err := ParseSpec(s); err != nil || got != want {
@@ -433,7 +455,7 @@ func TestParseSpec(t *testing.T) {
 	}
 	for _, s := range []string{"", "loopback:/x", "vhost-user:", "vhost-user:,client", "vhost-user:fd=", "vhost-user:fd=-1", "vhost-user:fd=x",
 		"vhost-user:fd=3,client", "vhost-user:fd=3,mode=660", "vhost-user:/x,mode=888", "vhost-user:/x,mode=0", "vhost-user:/x,mode=1777", "vhost-user:/x,queues=0",
-		"vhost-user:/x,queues=129", "vhost-user:/x,server", "vhost-user:/x,", "vhost-user:/x,client,mode=660",
+		"vhost-user:/x,queues=129", "vhost-user:/x,server", "vhost-user:/x,slots=no", "vhost-user:/x,status", "vhost-user:/x,", "vhost-user:/x,client,mode=660",
 		"vhost-user:" + strings.Repeat("a", maxPath+1)} {
 		if got, err := ParseSpec(s); err == nil || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%q: %+v, %v", s, got, err)

@@ -27,6 +27,9 @@ type ring struct {
 	addressed bool   // addr is set
 	base      uint32 // where to go on
 	based     bool   // base is set: 0 is a place in a packed ring as well
+	own       bool   // base is where this back end has stopped
+	told      uint32 // the base that the front end knows, ...
+	toldBase  bool   // ... if it knows one
 	kicked    bool   // SET_VRING_KICK has come since the ring was stopped
 	enabled   bool
 	started   bool
@@ -110,6 +113,15 @@ func (b *backend) areas(r *ring, m *memory) (device.Areas, error) {
 func (b *backend) state(r *ring, as device.Areas) (s vring.State, err error) {
 	c := vring.Config{Name: b.dev.Queue(r.index).Name, Size: r.size, Desc: as.Desc, Driver: as.Driver, Device: as.Device}
 	if b.packed() {
+		if !r.own {
+			s, ok, err := b.recall(r, as, c)
+			if err != nil {
+				b.log.Warn("the place of a packed queue that was kept is of no use", "link", b.name, "queue", r.index, "error", err)
+			}
+			if ok {
+				return s, nil
+			}
+		}
 		if !r.based {
 			return vring.State{}, nil // a new queue
 		}
@@ -154,9 +166,13 @@ func (b *backend) start(r *ring, pending bool) error {
 	}
 	b.starts.take(time.Now())
 	l := b.ringLog(r)
+	var j *vring.Journal
+	if b.packed() {
+		j = b.keep(r, as, s)
+	}
 	err = b.dev.EnableQueue(r.index, b.enabled(r), deadline())
 	if err == nil {
-		err = b.dev.StartQueue(r.index, device.Resources{Size: r.size, Areas: as, Table: &b.table, Kick: r.waiter(), Call: r.ringer(), Log: l}, s)
+		err = b.dev.StartQueue(r.index, device.Resources{Size: r.size, Areas: as, Table: &b.table, Kick: r.waiter(), Call: r.ringer(), Log: l, Journal: j}, s)
 	}
 	if err != nil {
 		return b.notNow(err)
@@ -218,7 +234,7 @@ func (b *backend) stop(r *ring) error {
 		return err
 	}
 	r.started = false
-	r.base, r.based = st.State.Base(), true
+	r.base, r.based, r.own = st.State.Base(), true, true
 	atomic.AddUint64(&b.n.QueueStops, 1)
 	return nil
 }

@@ -165,5 +165,6 @@ func (b *backend) replaceMemory(next *memory) error {
 	}
 	old.unmapBut(next)
 	b.mem = next
+	b.moved()
 	return b.settle(true)
 }

@@ -11,7 +11,7 @@ import (
 const Prefix = "vhost-user:"
 
 // Help describes the spec of a door.
-const Help = "vhost-user:PATH[,client][,mode=0660][,queues=N], or vhost-user:fd=N[,queues=N]"
+const Help = "vhost-user:PATH[,client][,mode=0660][,queues=N][,slots=off][,status=off], or vhost-user:fd=N with the last three"
 
 // FrontendHelp describes the spec of a front end.
 const FrontendHelp = "vhost-user:PATH[,server][,mode=0660], or vhost-user:fd=N"
@@ -35,6 +35,21 @@ type Spec struct {
 	Mode os.FileMode
 	// Queues is how many queue pairs a network device has; 0: as it is described elsewhere.
 	Queues int
+	// NoSlots: CONFIGURE_MEM_SLOTS is not offered, so the front end sends whole memory tables.
+	NoSlots bool
+	// NoStatus: STATUS is not offered, so the front end does not send the device status.
+	NoStatus bool
+}
+
+// without returns the protocol features that are not to be offered.
+func (s Spec) without() (bits uint64) {
+	if s.NoSlots {
+		bits |= protoMemSlots
+	}
+	if s.NoStatus {
+		bits |= protoStatus
+	}
+	return bits
 }
 
 // ParseSpec reads the spec of a door, "vhost-user:PATH,...". Errors are the user's, in one line.
@@ -86,6 +101,10 @@ func parseSpec(s string, front bool) (Spec, error) {
 				return bad("%q is no number of queue pairs: 1 to %d", p[7:], maxPairs)
 			}
 			spec.Queues = int(n)
+		case (p == "slots=off" || p == "slots=on") && !front:
+			spec.NoSlots = p == "slots=off"
+		case (p == "status=off" || p == "status=on") && !front:
+			spec.NoStatus = p == "status=off"
 		default:
 			return bad("%q is no option", p)
 		}
