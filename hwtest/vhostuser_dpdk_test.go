@@ -28,7 +28,7 @@ import (
 
 var (
 	fullFlag  = flag.Bool("full", false, "with DPDK: all combinations of options, not the chosen ones")
-	roundFlag = flag.Int("rounds", 2, "with DPDK: how often each side is started")
+	roundFlag = flag.Int("rounds", 2, "with DPDK: how often each side is started; with a guest: how often what is repeated is done, half of it or twice")
 )
 
 // pmd is DPDK's testpmd, which sends each frame back by the queue that brought it.

@@ -24,14 +24,31 @@ import (
 // Port is where Echo listens.
 const Port = 7007
 
-// Echo sends back what comes in by TCP at the Port, until ctx ends. Errors are those of the listening socket.
+// Echo sends back what comes in by TCP and UDP at the Port, until ctx ends. Errors are those of the listening sockets.
 func Echo(ctx context.Context) error {
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", fmt.Sprintf(":%d", Port))
 	if err != nil {
 		return err
 	}
-	context.AfterFunc(ctx, func() { l.Close() })
+	u, err := lc.ListenPacket(ctx, "udp", fmt.Sprintf(":%d", Port))
+	if err != nil {
+		l.Close()
+		return err
+	}
+	context.AfterFunc(ctx, func() { l.Close(); u.Close() })
+	go func() {
+		buf := make([]byte, 64<<10)
+		for {
+			n, from, err := u.ReadFrom(buf)
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			if err == nil {
+				u.WriteTo(buf[:n], from)
+			}
+		}
+	}()
 	for {
 		c, err := l.Accept()
 		if err != nil {
@@ -117,6 +134,10 @@ func word(seed, i uint64) uint64 {
 	x = (x ^ x>>27) * 0x94d049bb133111eb
 	return x ^ x>>31
 }
+
+func putWord(b []byte, v uint64) { binary.LittleEndian.PutUint64(b, v) }
+
+func getWord(b []byte) uint64 { return binary.LittleEndian.Uint64(b) }
 
 func fill(b []byte, seed uint64, off int64) {
 	for i := 0; i < len(b); i += 8 {

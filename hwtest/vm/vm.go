@@ -28,6 +28,10 @@ type Config struct {
 	Name string
 	// Kernel is what it boots; nil is Linux612. It decides on the architecture.
 	Kernel *KernelSpec
+	// Machine is QEMU's machine type on amd64: q35 where it is empty, or microvm, whose devices are all
+	// virtio-mmio (NAME-device instead of NAME-pci). It has no timer that Linux can measure its clock
+	// by: Append has to hold tsc_early_khz=N.
+	Machine string
 	// Memory is the machine's, in MiB; 0 means 512, on pseries 1024.
 	Memory int
 	// SMP is the number of vCPUs; 0 means 1. There is always room for a second one, see the package's rules.
@@ -175,6 +179,9 @@ func (m *VM) waitBoot(ctx context.Context) error {
 	}
 }
 
+// microVM is a machine type without PCI.
+const microVM = "microvm"
+
 // initModules carry the port to the first process; they are loaded before what the Config names.
 var initModules = []string{"virtio_pci", "virtio_console"}
 
@@ -183,7 +190,11 @@ func (m *VM) initramfs(ctx context.Context, path string) error {
 	if err != nil {
 		return err
 	}
-	mods, files, err := x.resolve(ctx, append(append([]string{}, initModules...), m.cfg.Modules...))
+	first := initModules
+	if m.cfg.Machine == microVM {
+		first = []string{"virtio_mmio", "virtio_console"}
+	}
+	mods, files, err := x.resolve(ctx, append(append([]string{}, first...), m.cfg.Modules...))
 	if err != nil {
 		return err
 	}
@@ -248,10 +259,15 @@ func (m *VM) args(initrd string) []string {
 	// no_timer_check: on a busy host the timer's interrupts may stay out for longer than Linux waits at its test of them.
 	line := "quiet panic=-1 oops=panic nokaslr mitigations=off net.ifnames=0 no_timer_check"
 	serial := "virtio-serial-pci,id=bl-serial,max_ports=2"
-	if c.arch() == PPC64LE {
+	switch {
+	case c.arch() == PPC64LE:
 		args = append(args, "-M", "pseries")
 		line = "console=hvc0 " + line
-	} else {
+	case c.Machine == microVM:
+		args = append(args, "-M", microVM, "-cpu", "max", "-global", "virtio-mmio.force-legacy=false")
+		line = "console=ttyS0 " + line
+		serial = "virtio-serial-device,id=bl-serial,max_ports=2"
+	default:
 		args = append(args, "-M", "q35", "-cpu", "max")
 		line = "console=ttyS0 " + line
 		serial += ",addr=0x1e,disable-legacy=on"
@@ -428,6 +444,27 @@ func (m *VM) WaitKernelLog(ctx context.Context, re *regexp.Regexp) (string, erro
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
+}
+
+// Reboot resets the machine, as by its reset button, and waits until its first process answers again. What ran
+// in it is gone, and nothing that the test waits for there may be under way.
+func (m *VM) Reboot(ctx context.Context) error {
+	// Machines are started with -no-reboot, so that a kernel that panics ends them.
+	for _, action := range []string{"reset", "shutdown"} {
+		if _, err := m.QMP(ctx, "set-action", map[string]any{"reboot": action}); err != nil {
+			return err
+		}
+		if action == "shutdown" {
+			return nil
+		}
+		if _, err := m.QMP(ctx, "system_reset", nil); err != nil {
+			return err
+		}
+		if err := m.waitBoot(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Pid returns QEMU's process, as to stop and to continue it.

@@ -9,9 +9,13 @@
 //	peer master FUNCTION on|off
 //	peer wipe FUNCTION
 //	peer up INTERFACE PREFIX [MTU]
+//	peer down INTERFACE
+//	peer ethtool INTERFACE FEATURE=on|off ...
+//	peer channels INTERFACE PAIRS
 //
 // memory sets or clears the memory-enable bit of a PCI function, master its bus-master bit, wipe clears its BARs and command register as a reset of the
-// board does, both behind the back of whoever uses it. up gives an interface an IPv4 address and sets it up.
+// board does, both behind the back of whoever uses it. up gives an interface an IPv4 address and sets it up. ethtool and channels
+// do what ethtool -K and ethtool -L do, and fail where the interface is not as wanted afterwards.
 package main
 
 import (
@@ -76,7 +80,16 @@ func run(args []string) error {
 	if len(args) >= 3 && args[0] == "up" {
 		return up(args[1], args[2], args[3:])
 	}
-	return fmt.Errorf("usage: peer up INTERFACE PREFIX [MTU] | peer echo | peer check ADDRESS [PINGS [BYTES]] | peer memory FUNCTION on|off | peer master FUNCTION on|off | peer wipe FUNCTION")
+	if len(args) == 2 && args[0] == "down" {
+		return down(args[1])
+	}
+	if len(args) >= 3 && args[0] == "ethtool" {
+		return offload(args[1], args[2:])
+	}
+	if len(args) == 3 && args[0] == "channels" {
+		return channels(args[1], args[2])
+	}
+	return fmt.Errorf("usage: peer down INTERFACE | peer ethtool INTERFACE FEATURE=on|off ... | peer channels INTERFACE PAIRS | peer up INTERFACE PREFIX [MTU] | peer echo | peer check ADDRESS [PINGS [BYTES]] | peer memory FUNCTION on|off | peer master FUNCTION on|off | peer wipe FUNCTION")
 }
 
 // command sets or clears a bit of the command register in configuration space (PCI 3.0, 6.2.2).
@@ -115,6 +128,21 @@ func wipe(fn string) error {
 		}
 	}
 	return nil
+}
+
+// down sets an interface down.
+func down(name string) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	r, err := unix.NewIfreq(name)
+	if err != nil {
+		return err
+	}
+	r.SetUint16(0)
+	return unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, r)
 }
 
 // up gives an interface an IPv4 address, an MTU if there is one, and sets it up.
