@@ -630,6 +630,18 @@ func (l *testLog) Info(msg string, args ...interface{})  { l.add("info", msg, ar
 func (l *testLog) Warn(msg string, args ...interface{})  { l.add("warn", msg, args...) }
 func (l *testLog) Error(msg string, args ...interface{}) { l.add("error", msg, args...) }
 
+// count returns how many lines have the text.
+func (l *testLog) count(text string) (n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, s := range l.lines {
+		if bytes.Contains([]byte(s), []byte(text)) {
+			n++
+		}
+	}
+	return n
+}
+
 // has tells whether a line holds text.
 func (l *testLog) has(text string) bool {
 	l.mu.Lock()

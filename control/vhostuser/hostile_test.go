@@ -284,7 +284,7 @@ func TestLegacy(t *testing.T) {
 		f.queue(i, kinds[0].f)
 		f.start(i, 0)
 	}
-	if _, started, _ := e.state(); started != 0 || strings.Count(strings.Join(d.log.lines, "\n"), "disable-legacy=on") != 1 {
+	if _, started, _ := e.state(); started != 0 || d.log.count("disable-legacy=on") != 1 {
 		t.Errorf("started %#x, log %q", started, d.log.lines)
 	}
 	f.set(SetFeatures, encodeU64(kinds[0].f.Mask()|featProtocol))
@@ -302,8 +302,9 @@ func TestNotOffered(t *testing.T) {
 	if p := f.getU64(GetProtocolFeatures); p&(protoMemSlots|protoStatus) != protoMemSlots|protoStatus {
 		t.Errorf("protocol features %#x", p)
 	}
-	d = newDoor(t, newEcho(t, 1))
-	d.cfg.Spec.NoSlots, d.cfg.Spec.NoStatus = true, true
+	d = &door{path: t.TempDir() + "/s", log: &testLog{}}
+	d.Door = New(Config{Name: "door0", Spec: Spec{Path: d.path, FD: -1, NoSlots: true, NoStatus: true}, Device: newEcho(t, 1), Log: d.log})
+	d.run(t)
 	f = newFront(t, d.connect(t))
 	if p := f.getU64(GetProtocolFeatures); p&(protoMemSlots|protoStatus) != 0 || p&protoReplyAck == 0 {
 		t.Errorf("protocol features %#x", p)

@@ -3,7 +3,6 @@ package vhostuser
 import (
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -163,7 +162,7 @@ func TestPlacesFile(t *testing.T) {
 		if p.slot(4, 1) != nil {
 			t.Errorf("%s: a fifth slot", what)
 		}
-		if n := strings.Count(strings.Join(log.lines, ""), "not kept in a file"); n != 1 {
+		if n := log.count("not kept in a file"); n != 1 {
 			t.Errorf("%s: log %q", what, log.lines)
 		}
 		p.close()
