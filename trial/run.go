@@ -27,8 +27,9 @@ type Result struct {
 	Rescued           uint64  `json:"rescued"`              // sleeps of both sides that the poll fallback ended, and a doorbell should have
 	Setup             Setup   `json:"setup"`
 
-	Disk *DiskResult `json:"disk,omitempty"` // nil: there was none
-	Rng  *RngResult  `json:"rng,omitempty"`
+	Console *ConsoleResult `json:"console,omitempty"` // nil: there was none
+	Disk    *DiskResult    `json:"disk,omitempty"`
+	Rng     *RngResult     `json:"rng,omitempty"`
 }
 
 // RngResult is what the source of entropy did.
@@ -39,6 +40,9 @@ type RngResult struct {
 // OK reports whether every ping was answered, nothing was corrupt, and each device did something.
 func (res *Result) OK() bool {
 	if d := res.Disk; d != nil && (d.Bytes == 0 || d.Corrupt != 0 || d.Lost != 0) {
+		return false
+	}
+	if c := res.Console; c != nil && (c.Bytes == 0 || c.Corrupt != 0 || c.Lost != 0) {
 		return false
 	}
 	if res.Rng != nil && res.Rng.Bytes == 0 {
@@ -189,6 +193,14 @@ func Run(ctx context.Context, cfg Config, tc traffic.RunConfig) (res Result, err
 
 // others tries the devices beside the networks.
 func (r *Rig) others(ctx context.Context, res *Result, step func(string)) error {
+	if r.cfg.Console {
+		step("console: " + fmt.Sprint(consoleBytes>>20) + " MiB each way")
+		c, err := r.Console(ctx)
+		res.Console = &c
+		if err != nil {
+			return err
+		}
+	}
 	if r.cfg.Disk {
 		step("disk: " + fmt.Sprint(diskSize>>20) + " MiB")
 		d, err := r.Disk(ctx)

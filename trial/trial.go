@@ -60,6 +60,7 @@ type Config struct {
 	Nets    int  // devices; default 1. Addresses are given to all
 	Disk    bool // a disk beside the networks: an image in memory, exported by the agent
 	Rng     bool // a source of entropy
+	Console bool // a console, a pseudo-terminal on the board
 	// HostArgs and AgentArgs are added to the command lines.
 	HostArgs, AgentArgs []string
 	Log                 io.Writer // of both processes; nil keeps it for errors
@@ -249,6 +250,9 @@ func (r *Rig) args(s board.Side) []string {
 	}
 	if r.cfg.Disk {
 		a = append(a, r.diskArgs(s)...)
+	}
+	if r.cfg.Console {
+		a = append(a, r.consoleArgs(s)...)
 	}
 	if r.cfg.Rng {
 		a = append(a, rngArg[s])

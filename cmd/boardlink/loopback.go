@@ -33,7 +33,7 @@ type loopbackCmd struct {
 	Memory    string        `enum:"cached,write-combining,uncached" default:"cached" help:"How memory across the bus is accessed (${enum}): the last two take the paths for device memory."`
 	Window    string        `default:"16M" help:"Size of the shared memory (half the board's, half the host's): a power of two, with K, M or G."`
 	Nets      int           `default:"1" help:"Network devices on the link."`
-	Devices   []string      `default:"net" placeholder:"LIST" help:"Types of devices on the link, besides the networks: disk, rng, e.g. net,disk,rng (default: net)."`
+	Devices   []string      `default:"net" placeholder:"LIST" help:"Types of devices on the link, besides the networks: console, disk, rng, e.g. net,console,disk,rng (default: net)."`
 	BusyPoll  string        `default:"auto" placeholder:"DURATION" help:"How long a loop with nothing to do busy-polls before it sleeps: auto, off, or e.g. 50us (default: ${default})."`
 	CPU       []string      `placeholder:"BOARD,HOST" help:"Processors to lock the loops of the board's end and of the host's to, e.g. 0,1 (default: none)."`
 	JSON      bool          `name:"json" help:"Print the result as JSON."`
@@ -104,7 +104,7 @@ func (c *loopbackCmd) Run(s *streams) error {
 	defer stop()
 
 	p := newProgress(s.err, !c.JSON && !c.Verbose)
-	cfg := trial.Config{Exe: exe, Door: door, Link: c.Link, Offload: c.Offload, MTU: c.MTU, Window: window, Memory: c.Memory, Nets: c.Nets, Disk: types["disk"], Rng: types["rng"],
+	cfg := trial.Config{Exe: exe, Door: door, Link: c.Link, Offload: c.Offload, MTU: c.MTU, Window: window, Memory: c.Memory, Nets: c.Nets, Console: types["console"], Disk: types["disk"], Rng: types["rng"],
 		Placement: c.Placement, Ring: c.Ring, Queues: c.Queues}
 	cfg.AgentArgs, cfg.HostArgs = []string{"--busy-poll", c.BusyPoll}, []string{"--busy-poll", c.BusyPoll}
 	if len(c.CPU) > 0 {
@@ -170,13 +170,13 @@ func (c *loopbackCmd) deviceTypes() (map[string]bool, error) {
 	types := map[string]bool{}
 	for _, t := range c.Devices {
 		switch t {
-		case "net", "disk", "rng":
+		case "net", "console", "disk", "rng":
 			types[t] = true
 		default:
 			if _, err := strconv.Atoi(t); err == nil {
-				return nil, usagef("--devices %s: it takes types of device, e.g. net,disk,rng; the number of networks is --nets %s", t, t)
+				return nil, usagef("--devices %s: it takes types of device, e.g. net,console,disk,rng; the number of networks is --nets %s", t, t)
 			}
-			return nil, usagef("--devices: there is no type %q; there are net, disk, rng", t)
+			return nil, usagef("--devices: there is no type %q; there are net, console, disk, rng", t)
 		}
 	}
 	if !types["net"] {
@@ -207,6 +207,10 @@ func printTrial(s *streams, r *trial.Result) {
 	row("tcp", "%.2f Gbit/s board to host, %.2f host to board, %s", r.TCPGbps.BoardToHost, r.TCPGbps.HostToBoard, tcp)
 	row("udp, 64 bytes", "%.0f kpps board to host, %.0f host to board", r.UDP64Kpps.BoardToHost, r.UDP64Kpps.HostToBoard)
 	row("corrupt", "%d", r.Corrupt)
+	if c := r.Console; c != nil {
+		row("console", "%d MiB each way, %.0f MB/s board to host, %.0f host to board, %d bytes corrupt, %d lost", c.Bytes>>20, c.MBps.BoardToHost, c.MBps.HostToBoard, c.Corrupt, c.Lost)
+		row("key, round trip", "%.0f us median, %.0f us p99; beside a flood of frames %.0f and %.0f", c.Key.P50, c.Key.P99, c.Beside.P50, c.Beside.P99)
+	}
 	if d := r.Disk; d != nil {
 		row("disk", "%d MiB written at %.0f MB/s, read at %.0f MB/s, %d bytes corrupt", d.Bytes>>20, d.WriteMBps, d.ReadMBps, d.Corrupt)
 		row("ping beside the disk", "%.0f us median, %.0f us p99 (idle %.0f and %.0f), %d lost", d.Beside.P50, d.Beside.P99, d.Idle.P50, d.Idle.P99, d.Lost)

@@ -48,7 +48,7 @@ func TestLoopbackJSON(t *testing.T) {
 		t.Run(who, func(t *testing.T) {
 			t.Parallel()
 			b := newBox(t)
-			st, out, errs := b.run(how, "loopback", "--json", "--duration", "200ms", "--queues", "2", "--ring", "packed", "--devices", "net,disk,rng")
+			st, out, errs := b.run(how, "loopback", "--json", "--duration", "200ms", "--queues", "2", "--ring", "packed", "--devices", "net,console,disk,rng")
 			lackUser(t, errs)
 			if st != 0 || errs != "" {
 				t.Fatalf("status %d: %s\n%s", st, errs, out)
@@ -65,6 +65,7 @@ func TestLoopbackJSON(t *testing.T) {
 				}
 			}
 			for _, name := range []string{"ping.sent", "rtt_us.p50", "tcp_gbps.board_to_host", "tcp_gbps.host_to_board", "udp64_kpps.board_to_host", "udp64_kpps.host_to_board",
+				"console.bytes", "console.mb_per_second.board_to_host", "console.mb_per_second.host_to_board", "console.key_idle_us.p50", "console.key_beside_us.p50",
 				"disk.write_mb_per_second", "disk.read_mb_per_second", "disk.ping_idle_us.p50", "disk.ping_beside_us.p50", "rng.bytes"} {
 				if number(t, v, name) == 0 {
 					t.Errorf("%s is 0", name)
@@ -79,7 +80,7 @@ func TestLoopbackJSON(t *testing.T) {
 			if n := number(t, v, "disk.bytes"); n != 32<<20 {
 				t.Errorf("a disk of %v bytes", n)
 			}
-			for _, name := range []string{"ping.lost", "corrupt", "disk.corrupt", "disk.ping_lost"} {
+			for _, name := range []string{"ping.lost", "corrupt", "console.corrupt", "console.lost", "disk.corrupt", "disk.ping_lost"} {
 				if n := number(t, v, name); n != 0 {
 					t.Errorf("%s is %v", name, n)
 				}
