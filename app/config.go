@@ -258,6 +258,9 @@ func (c *Config) makeNets() error {
 	c.Nets = nil
 	if len(c.specs) == 0 {
 		for b := range c.Boards {
+			if c.others(b) > 0 {
+				continue
+			}
 			n := c.one
 			n.Board = b
 			c.Nets = append(c.Nets, n)
@@ -291,7 +294,7 @@ func (c *Config) makeNets() error {
 		c.Nets = append(c.Nets, n)
 	}
 	for b, name := range c.Boards {
-		if !has[b] {
+		if !has[b] && c.others(b) == 0 {
 			return Usagef("--board %s has no device: give it one by --net board=%d,...", name, b)
 		}
 	}

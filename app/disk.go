@@ -160,8 +160,8 @@ func (c *Config) checkDisks() error {
 		if d.Board >= len(c.Boards) {
 			return Usagef("%s: there is no board %d, only %d by --board", d.text, d.Board, len(c.Boards))
 		}
-		if isDoor(c.Boards[d.Board]) {
-			return Usagef("%s: is for boards; a front end of vhost-user has one device for each socket, a network", d.text)
+		if isDoor(c.Boards[d.Board]) && c.Side == board.Agent {
+			return Usagef("%s: is for boards; an agent of a vhost-user back end has a network", d.text)
 		}
 		k := key{d.Board, d.Name}
 		if seen[k] {

@@ -23,6 +23,25 @@ import (
 // DPDK program) stands where the host does.
 func isDoor(spec string) bool { return strings.HasPrefix(spec, vhostuser.Prefix) }
 
+// others returns how many devices other than networks are described for board b, which is a front end: it has one device, and no
+// network then.
+func (c *Config) others(b int) (n int) {
+	if !isDoor(c.Boards[b]) || c.Side == board.Agent {
+		return 0
+	}
+	for i := range c.Disks {
+		if c.Disks[i].Board == b {
+			n++
+		}
+	}
+	for i := range c.Rngs {
+		if c.Rngs[i].Board == b {
+			n++
+		}
+	}
+	return n
+}
+
 // checkDoors checks what depends on the boards that are front ends, and gives their devices what
 // the spec says.
 func (c *Config) checkDoors() error {
@@ -37,7 +56,13 @@ func (c *Config) checkDoors() error {
 		if c.Side == board.Agent && c.Placement == "push" {
 			return Usagef("--placement push: not with a vhost-user back end: all of the shared memory is this machine's")
 		}
-		devices := 0
+		devices := c.others(b)
+		if devices > 1 {
+			return Usagef("--board %s: %d devices: there is one for each socket; give each a --board of its own", spec, devices)
+		}
+		if devices > 0 && s.Queues > 0 {
+			return Usagef("--board %s: queues= is for networks; of a disk it is a key of --disk", spec)
+		}
 		for i := range c.Nets {
 			n := &c.Nets[i]
 			if n.Board != b {

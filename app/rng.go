@@ -89,15 +89,15 @@ func (c *Config) checkRngs() error {
 			seen[b], taken = true, true
 		}
 		if !taken {
-			return Usagef("%s: is for boards; a front end of vhost-user has one device for each socket, a network", r.text)
+			return Usagef("%s: is for boards; a front end of vhost-user has one device for each socket: board=N makes it the source of entropy", r.text)
 		}
 	}
 	return nil
 }
 
-// of tells whether it is for board b. Front ends have a network and nothing else.
+// of tells whether it is for board b. Of a front end it is the only device, so that has to be asked for.
 func (r *Rng) of(c *Config, b int) bool {
-	return (r.Board < 0 || r.Board == b) && !isDoor(c.Boards[b])
+	return r.Board == b || r.Board < 0 && !isDoor(c.Boards[b])
 }
 
 // planRngs is the entropy device's DeviceType.Plan.

@@ -136,7 +136,7 @@ func (e *ends) createHost(l *link) (end, []io.Closer, error) {
 		}
 	}
 	if isDoor(l.board) {
-		end, err := e.newDoor(l, offered[0])
+		end, err := e.newDoor(l, offered[l.plans[0].number]) // the only one
 		return end, made, err
 	}
 	return host.NewLink(host.Config{Name: l.name, Board: l.board, Options: e.options(), Devices: offered, Classes: l.classes(), NoPool: !c.Pool,

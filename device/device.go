@@ -88,6 +88,9 @@ type Options struct {
 	// ControlElsewhere: the control queue of a network device is served by somebody else (the front end of vhost-user). EnableQueue
 	// tells which queue pairs are in use, and VIRTIO_NET_F_MQ may come without VIRTIO_NET_F_CTRL_VQ.
 	ControlElsewhere bool
+	// InOrder: where this program is killed, the next one knows no more of a queue than its used index. Chains are completed in the
+	// order in which they were made available, so that those behind the index are just the ones to be served again.
+	InOrder bool
 }
 
 // QueueInfo describes a virtqueue.

@@ -47,10 +47,10 @@ type backend struct {
 	pause time.Duration
 }
 
-// notOffered are features that are the front end's own business on this control plane: it serves
-// the control queue and gives the guest its MAC address; ACCESS_PLATFORM would need messages that
-// this back end does not send. Bit 127 is for devices of our own.
-var notOffered = virtio.FeaturesOf(virtio.AccessPlatform, virtio.NetCtrlVQ, virtio.NetMAC, virtio.NetRawIP)
+// notOffered are features that no device has on this control plane: ACCESS_PLATFORM would need messages that this back end does
+// not send. Of a network device, some are the front end's own business besides: it serves the control queue and gives the guest its
+// MAC address; bit 127 is for devices of our own.
+var notOffered, notOfferedNet = virtio.FeaturesOf(virtio.AccessPlatform), virtio.FeaturesOf(virtio.NetCtrlVQ, virtio.NetMAC, virtio.NetRawIP)
 
 func newBackend(name string, dev device.Device, log Logger, n *counters) *backend {
 	b := &backend{name: name, dev: dev, log: log, n: n, mem: &memory{}, starts: bucket{every: startEvery, burst: startBurst}}
@@ -78,7 +78,11 @@ func dataQueues(dev device.Device) int {
 
 // offered returns the feature bits of GET_FEATURES.
 func (b *backend) offered() uint64 {
-	return b.dev.Features().Without(notOffered).Mask() | featProtocol | featLogAll
+	f := b.dev.Features().Without(notOffered)
+	if b.dev.DeviceID() == virtio.IDNet {
+		f = f.Without(notOfferedNet)
+	}
+	return f.Mask() | featProtocol | featLogAll
 }
 
 // accepted returns the accepted features as the device knows them.
@@ -269,7 +273,7 @@ func (b *backend) setFeatures(m *message) error {
 
 // take gives the device the accepted features.
 func (b *backend) take() error {
-	err := b.dev.SetFeatures(b.accepted(), device.Options{ControlElsewhere: true})
+	err := b.dev.SetFeatures(b.accepted(), device.Options{ControlElsewhere: true, InOrder: true})
 	b.taken = err == nil
 	return err
 }
@@ -331,7 +335,7 @@ func (b *backend) close(limit time.Time) error {
 // ringOf returns the ring of an index.
 func (b *backend) ringOf(m *message, index uint32) (*ring, error) {
 	if uint64(index) >= uint64(len(b.rings)) {
-		return nil, m.errorf(ErrQueue, "queue %d: there are %d (with queues=N: %d for each pair)", index, len(b.rings), 2)
+		return nil, m.errorf(ErrQueue, "queue %d: there are %d", index, len(b.rings))
 	}
 	return &b.rings[index], nil
 }
@@ -509,8 +513,9 @@ func (b *backend) settleRing(r *ring) error {
 	return b.settle(true)
 }
 
-// getConfig serves GET_CONFIG: a piece of the configuration space, or nothing at all as the answer
-// for what is wrong.
+// getConfig serves GET_CONFIG: a piece of the configuration space, or nothing at all as the answer for what is wrong. Front ends that
+// know more fields than the device ask for a longer space, and take no shorter answer: the rest is zeros, which fields of features that
+// are not offered may be.
 func (b *backend) getConfig(m *message) ([]byte, error) {
 	if err := b.negotiated(m, protoConfig); err != nil {
 		return nil, err
@@ -520,11 +525,12 @@ func (b *backend) getConfig(m *message) ([]byte, error) {
 		return nil, err
 	}
 	space := b.dev.Config()
-	if uint64(c.offset)+uint64(len(c.data)) > uint64(len(space)) {
+	if uint64(c.offset) > uint64(len(space)) || len(space) == 0 {
 		atomic.AddUint64(&b.n.Failed, 1)
 		return encodeReply(m.req, nil), nil
 	}
-	c.data = space[c.offset : int(c.offset)+len(c.data)]
+	c.data = make([]byte, len(c.data))
+	copy(c.data, space[c.offset:])
 	return encodeReply(m.req, c.encode()), nil
 }
 

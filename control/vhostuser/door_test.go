@@ -328,7 +328,11 @@ func TestConfig(t *testing.T) {
 	if want := (config{offset: 3, data: []byte{0, 1, 2, 3, 0}}).encode(); string(p) != string(want) {
 		t.Errorf("% x, want % x", p, want)
 	}
-	if p := f.get(GetConfig, config{offset: 8, data: make([]byte, 5)}.encode()); len(p) != 0 {
+	p = f.get(GetConfig, config{offset: 8, data: make([]byte, 8)}.encode())
+	if want := (config{offset: 8, data: append(append([]byte{}, e.config[8:]...), 0, 0, 0, 0)}).encode(); string(p) != string(want) {
+		t.Errorf("a piece longer than the space: % x, want % x", p, want)
+	}
+	if p := f.get(GetConfig, config{offset: 13, data: make([]byte, 5)}.encode()); len(p) != 0 {
 		t.Errorf("a piece beyond the end: % x", p)
 	}
 	if f.ask(SetConfig, config{offset: 12, data: []byte{1}}.encode()) {

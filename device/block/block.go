@@ -142,7 +142,7 @@ func (b *Block) Features() virtio.Features { return b.possible().Without(b.cfg.D
 
 // possible are what the model can do.
 func (b *Block) possible() virtio.Features {
-	f := plain.Features.Or(virtio.FeaturesOf(virtio.BlkSegMax, virtio.BlkBlkSize, virtio.BlkTopology, virtio.BlkFlush))
+	f := plain.Features.Or(virtio.FeaturesOf(virtio.RingPacked, virtio.BlkSegMax, virtio.BlkBlkSize, virtio.BlkTopology, virtio.BlkFlush))
 	if b.cfg.Queues > 1 {
 		f.Set(virtio.BlkMQ)
 	}
@@ -161,7 +161,8 @@ func (b *Block) possible() virtio.Features {
 }
 
 // SetFeatures implements device.Device.
-func (b *Block) SetFeatures(f virtio.Features, _ device.Options) error {
+func (b *Block) SetFeatures(f virtio.Features, o device.Options) error {
+	b.InOrder(o.InOrder)
 	return b.Accept(f, b.Features())
 }
 
@@ -213,15 +214,18 @@ func (b *Block) Queue(i int) device.QueueInfo {
 
 // Serve implements plain.Model: it hands requests to the pool, unless pace says otherwise.
 func (b *Block) Serve(w *plain.Worker) (plain.Next, error) {
+	if !w.Enabled() {
+		return plain.OnWake, nil
+	}
 	chains, spans, err := w.Pop(queueMax)
 	if len(chains) == 0 {
 		return plain.OnKick, err
 	}
-	w.Later(len(chains))
+	ticket := w.Later(len(chains))
 	for i := range chains {
 		c := &chains[i]
 		r := b.pool.request()
-		r.w, r.chain = w, *c
+		r.w, r.chain, r.ticket = w, *c, ticket+uint64(i)
 		r.spans = append(r.spans[:0], spans[c.First:int(c.First)+int(c.Readable)+int(c.Writable)]...)
 		if len(chains) == 1 && atomic.LoadInt32(&b.busy) == 0 && b.pace.quick(c.ReadLen, c.WriteLen) {
 			b.work(&b.own[w.Index()], r)

@@ -39,7 +39,7 @@ func FuzzRequests(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		d := &disk{b: b, t: t, Rig: plaintest.NewKind(t, b, b.Features(), 1<<20, mmio.Kind(len(in)%2)*mmio.Uncached)}
+		d := &disk{b: b, t: t, Rig: plaintest.NewKind(t, b, split(b), 1<<20, mmio.Kind(len(in)%2)*mmio.Uncached)}
 		d.q = d.Queue(0, 16)
 		d.q.Start(vring.State{})
 		defer b.Close()

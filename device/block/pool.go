@@ -11,9 +11,10 @@ import (
 
 // request is a chain of a queue that was handed over to the pool.
 type request struct {
-	w     *plain.Worker
-	chain vring.Chain
-	spans []dma.Span // of the chain, its readable ones first
+	w      *plain.Worker
+	chain  vring.Chain
+	ticket uint64
+	spans  []dma.Span // of the chain, its readable ones first
 }
 
 // pool serves requests by goroutines that may block. It starts them as they are needed, and keeps them.

@@ -44,7 +44,7 @@ func (b *Block) work(s *scratch, r *request) {
 		if err = b.serve(s, r); err == nil {
 			b.pace.served(time.Since(begin))
 			// The status byte was written last of what the driver may write.
-			err = r.w.Finish(vring.Used{ID: r.chain.ID, Count: r.chain.Count, Len: r.chain.WriteLen})
+			err = r.w.Finish(r.ticket, vring.Used{ID: r.chain.ID, Count: r.chain.Count, Len: r.chain.WriteLen})
 		}
 	})
 	switch {

@@ -110,7 +110,10 @@ func getrandom(b []byte) error {
 func (e *Entropy) DeviceID() uint32 { return virtio.IDEntropy }
 
 // Features implements device.Device.
-func (e *Entropy) Features() virtio.Features { return plain.Features.Without(e.cfg.Deny) }
+func (e *Entropy) Features() virtio.Features { return possible.Without(e.cfg.Deny) }
+
+// possible are what the model can do.
+var possible = plain.Features.Or(virtio.FeaturesOf(virtio.RingPacked))
 
 // SetFeatures implements device.Device.
 func (e *Entropy) SetFeatures(f virtio.Features, _ device.Options) error {
@@ -200,7 +203,7 @@ func (e *Entropy) Serve(w *plain.Worker) (plain.Next, error) {
 // Status implements device.Device.
 func (e *Entropy) Status() status.Device {
 	d := status.Device{Name: e.cfg.Name, Type: "entropy", Number: e.cfg.Number, Interface: "the kernel's random numbers",
-		Offered: plain.Features.Names(), Allowed: e.Features().Names(),
+		Offered: possible.Names(), Allowed: e.Features().Names(),
 		Counters: status.Counters(counters{Bytes: atomic.LoadUint64(&e.n.Bytes), Requests: atomic.LoadUint64(&e.n.Requests),
 			Throttled: atomic.LoadUint64(&e.n.Throttled)})}
 	e.Describe(&d)

@@ -251,7 +251,7 @@ func TestConfig(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if f := e.Features(); f != virtio.FeaturesOf(virtio.Version1, virtio.IndirectDesc) {
+	if f := e.Features(); f != virtio.FeaturesOf(virtio.Version1, virtio.IndirectDesc, virtio.RingPacked) {
 		t.Errorf("offers %v", f)
 	}
 	for _, f := range []virtio.Features{{}, virtio.FeaturesOf(virtio.Version1, virtio.NetMAC), virtio.FeaturesOf(virtio.Version1, virtio.EventIdx)} {

@@ -19,7 +19,7 @@ import (
 	"github.com/boardlink/boardlink/vring"
 )
 
-// Features are what all queues of a Set can do.
+// Features are what all queues of a Set can do; besides them a model may offer virtio.RingPacked.
 var Features = virtio.FeaturesOf(virtio.Version1, virtio.EventIdx, virtio.IndirectDesc)
 
 // Model is what a device model does with its queues.
@@ -49,6 +49,7 @@ type Set struct {
 	info  func(i int) device.QueueInfo
 
 	running bool
+	inOrder bool // chains that are finished later are completed in the order in which they were popped
 	acked   virtio.Features
 
 	mu      sync.Mutex // guards what Status and Wake read
@@ -113,6 +114,10 @@ func (s *Set) Accepted() virtio.Features {
 	defer s.mu.Unlock()
 	return s.acked
 }
+
+// InOrder says whether chains that are finished later are completed in the order in which they were popped (device.Options). It is
+// called before queues are started.
+func (s *Set) InOrder(on bool) { s.inOrder = on }
 
 // find returns queue i, which is started or not as the caller needs it.
 func (s *Set) find(i int, started bool) (*queue, error) {
@@ -300,6 +305,10 @@ func (s *Set) ended(w *Worker) {
 
 // Describe adds the queues, features and counters to the status of the device.
 func (s *Set) Describe(d *status.Device) {
+	var names []string // before mu is taken, which info may need
+	for i := range s.queues {
+		names = append(names, s.info(i).Name)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	d.Negotiated = s.acked.Names()
@@ -312,7 +321,7 @@ func (s *Set) Describe(d *status.Device) {
 	}
 	for i := range s.queues {
 		q := &s.queues[i]
-		qs := status.Queue{Index: i, Name: s.info(i).Name, Doorbell: status.Counters(q.bells.Snapshot())}
+		qs := status.Queue{Index: i, Name: names[i], Doorbell: status.Counters(q.bells.Snapshot())}
 		chains := uint64(0)
 		if w := q.w; w != nil {
 			st := w.ring.State()
@@ -348,6 +357,7 @@ type Worker struct {
 	mu     sync.Mutex   // guards what follows
 	ring   vring.Device // and its use; set while the queue rests
 	one    [1]vring.Used
+	line   line
 	later  int           // chains handed over, and not finished
 	failed error         // by Fail
 	empty  chan struct{} // closed when later falls to 0; nil: nobody waits for that
@@ -356,9 +366,10 @@ type Worker struct {
 // open makes the device side of the queue.
 func (w *Worker) open(st vring.State) error {
 	a, f := w.res.Areas, w.set.acked
-	ring, err := vring.NewSplitDevice(vring.Config{Name: w.set.info(w.index).Name, Size: w.res.Size,
+	c := vring.Config{Name: w.set.info(w.index).Name, Size: w.res.Size,
 		Desc: a.Desc.Accounted(&w.bus.Descriptor), Driver: a.Driver.Accounted(&w.bus.Driver), Device: a.Device.Accounted(&w.bus.Device),
-		Table: w.res.Table.Accounted(&w.bus.Payload), State: st, EventIdx: f.Has(virtio.EventIdx), Indirect: f.Has(virtio.IndirectDesc), Log: w.res.Log})
+		Table: w.res.Table.Accounted(&w.bus.Payload), State: st, EventIdx: f.Has(virtio.EventIdx), Indirect: f.Has(virtio.IndirectDesc), Log: w.res.Log, Journal: w.res.Journal}
+	ring, err := newRing(c, f.Has(virtio.RingPacked))
 	if err != nil {
 		return err
 	}
@@ -366,6 +377,14 @@ func (w *Worker) open(st vring.State) error {
 	w.ring = ring
 	w.set.mu.Unlock()
 	return nil
+}
+
+// newRing makes the device side of a queue of the negotiated kind.
+func newRing(c vring.Config, packed bool) (vring.Device, error) {
+	if packed {
+		return vring.NewPackedDevice(c)
+	}
+	return vring.NewSplitDevice(c)
 }
 
 // start lets the queue move.
@@ -537,9 +556,12 @@ func (w *Worker) armKick() (bool, error) {
 	return w.ring.ArmKick()
 }
 
-func (w *Worker) settleOne(used vring.Used) (bool, error) {
+func (w *Worker) settleOne(ticket uint64, used vring.Used) (bool, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.set.inOrder {
+		return w.ring.Settle(w.line.finish(ticket, used, w.res.Size), 0)
+	}
 	w.one[0] = used
 	return w.ring.Settle(w.one[:], 0)
 }
@@ -566,19 +588,50 @@ func (w *Worker) call(wanted bool) {
 	}
 }
 
-// Later hands over n of the popped chains: Serve leaves them, and Finish or Drop is called for each of them, from any goroutine and in any order. The
-// queue does not rest before that.
-func (w *Worker) Later(n int) {
+// Later hands over n of the popped chains: Serve leaves them, and Finish or Drop is called for each of them, from any goroutine and in
+// any order. The queue does not rest before that. The tickets of the chains, in the order in which they were popped, count on from the
+// result.
+func (w *Worker) Later(n int) (ticket uint64) {
 	w.out -= n
 	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.later += n
-	w.mu.Unlock()
+	ticket = w.line.next
+	w.line.next += uint64(n)
+	return ticket
+}
+
+// line is the chains that were handed over and are to be completed in order.
+type line struct {
+	next  uint64 // the ticket of the next chain
+	first uint64 // that of the first chain that is not completed
+	ended []vring.Used
+	done  []bool
+}
+
+// finish takes a chain that is finished, and returns those that can be completed now, which are valid until the next call. There are
+// no more than size chains without completion at any time.
+func (l *line) finish(ticket uint64, used vring.Used, size uint16) []vring.Used {
+	n := uint64(size)
+	if uint64(len(l.done)) != 2*n {
+		l.ended, l.done = make([]vring.Used, 2*n), make([]bool, 2*n) // twice: what can be completed is in one piece
+	}
+	i := ticket % n
+	l.ended[i], l.ended[i+n], l.done[i] = used, used, true
+	first := l.first % n
+	k := uint64(0)
+	for k < n && l.done[(first+k)%n] {
+		l.done[(first+k)%n] = false
+		k++
+	}
+	l.first += k
+	return l.ended[first : first+k]
 }
 
 // Finish completes a chain that was handed over, and calls the driver if it asks for that. It is called in a pci.Guard. After an
 // error or a fault the chain is still to be dropped.
-func (w *Worker) Finish(used vring.Used) error {
-	call, err := w.settleOne(used)
+func (w *Worker) Finish(ticket uint64, used vring.Used) error {
+	call, err := w.settleOne(ticket, used)
 	w.call(call)
 	if err == nil {
 		w.Drop(1) // last, as the doorbell may be closed then
