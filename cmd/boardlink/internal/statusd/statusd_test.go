@@ -1,8 +1,10 @@
 package statusd
 
 import (
+	"bufio"
 	"context"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -11,6 +13,7 @@ import (
 	"time"
 
 	"github.com/boardlink/boardlink/app"
+	"github.com/boardlink/boardlink/ctl"
 	"github.com/boardlink/boardlink/status"
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
@@ -89,5 +92,96 @@ func TestStaleAndForeign(t *testing.T) {
 	}()
 	if _, err := Get(ctx, path); err == nil {
 		t.Fatal("a mail server passed for a program of ours")
+	}
+}
+
+// A program with verbs answers requests, and status beside them; one without says so, and so does one of before, which knows HTTP only. What
+// is malformed or of a later version is refused in words.
+func TestAsk(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	dir := t.TempDir()
+	program := func() status.Program { return status.Program{Side: "host"} }
+	verbs := map[string]app.Verb{"echo": func(c *ctl.Conn, req *ctl.Request, _ *net.UnixConn) {
+		if c.SendLine(ctl.Reply{Boardlink: ctl.Version}) != nil {
+			return
+		}
+		for {
+			m, b, err := c.Receive(nil)
+			if err != nil || c.Send(m, b) != nil {
+				return
+			}
+		}
+	}}
+	with, without, old := filepath.Join(dir, "with"), filepath.Join(dir, "without"), filepath.Join(dir, "old")
+	s, err := app.ServeControl(with, program, verbs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	s2, err := app.ServeStatus(without, program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s2.Close()
+	l, err := net.Listen("unix", old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan struct{})
+	go func() { // as programs before verbs did it: the head up to an empty line
+		defer close(served)
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		for r := bufio.NewReader(c); ; {
+			if line, err := r.ReadString('\n'); err != nil || line == "\n" {
+				break
+			}
+		}
+		io.WriteString(c, "HTTP/1.0 404 Not Found\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+	}()
+	defer func() { l.Close(); <-served }()
+
+	var conns []net.Conn
+	for range 20 { // more than questions for the status are answered at once
+		c, conn, err := Ask(ctx, with, ctl.Request{Verb: "echo"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, conn)
+		if err := c.Send(ctl.Message{Type: ctl.Input}, []byte("hello")); err != nil {
+			t.Fatal(err)
+		}
+		if m, b, err := c.Receive(nil); err != nil || m.Type != ctl.Input || string(b) != "hello" {
+			t.Errorf("%+v, %q, %v", m, b, err)
+		}
+	}
+	if p, err := Get(ctx, with); err != nil || p.Side != "host" {
+		t.Errorf("%+v, %v", p, err)
+	}
+	for _, c := range conns {
+		c.Close()
+	}
+	for path, want := range map[string]string{with: `has no verb "console"`, without: `has no verb "console"`, old: "only tells its status", filepath.Join(dir, "none"): "no program listens"} {
+		_, _, err := Ask(ctx, path, ctl.Request{Verb: ctl.VerbConsole})
+		if err == nil || !strings.Contains(err.Error(), want) || errors.Is(err, ErrRefused) == errors.Is(err, ErrNobody) {
+			t.Errorf("%s: %v, want %q", path, err, want)
+		}
+	}
+	for line, want := range map[string]string{`{"boardlink":2,"verb":"echo"}`: "of version 2, this program knows version 1", `{nonsense`: "is not what boardlink programs say", `{}`: "of version 0"} {
+		conn, err := net.Dial("unix", with)
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(conn, line+"\n\n")
+		var r ctl.Reply
+		if err := ctl.NewConn(conn, conn).ReceiveLine(&r); err != nil || r.Kind != ctl.KindRequest || !strings.Contains(r.Error, want) {
+			t.Errorf("%s: %+v, %v", line, r, err)
+		}
+		conn.Close()
 	}
 }
