@@ -245,7 +245,7 @@ func (e *end) waitUp(n int) status.Link {
 	e.t.Helper()
 	return e.waitState(n, "up", 30*time.Second, func(l status.Link) bool {
 		for _, d := range l.Devices {
-			if !d.Carrier {
+			if d.Type == "net" && !d.Carrier {
 				return false
 			}
 		}
@@ -592,10 +592,11 @@ func TestVFIOHostAndAgentMachines(t *testing.T) {
 		bind(t, m, slot, "vfio-pci")
 	}
 	echo(t, board)
-	h := inVM(t, host, "host", "ivshmem:"+slot)
-	a := inVM(t, board, "agent", "ivshmem:"+slot)
+	h := inVM(t, host, "host", "ivshmem:"+slot, "--console", "name=kernel,scrollback=1M", "--console", "name=con0")
+	a := inVM(t, board, "agent", "ivshmem:"+slot, "--console", "name=kernel,kmsg", "--console", "name=con0,exec=peer shout")
 	h.waitUp(0)
 	a.waitUp(0)
+	consoles(t, h)
 	hi, ai := interrupts(t, host, slot), interrupts(t, board, slot)
 	h.check(t, boardIP, remote.Config{Pings: 50, Bytes: 4 << 20})
 	if hn, an := interrupts(t, host, slot), interrupts(t, board, slot); hn <= hi || an <= ai {
@@ -603,6 +604,36 @@ func TestVFIOHostAndAgentMachines(t *testing.T) {
 	}
 	a.stop()
 	h.stop()
+}
+
+// consoles looks at the board's kernel, and talks to the program on its console, by the command in the host's machine.
+func consoles(t *testing.T, h *end) {
+	t.Helper()
+	printed := func(name, text string) {
+		t.Helper()
+		for begin := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+			o, err := h.m.Run(t.Context(), "boardlink", "console", name, "--log", "--status", h.socket)
+			if err != nil {
+				t.Fatalf("%v: %s", err, o.Stderr)
+			}
+			if strings.Contains(string(o.Stdout), text) {
+				return
+			}
+			if time.Since(begin) > 30*time.Second {
+				t.Fatalf("%s has no %q, but:\n%s", name, text, o.Stdout)
+			}
+		}
+	}
+	printed("kernel", "] Linux version ")
+	for _, line := range []string{"hello", "over the bus"} {
+		begin := time.Now()
+		o, err := h.m.RunCmd(t.Context(), vm.Cmd{Args: []string{"boardlink", "console", "con0", "--status", h.socket}, Stdin: strings.NewReader(line + "\n")})
+		if err != nil {
+			t.Fatalf("%v: %s", err, o.Stderr)
+		}
+		printed("con0", strings.ToUpper(line)+" (0x0)\r\n")
+		t.Logf("a line to the board and its answer, by two programs: %v", time.Since(begin).Round(time.Millisecond))
+	}
 }
 
 // pseries boots a POWER machine with a board.

@@ -12,13 +12,16 @@
 //	peer down INTERFACE
 //	peer ethtool INTERFACE FEATURE=on|off ...
 //	peer channels INTERFACE PAIRS
+//	peer shout
 //
 // memory sets or clears the memory-enable bit of a PCI function, master its bus-master bit, wipe clears its BARs and command register as a reset of the
 // board does, both behind the back of whoever uses it. up gives an interface an IPv4 address and sets it up. ethtool and channels
-// do what ethtool -K and ethtool -L do, and fail where the interface is not as wanted afterwards.
+// do what ethtool -K and ethtool -L do, and fail where the interface is not as wanted afterwards. shout answers each
+// line of its terminal in capitals, with the terminal's size.
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -27,6 +30,7 @@ import (
 	"os"
 	"os/signal"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/boardlink/boardlink/hwtest/remote"
@@ -46,6 +50,8 @@ func run(args []string) error {
 	switch {
 	case len(args) == 1 && args[0] == "echo":
 		return remote.Echo(ctx)
+	case len(args) == 1 && args[0] == "shout":
+		return shout()
 	case len(args) >= 2 && args[0] == "check":
 		addr, err := netip.ParseAddr(args[1])
 		if err != nil {
@@ -89,7 +95,19 @@ func run(args []string) error {
 	if len(args) == 3 && args[0] == "channels" {
 		return channels(args[1], args[2])
 	}
-	return fmt.Errorf("usage: peer down INTERFACE | peer ethtool INTERFACE FEATURE=on|off ... | peer channels INTERFACE PAIRS | peer up INTERFACE PREFIX [MTU] | peer echo | peer check ADDRESS [PINGS [BYTES]] | peer memory FUNCTION on|off | peer master FUNCTION on|off | peer wipe FUNCTION")
+	return fmt.Errorf("usage: peer shout | peer down INTERFACE | peer ethtool INTERFACE FEATURE=on|off ... | peer channels INTERFACE PAIRS | peer up INTERFACE PREFIX [MTU] | peer echo | peer check ADDRESS [PINGS [BYTES]] | peer memory FUNCTION on|off | peer master FUNCTION on|off | peer wipe FUNCTION")
+}
+
+func shout() error {
+	lines := bufio.NewScanner(os.Stdin)
+	for lines.Scan() {
+		size, err := unix.IoctlGetWinsize(0, unix.TIOCGWINSZ)
+		if err != nil {
+			return err
+		}
+		fmt.Printf("%s (%dx%d)\n", strings.ToUpper(lines.Text()), size.Col, size.Row)
+	}
+	return lines.Err()
 }
 
 // command sets or clears a bit of the command register in configuration space (PCI 3.0, 6.2.2).
