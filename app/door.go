@@ -103,21 +103,24 @@ func (e *ends) newDoor(l *link, d device.Device) (end, error) {
 	if err != nil {
 		return nil, err
 	}
-	return doorEnd{vhostuser.New(vhostuser.Config{Name: l.name, Board: l.board, Spec: s, Device: d, State: doorState(s), Log: session.Limit(e.log)}), d}, nil
+	return doorEnd{vhostuser.New(vhostuser.Config{Name: l.name, Board: l.board, Spec: s, Device: d, State: e.c.doorState(s), Log: session.Limit(e.log)}), d}, nil
 }
 
-// doorState returns the file in which a socket's packed queues keep their places: beside the status sockets, named after the
+// doorState returns the file in which a socket's packed queues keep their places: beside the status socket, named after the
 // socket. It is empty where there is no such directory, or no path that names the socket.
-func doorState(s vhostuser.Spec) string {
-	if s.Path == "" {
+func (c *Config) doorState(s vhostuser.Spec) string {
+	path, err := filepath.Abs(s.Path)
+	if s.Path == "" || err != nil {
 		return ""
 	}
-	path, err := filepath.Abs(s.Path)
-	if err != nil || statussock.Prepare() != nil {
+	dir := statussock.Dir()
+	if c.Status != "" && c.Status != "none" {
+		dir = filepath.Dir(c.Status)
+	} else if statussock.Prepare() != nil {
 		return ""
 	}
 	sum := sha256.Sum256([]byte(path))
-	return filepath.Join(statussock.Dir(), fmt.Sprintf("%x.rings", sum[:8]))
+	return filepath.Join(dir, fmt.Sprintf("%x.rings", sum[:8]))
 }
 
 // doorEnd is the end of a link to a front end.

@@ -499,6 +499,8 @@ func FuzzConversation(f *testing.F) {
 		n := new(counters)
 		e := newEcho(t, 2)
 		be := newBackend("fuzz", e, &testLog{}, n)
+		be.places = newPlaces("fuzz", "", 4, &testLog{})
+		defer be.places.close()
 		file := memfd(t, mib)
 		src := &pieces{b: b}
 		r := &reader{src: src, n: n}
@@ -506,6 +508,10 @@ func FuzzConversation(f *testing.F) {
 			m, err := r.next()
 			if err != nil {
 				break
+			}
+			if be.answer != nil { // as the door does behind an answer
+				be.heard(be.answer)
+				be.answer = nil
 			}
 			// Descriptors as the message wants them, mostly.
 			want := 0

@@ -134,9 +134,17 @@ func mapPlaces(path string, size int) (fd int, mem []byte, err error) {
 	return fd, mem, nil
 }
 
-// close ends the use of the memory. The file stays: the next process may need it.
+// close ends the use of the memory. The file stays where the next process may need it: where a front end has not heard a
+// place.
 func (p *places) close() {
 	if p.mem != nil {
+		needed := false
+		for i := 0; i < p.queues; i++ {
+			needed = needed || p.words[i*slotBytes/8+placeState] == placeRunning
+		}
+		if p.fd >= 0 && !needed {
+			_ = unix.Unlink(p.path) // nobody else has it: it is locked
+		}
 		p.unguard()
 		_ = unix.Munmap(p.mem)
 		p.mem, p.words = nil, nil
@@ -182,7 +190,7 @@ func (b *backend) recall(r *ring, as device.Areas, c vring.Config) (s vring.Stat
 		same = same && w[i] == now[i]
 	}
 	if same {
-		c.Journal = &vring.Journal{Words: w[placeJournal:]}
+		c.Journal, c.Log = &vring.Journal{Words: w[placeJournal:]}, b.ringLog(r)
 		if s, err = vring.JournalState(c); err != nil {
 			return s, false, err
 		}

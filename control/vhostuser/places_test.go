@@ -171,15 +171,26 @@ func TestPlacesFile(t *testing.T) {
 	}
 	a, log := newPlaces("door0", path, 4, &testLog{}), &testLog{}
 	b := newPlaces("door0", path, 2, log)
-	a.slot(3, 16)[0] = 7
+	a.slot(3, 16)[placeState] = placeRunning
 	if a.fd < 0 || b.slot(0, 16) == nil || b.fd >= 0 || !log.has("another program uses it") {
 		t.Errorf("two programs have one file: %q", log.lines)
 	}
 	a.close()
 	b.close()
 	c := newPlaces("door0", path, 8, log)
-	if w := c.slot(3, 16); c.fd < 0 || w[0] != 7 {
+	if w := c.slot(3, 16); c.fd < 0 || w[placeState] != placeRunning {
 		t.Errorf("the file was not found again: %v", w)
 	}
-	c.close()
+	if c.close(); !exists(path) {
+		t.Error("the file is gone, and a place in it is needed")
+	}
+	c.slot(3, 16)[placeState] = placeStopped
+	if c.close(); exists(path) {
+		t.Error("a file without places that are needed is left behind")
+	}
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }
