@@ -49,7 +49,10 @@ func cycle(drv vring.Driver, dev vring.Device, reqs []vring.Request, b *vring.Ba
 }
 
 func benchCycle(b *testing.B, p vringtest.Params, batch, bufs int) {
-	r := vringtest.NewRig(b, p, 256, 65536)
+	benchRig(b, vringtest.NewRig(b, p, 256, 65536), batch, bufs)
+}
+
+func benchRig(b *testing.B, r *vringtest.Rig, batch, bufs int) {
 	drv, dev := r.Pair(b)
 	reqs := requests(r, batch, bufs)
 	var bt vring.Batch
@@ -86,6 +89,18 @@ func BenchmarkCycle(b *testing.B) {
 		})
 		b.Run(r.Name+"/mmap64/indirect2", func(b *testing.B) {
 			benchCycle(b, vringtest.Params{Ring: r, Memory: mm, EventIdx: true, Indirect: true}, 64, 2)
+		})
+	}
+}
+
+// BenchmarkJournal is BenchmarkCycle of a packed queue whose place is kept.
+func BenchmarkJournal(b *testing.B) {
+	for _, batch := range []int{1, 64} {
+		b.Run(fmt.Sprintf("batch%d", batch), func(b *testing.B) {
+			r := vringtest.NewRig(b, vringtest.Params{Ring: vringtest.Packed, Memory: vringtest.Memories[1], EventIdx: true}, 256, 65536)
+			r.DevCfg.Journal = &vring.Journal{Words: make([]uint64, vring.JournalWords(256))}
+			r.DevCfg.Journal.Reset(vring.State{Avail: wrap, Used: wrap, Packed: true})
+			benchRig(b, r, batch, 1)
 		})
 	}
 }

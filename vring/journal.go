@@ -30,6 +30,11 @@ func JournalWords(n uint16) int { return 1 + int(n) }
 // Reset makes the journal that of a queue at s, between two batches.
 func (j *Journal) Reset(s State) { j.commit(s.Used) }
 
+// At tells whether the journal is that of a queue at s, between two batches.
+func (j *Journal) At(s State) bool {
+	return atomic.LoadUint64(&j.Words[0]) == uint64(s.Used)|uint64(s.Used)<<16
+}
+
 func (j *Journal) commit(used uint16) {
 	atomic.StoreUint64(&j.Words[0], uint64(used)|uint64(used)<<16)
 }

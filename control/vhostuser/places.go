@@ -171,6 +171,16 @@ func (b *backend) identity(r *ring, as device.Areas, w []uint64) {
 	}
 }
 
+// sameRing tells whether two slots have the same identity.
+func sameRing(x, y []uint64) bool {
+	for i := placeState + 1; i < placeJournal; i++ {
+		if x[i] != y[i] {
+			return false
+		}
+	}
+	return true
+}
+
 // recall returns the place that was kept of a packed ring, if it is the ring that it was kept of, and the front end knows no
 // newer one. c describes the ring.
 func (b *backend) recall(r *ring, as device.Areas, c vring.Config) (s vring.State, ok bool, err error) {
@@ -184,12 +194,7 @@ func (b *backend) recall(r *ring, as device.Areas, c vring.Config) (s vring.Stat
 	}
 	var now [placeJournal]uint64
 	b.identity(r, as, now[:])
-	now[placeState] = placeRunning
-	same := true
-	for i := range now {
-		same = same && w[i] == now[i]
-	}
-	if same {
+	if w[placeState] == placeRunning && sameRing(now[:], w) {
 		c.Journal, c.Log = &vring.Journal{Words: w[placeJournal:]}, b.ringLog(r)
 		if s, err = vring.JournalState(c); err != nil {
 			return s, false, err
@@ -219,7 +224,12 @@ func (b *backend) keep(r *ring, as device.Areas, s vring.State) *vring.Journal {
 		s = vring.State{Avail: 1 << 15, Used: 1 << 15, Packed: true}
 	}
 	j := &vring.Journal{Words: w[placeJournal:]}
-	// A process that is killed within this leaves no place, and the front end's word counts.
+	var now [placeJournal]uint64
+	b.identity(r, as, now[:])
+	if w[placeState] == placeRunning && sameRing(now[:], w) && j.At(s) {
+		return j
+	}
+	// A process that is killed within this leaves no place, and the front end's word counts: nothing has moved since it gave it.
 	atomic.StoreUint64(&w[placeState], 0)
 	b.identity(r, as, w)
 	j.Reset(s)
