@@ -12,6 +12,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/boardlink/boardlink/trial/netns"
@@ -42,18 +43,28 @@ const (
 // NewFlow connects from the namespace (nil: this process's own) and begins to send.
 func NewFlow(ctx context.Context, ns *netns.NS, addr netip.Addr) (*Flow, error) {
 	f := &Flow{seed: uint64(time.Now().UnixNano()), ends: make(chan error, 2)}
-	dial := func() (err error) {
-		d := net.Dialer{Timeout: 30 * time.Second}
-		f.conn, err = d.DialContext(ctx, "tcp", netip.AddrPortFrom(addr, Port).String())
-		return err
-	}
-	if err := in(ns, dial); err != nil {
+	var err error
+	if f.conn, err = dial(ctx, ns, addr); err != nil {
 		return nil, err
 	}
 	f.end = sync.OnceValue(f.finish)
 	go func() { f.ends <- f.send() }()
 	go func() { f.ends <- f.receive() }()
 	return f, nil
+}
+
+// dial connects to the Echo at addr, which may be about to start.
+func dial(ctx context.Context, ns *netns.NS, addr netip.Addr) (c net.Conn, err error) {
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		err = in(ns, func() (err error) {
+			d := net.Dialer{Timeout: 30 * time.Second}
+			c, err = d.DialContext(ctx, "tcp", netip.AddrPortFrom(addr, Port).String())
+			return err
+		})
+		if !errors.Is(err, syscall.ECONNREFUSED) || time.Now().After(end) {
+			return c, err
+		}
+	}
 }
 
 // in runs f in the namespace; nil: here.

@@ -148,18 +148,7 @@ func fill(b []byte, seed uint64, off int64) {
 func (r *Result) tcp(ctx context.Context, ns *netns.NS, addr netip.Addr, total int64) error {
 	const block = 64 << 10
 	total = (total + block - 1) / block * block
-	var conn net.Conn
-	dial := func() (err error) {
-		d := net.Dialer{Timeout: 10 * time.Second}
-		conn, err = d.DialContext(ctx, "tcp", netip.AddrPortFrom(addr, Port).String())
-		return err
-	}
-	var err error
-	if ns != nil {
-		err = ns.Do(dial)
-	} else {
-		err = dial()
-	}
+	conn, err := dial(ctx, ns, addr)
 	if err != nil {
 		return err
 	}
