@@ -55,6 +55,7 @@ func Run(ctx context.Context, c *Config, version string, log session.Logger) err
 // build makes the links and their devices. Devices that cannot be made are an error where no link is left without; input
 // that is wrong on any machine always is.
 func (e *ends) build() error {
+	napping(e.c)
 	create := e.createHost
 	if e.c.Side == board.Agent {
 		create = e.createAgent

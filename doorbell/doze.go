@@ -28,6 +28,19 @@ func (s *Sleeper) Done() {
 // Dozes tells whether the Sleeper was made with SleeperConfig.Doze.
 func (s *Sleeper) Dozes() bool { return s.doze }
 
+// Nap waits until the extra descriptor has one of the given events, as the first 20 ms of a Sleep do with SleeperConfig.Doze: with its place in
+// Go's scheduler kept. It returns false at once where there is no place to keep, and after that time; the caller then waits in
+// another way. It looks at the extra descriptor only.
+func (s *Sleeper) Nap(extra int16) (ready bool, err error) {
+	s.idle = false
+	if !s.mayDoze() {
+		return false, nil
+	}
+	s.fds[2].Fd, s.fds[2].Events = s.extra, extra
+	n, err := s.rawPpoll(dozeFor)
+	return n > 0, err
+}
+
 // mayDoze tells whether the next sleep keeps its place in the scheduler: if there is one for each Sleeper that might, and one more for all
 // other goroutines.
 //

@@ -1,9 +1,11 @@
 package trial_test
 
 import (
+	"bytes"
 	"context"
 	"flag"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -108,4 +110,57 @@ func TestDisk(t *testing.T) {
 		t.Errorf("agent: %+v", a)
 	}
 	t.Logf("%+v; %v", k.Result(), a.Counters)
+}
+
+// fio writes the disk at random and in order, 1 to 32 requests deep, and finds the check sum of each block when it reads it back, with a kill of the host in
+// the middle of each run.
+func TestDiskFIO(t *testing.T) {
+	if _, err := exec.LookPath("fio"); err != nil {
+		const why = "fio is missing (Debian: apt-get install fio)"
+		if os.Getenv("CI") == "true" {
+			t.Fatal(why)
+		}
+		t.Skip(why)
+	}
+	img := image(t, 8<<20)
+	sock := filepath.Join(t.TempDir(), "export")
+	r := start(t, trial.Config{HostArgs: []string{"--disk", "name=root,queues=2,file=" + img}, AgentArgs: []string{"--disk", "name=root,queues=2,export=" + sock}})
+	for _, c := range []struct{ rw, size, depth string }{{"randwrite", "4k-4k", "32"}, {"write", "64k-64k", "4"}, {"randwrite", "4k-64k", "1"}} {
+		from := diskOf(t, r, board.Agent).Counters["writes"]
+		cmd := exec.Command("fio", "--name=verify", "--thread", "--ioengine=nbd", "--uri=nbd+unix:///root?socket="+sock, "--rw="+c.rw, "--bsrange="+c.size, "--iodepth="+c.depth, "--size=8M",
+			"--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--end_fsync=1")
+		var out bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &out
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		go func() { done <- cmd.Wait() }()
+		for diskOf(t, r, board.Agent).Counters["writes"] < from+20 {
+			select {
+			case ended := <-done:
+				t.Fatalf("fio %+v ends before it has written: %v\n%s", c, ended, &out)
+			case <-time.After(time.Millisecond):
+			}
+		}
+		if err := r.Kill(board.Host); err != nil {
+			t.Error(err)
+		}
+		if err := r.StartSide(board.Host); err != nil {
+			t.Error(err)
+		}
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Errorf("fio %+v: %v\n%s", c, err, &out)
+			}
+		case <-time.After(60 * time.Second):
+			cmd.Process.Kill()
+			t.Fatalf("fio %+v does not end: %v", c, diskOf(t, r, board.Agent).Counters)
+		}
+	}
+	a := diskOf(t, r, board.Agent)
+	if a.Counters["errors"] != 0 || a.Counters["broken"] != 0 || a.Counters["writes"] == 0 || a.Counters["reads"] == 0 || a.Counters["ups"] != 4 || len(a.Queues) != 2 {
+		t.Errorf("agent: %v, %d queues", a.Counters, len(a.Queues))
+	}
 }

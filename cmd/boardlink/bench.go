@@ -19,6 +19,7 @@ type benchCmd struct {
 	Doorbell benchDoorbellCmd `cmd:"" name:"doorbell" help:"Waking and being woken: a round trip by each mechanism, or a board's doorbell to its interrupt."`
 	Packets  benchPacketsCmd  `cmd:"" name:"packets" help:"Frames through the whole virtio path between two processes, without an interface; in turns with DPDK, where it is installed."`
 	Net      benchNetCmd      `cmd:"" name:"net" help:"TCP, UDP and round trips between two namespaces, beside veth, one process and two processes."`
+	Disk     benchDiskCmd     `cmd:"" name:"disk" help:"A disk of the host on the board, by fio, beside qemu-nbd and the image itself; needs fio and qemu-nbd."`
 	All      benchAllCmd      `cmd:"" name:"all" help:"All of these, with their tables, and the results in files."`
 }
 

@@ -19,7 +19,7 @@ func TestNonsense(t *testing.T) {
 	}
 	var cases []string
 	every := []string{"host", "agent", "serve", "loopback", "status", "probe", "check", "doctor", "version",
-		"bench dma", "bench ring", "bench doorbell", "bench packets", "bench net", "bench all"}
+		"bench dma", "bench ring", "bench doorbell", "bench packets", "bench net", "bench disk", "bench all"}
 	for _, c := range every {
 		cases = append(cases, c+" --bogus", c+" --bogus=1", c+" -Z")
 	}
@@ -56,6 +56,7 @@ func TestNonsense(t *testing.T) {
 		"doctor ivshmem:x", "doctor mpc83xx:x", "doctor ivshmem:0000:ff:1f.7",
 		"bench dma", "bench dma nokind:x", "bench dma loopback:/nope", "bench dma loopback --max-size x", "bench dma loopback --max-size 1G", "bench dma loopback --duration 0", "bench dma loopback --duration x", "bench dma loopback --offset 3",
 		"bench dma loopback --plot /nonexistent/x.svg", "bench dma loopback --save /nonexistent/x.json", "bench dma generic:$F@0000:00:00.0", "bench dma ivshmem:0000:ff:1f.7",
+		"bench disk --size 1K", "bench disk --size x", "bench disk --duration 0", "bench disk --rounds 0", "bench disk --paths tape", "bench disk --only ^x", "bench disk --only (", "bench disk --also file", "bench disk --window 3M",
 		"bench doorbell loopback:/nope", "bench doorbell nokind:x", "bench doorbell generic:$F@0000:00:00.0",
 		"check", "check --sample none", "check $F --sample polled")
 	for _, c := range cases {

@@ -121,6 +121,7 @@ func New(cfg Config) (*Block, error) {
 	cfg.Deny[0] &= 0xff << 24
 	b := &Block{cfg: cfg, geo: geo}
 	b.Set = plain.New(cfg.Name, cfg.Queues, b.Queue, b)
+	b.Set.Doze()
 	n := geo.Parallel
 	if n <= 0 {
 		n = defaultParallel

@@ -234,6 +234,7 @@ func (q *queue) take(c vring.Completion) (result, error) {
 
 // loop takes what the device returns, until the device is stopped.
 func (q *queue) loop() error {
+	defer q.ring.Sleep.Done()
 	var done [64]vring.Completion
 	var o outcome
 	var owners []Owner

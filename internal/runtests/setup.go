@@ -35,6 +35,7 @@ var tools = []tool{
 	{"qemu-system", []string{"qemu-system-x86_64"}, []string{"qemu-system-x86"}, "the tests against QEMU's PCI devices", nil},
 	{"qemu-ppc", []string{"qemu-system-ppc64"}, []string{"qemu-system-ppc"}, "the tests with POWER machines", nil},
 	{"dpdk", []string{"dpdk-testpmd"}, []string{"dpdk-dev"}, "the tests with DPDK as a vhost-user front end", nil},
+	{"fio", []string{"fio"}, []string{"fio"}, "the tests that write disks and read them back", nil},
 	{"spin", []string{"spin"}, []string{"spin"}, "to search the model of the sleep protocol", nil},
 	{"xz", []string{"xz"}, []string{"xz-utils"}, "to unpack kernel modules", nil},
 	{"make", []string{"make"}, []string{"make"}, "to build a kernel module for machines without IOMMU", nil},

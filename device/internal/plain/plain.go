@@ -47,6 +47,7 @@ type Set struct {
 	name  string
 	model Model
 	info  func(i int) device.QueueInfo
+	doze  bool
 
 	running bool
 	inOrder bool // chains that are finished later are completed in the order in which they were popped
@@ -75,6 +76,10 @@ func New(name string, n int, info func(i int) device.QueueInfo, m Model) *Set {
 	}
 	return s
 }
+
+// Doze has the queues' goroutines keep their places in Go's scheduler for a moment after work (doorbell.SleeperConfig.Doze). It is
+// called before the first queue starts.
+func (s *Set) Doze() { s.doze = true }
 
 // Queues implements device.Device.
 func (s *Set) Queues() int { return len(s.queues) }
@@ -399,7 +404,7 @@ func (w *Worker) start() (err error) {
 		return err
 	}
 	w.quit, w.done, w.told = make(chan struct{}), make(chan struct{}), false
-	w.sleep = doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: w.res.Kick, Stop: w.stop, Counters: w.bells})
+	w.sleep = doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: w.res.Kick, Stop: w.stop, Counters: w.bells, Doze: w.set.doze})
 	go w.run()
 	return nil
 }
@@ -433,6 +438,7 @@ func (w *Worker) rest(deadline time.Time) error {
 func (w *Worker) run() {
 	defer close(w.done)
 	var err error
+	defer w.sleep.Done()
 	if fault := pci.Guard(func() { err = w.loop() }); fault != nil {
 		err = fault
 	}

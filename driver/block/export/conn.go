@@ -4,10 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -29,8 +27,7 @@ const (
 // what the client does not take at once is sent by a second goroutine (write).
 type conn struct {
 	s     *Server
-	u     *net.UnixConn
-	raw   syscall.RawConn
+	sock  *socket
 	ended chan struct{}
 
 	// run's own.
@@ -50,10 +47,9 @@ type conn struct {
 	stalled  bool       // it is write
 	over     bool       // the connection has ended; requests and replies are left as they are
 	free     []*op
+	users    int // goroutines that use the descriptor; the last one closes it
 
-	snd     sender
-	try     func(fd uintptr)      // sends, once
-	tryWait func(fd uintptr) bool // the same, and false where it would block
+	snd sender
 }
 
 // op is a request of a client, with its reply.
@@ -67,20 +63,25 @@ type op struct {
 	pieces int     // of the reply that are not sent
 }
 
-func newConn(s *Server, u *net.UnixConn, raw syscall.RawConn) *conn {
-	c := &conn{s: s, u: u, raw: raw, ended: make(chan struct{}), buf: make([]byte, readBuffer)}
+func newConn(s *Server, sock *socket) *conn {
+	c := &conn{s: s, sock: sock, ended: make(chan struct{}), buf: make([]byte, readBuffer), users: 2}
 	c.room.L, c.more.L = &c.mu, &c.mu
-	c.try = c.send
-	c.tryWait = func(fd uintptr) bool { c.send(fd); return c.snd.err != unix.EAGAIN }
 	return c
 }
+
+// errEnded: the connection was ended by this side.
+var errEnded = errors.New("the connection is closed")
 
 // run serves the client until it goes.
 func (c *conn) run(handshake bool) {
 	err := c.serve(handshake)
+	c.sock.sleep.Done()
 	c.end()
+	c.mu.Lock()
+	c.leave()
+	c.mu.Unlock()
 	c.s.cfg.Disk.Cancel(c)
-	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) {
+	if err != nil && !errors.Is(err, io.EOF) && err != errEnded {
 		if !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, unix.EPIPE) {
 			atomic.AddUint64(&c.s.n.Broken, 1)
 		}
@@ -88,23 +89,32 @@ func (c *conn) run(handshake bool) {
 	}
 }
 
-// end closes the connection. Any goroutine may call it.
+// end ends the connection. Any goroutine may call it.
 func (c *conn) end() {
-	c.u.Close()
 	c.mu.Lock()
-	c.over = true
+	defer c.mu.Unlock()
+	if !c.over {
+		c.over = true
+		c.sock.shutdown()
+	}
 	c.more.Signal()
 	c.room.Broadcast()
-	c.mu.Unlock()
+}
+
+// leave notes that a goroutine does not use the descriptor any more. c.mu is held.
+func (c *conn) leave() {
+	if c.users--; c.users == 0 {
+		unix.Close(c.sock.fd)
+	}
 }
 
 func (c *conn) serve(handshake bool) error {
 	if handshake {
-		_ = c.u.SetDeadline(time.Now().Add(handshakeTime))
+		c.sock.deadline = time.Now().Add(handshakeTime)
 		if err := c.handshake(); err != nil {
 			return err
 		}
-		_ = c.u.SetDeadline(time.Time{})
+		c.sock.deadline = time.Time{}
 	} else {
 		c.info, _ = c.s.cfg.Disk.Info()
 	}
@@ -140,7 +150,7 @@ func (c *conn) fill() error {
 		c.w = copy(c.buf, c.buf[c.r:c.w])
 		c.r = 0
 	}
-	n, err := c.u.Read(c.buf[c.w:])
+	n, err := c.sock.read(c.buf[c.w:])
 	c.w += n
 	if n > 0 {
 		return nil
@@ -185,7 +195,7 @@ func (c *conn) request(q *nbd.Request) error {
 	}
 	o := c.admit(size)
 	if o == nil {
-		return net.ErrClosed
+		return errEnded
 	}
 	o.cookie, o.fua = q.Cookie, q.Flags&nbd.CmdFlagFUA != 0
 	o.Request = block.Request{Offset: q.Offset, Length: uint64(q.Length), Owner: c, Tag: o}
@@ -256,11 +266,12 @@ func (c *conn) payload(data []byte) error {
 		// The buffer is empty. Nobody waits for what is to come.
 		c.submit()
 		if len(data) >= directRead {
-			n, err := io.ReadFull(c.u, data)
+			n, err := c.sock.read(data)
 			if err != nil {
-				return fmt.Errorf("%w: the client has closed the connection after %d of %d bytes of a write (%v)", nbd.ErrProtocol, n, len(data), err)
+				return fmt.Errorf("%w: the client has closed the connection %d bytes before the end of a write (%v)", nbd.ErrProtocol, len(data), err)
 			}
-			return nil
+			data = data[n:]
+			continue
 		}
 		if err := c.fill(); err != nil {
 			return fmt.Errorf("%w: the client has closed the connection in the middle of a write (%v)", nbd.ErrProtocol, err)
@@ -309,13 +320,7 @@ func (c *conn) waitRoom() bool {
 	if t.Stop() || c.over {
 		return !c.over
 	}
-	gone := false
-	err := c.raw.Control(func(fd uintptr) {
-		p := []unix.PollFd{{Fd: int32(fd)}}
-		_, perr := unix.Poll(p, 0)
-		gone = perr == nil && p[0].Revents&(unix.POLLHUP|unix.POLLERR|unix.POLLNVAL) != 0
-	})
-	return err == nil && !gone
+	return !c.sock.gone()
 }
 
 // settle gives back what a request took. c.mu is held.

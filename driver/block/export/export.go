@@ -12,8 +12,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/boardlink/boardlink/driver/block"
 	"github.com/boardlink/boardlink/nbd"
 )
@@ -120,43 +118,38 @@ func (s *Server) accept(l net.Listener) {
 			c.Close()
 			continue
 		}
-		if _, err := s.add(u, true); err != nil {
-			c.Close()
-		}
+		_, _ = s.add(u, true) // a client that is turned away sees the end of its connection
 	}
 }
 
-// Attach serves a connection that is past the handshake: the kernel's client. It returns a channel that is closed when the connection has ended.
+// Attach serves a connection that is past the handshake: the kernel's client. u belongs to the server from then on. It returns a channel that is
+// closed when the connection has ended.
 func (s *Server) Attach(u *net.UnixConn) (ended <-chan struct{}, err error) {
 	c, err := s.add(u, false)
 	if err != nil {
-		u.Close()
 		return nil, err
 	}
 	return c.ended, nil
 }
 
-// add starts a client's connection. After an error u is still the caller's.
+// add starts a client's connection, and takes u over.
 func (s *Server) add(u *net.UnixConn, handshake bool) (*conn, error) {
-	raw, err := u.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	c := newConn(s, u, raw)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
+		u.Close()
 		return nil, errClosed
 	}
 	if handshake && len(s.conns) >= MaxClients {
+		u.Close()
 		atomic.AddUint64(&s.n.Refused, 1)
 		return nil, fmt.Errorf("%d clients are connected already", MaxClients)
 	}
-	_ = raw.Control(func(fd uintptr) { // as far as it goes: it is for speed
-		if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, socketBuffer) != nil {
-			_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, socketBuffer)
-		}
-	})
+	sock, err := newSocket(u)
+	if err != nil {
+		return nil, err
+	}
+	c := newConn(s, sock)
 	s.conns[c] = true
 	atomic.AddUint64(&s.n.Clients, 1)
 	atomic.AddUint64(&s.n.Accepted, 1)

@@ -19,10 +19,10 @@ func (c *conn) handshake() error {
 	binary.BigEndian.PutUint64(b[0:], nbd.MagicInit)
 	binary.BigEndian.PutUint64(b[8:], nbd.MagicOption)
 	binary.BigEndian.PutUint16(b[16:], nbd.FlagFixedNewstyle|nbd.FlagNoZeroes)
-	if _, err := c.u.Write(b[:]); err != nil {
+	if err := c.sock.write(b[:]); err != nil {
 		return err
 	}
-	if err := c.readFull(b[:4]); err != nil {
+	if err := c.sock.readFull(b[:4]); err != nil {
 		return err
 	}
 	flags := binary.BigEndian.Uint32(b[:])
@@ -31,7 +31,7 @@ func (c *conn) handshake() error {
 	}
 	for i := 0; i < maxOptions; i++ {
 		var head [nbd.OptionLen]byte
-		if err := c.readFull(head[:]); err != nil {
+		if err := c.sock.readFull(head[:]); err != nil {
 			return err
 		}
 		var o nbd.Option
@@ -42,7 +42,7 @@ func (c *conn) handshake() error {
 			return fmt.Errorf("%w: option %d with %d bytes: at most %d go", nbd.ErrProtocol, o.Option, o.Length, nbd.MaxOptionData)
 		}
 		data := make([]byte, o.Length)
-		if err := c.readFull(data); err != nil {
+		if err := c.sock.readFull(data); err != nil {
 			return err
 		}
 		begin, err := c.option(o.Option, data, flags&nbd.ClientNoZeroes != 0)
@@ -53,21 +53,11 @@ func (c *conn) handshake() error {
 	return fmt.Errorf("%w: the client sends more than %d options", nbd.ErrProtocol, maxOptions)
 }
 
-// readFull fills b. A client that goes instead of sending more is an io.EOF.
-func (c *conn) readFull(b []byte) error {
-	_, err := io.ReadFull(c.u, b)
-	if err == io.ErrUnexpectedEOF {
-		err = io.EOF
-	}
-	return err
-}
-
 // answer sends the reply to an option.
 func (c *conn) answer(option, kind uint32, data []byte) error {
 	b := make([]byte, nbd.OptionReplyLen, nbd.OptionReplyLen+len(data))
 	(&nbd.OptionReply{Option: option, Type: kind, Length: uint32(len(data))}).Put(b)
-	_, err := c.u.Write(append(b, data...))
-	return err
+	return c.sock.write(append(b, data...))
 }
 
 // option acts on an option. begin tells that the transmission phase begins.
@@ -102,8 +92,7 @@ func (c *conn) option(option uint32, data []byte, noZeroes bool) (begin bool, er
 		if !noZeroes {
 			b = b[:cap(b)]
 		}
-		_, err := c.u.Write(b)
-		return true, err
+		return true, c.sock.write(b)
 	case nbd.OptInfo, nbd.OptGo:
 		g, err := nbd.ParseGo(data)
 		if err != nil {

@@ -23,11 +23,11 @@ func (c *conn) Flush() {
 		return // whoever sends looks for more before it stops
 	}
 	c.sending = true
+	c.users++
+	defer c.leave()
 	for c.next() {
 		c.mu.Unlock()
-		if err := c.raw.Control(c.try); err != nil {
-			c.snd.err = err
-		}
+		c.send()
 		c.snd.advance()
 		c.mu.Lock()
 		c.settleSent()
@@ -52,15 +52,17 @@ func (c *conn) write() {
 		}
 		for !c.over && c.next() {
 			c.mu.Unlock()
-			if err := c.raw.Write(c.tryWait); err != nil {
-				c.snd.err = err
+			if c.send(); c.snd.err == unix.EAGAIN {
+				if c.snd.err = c.await(); c.snd.err == nil {
+					c.send()
+				}
 			}
 			c.snd.advance()
 			c.mu.Lock()
 			c.settleSent()
-			if err := c.snd.err; err != nil && err != unix.EINTR {
+			if err := c.snd.err; err != nil && err != unix.EINTR && err != unix.EAGAIN && !c.over {
 				c.over = true
-				c.u.Close() // run sees it
+				c.sock.shutdown() // run sees it
 			}
 		}
 		if c.over {
@@ -69,11 +71,18 @@ func (c *conn) write() {
 		c.stalled, c.sending = false, false
 	}
 	c.room.Broadcast()
+	c.leave()
+}
+
+// await waits until the client has taken something. c.sending is ours.
+func (c *conn) await() error {
+	_, err := unix.Poll([]unix.PollFd{{Fd: int32(c.sock.fd), Events: unix.POLLOUT}}, -1)
+	return err
 }
 
 // send is one system call. c.sending is ours.
-func (c *conn) send(fd uintptr) {
-	c.snd.n, c.snd.err = unix.SendmsgBuffers(int(fd), c.snd.pieces, nil, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+func (c *conn) send() {
+	c.snd.n, c.snd.err = unix.SendmsgBuffers(c.sock.fd, c.snd.pieces, nil, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
 }
 
 // next adds replies to what is being sent, as many as one system call takes, and tells whether there are any. c.mu is held, and c.sending

@@ -203,7 +203,8 @@ type Queue struct {
 func (s *Session) Layout() driver.Layout { return s.m }
 
 // Queue sets queue i up, with up to size descriptors (a power of two), and a buffer of n bytes for each; without buffers where n is
-// 0: then they are the driver's own, in memory of s.Layout. toDriver: the device writes them. second, if not nil, is one more thing that ends its sleeps: that of another queue of the same loop.
+// 0: then they are the driver's own, in memory of s.Layout, and its sleeps keep their place in Go's scheduler for a moment after work
+// (doorbell.SleeperConfig.Doze), so its loop calls Sleep.Done at its end. toDriver: the device writes them. second, if not nil, is one more thing that ends its sleeps: that of another queue of the same loop.
 func (s *Session) Queue(i int, name string, size uint16, n uint32, toDriver bool, second doorbell.Waiter) (*Queue, error) {
 	name = s.b.c.Name + " " + name
 	max, err := s.T.QueueMax(i)
@@ -250,7 +251,7 @@ func (s *Session) Queue(i int, name string, size uint16, n uint32, toDriver bool
 	if err := s.T.SetQueue(i, size, c.Desc.Addr(), c.Driver.Addr(), c.Device.Addr()); err != nil {
 		return nil, err
 	}
-	q.Sleep = doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: s.T.Call(i), Second: second, Stop: s.Stop, Counters: q.bells})
+	q.Sleep = doorbell.NewSleeper(doorbell.SleeperConfig{Doorbell: s.T.Call(i), Second: second, Stop: s.Stop, Counters: q.bells, Doze: n == 0})
 	s.queues = append(s.queues, q)
 	return q, nil
 }
