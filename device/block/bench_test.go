@@ -29,31 +29,29 @@ func BenchmarkRead(b *testing.B) {
 			}
 			b.SetBytes(int64(c.size))
 			b.ReportAllocs()
-			b.ResetTimer()
 			d.q.Add(reqs...)
 			done := make([]vring.Completion, c.depth)
+			var ended []vring.Completion // of done, not made available again
 			again := make([]vring.Request, 0, c.depth)
-			for n, sent := 0, c.depth; n < b.N; {
-				k, err := d.q.Reap(done)
-				if err != nil {
-					b.Fatal(err)
-				}
-				if k == 0 {
+			for b.Loop() {
+				for len(ended) == 0 {
+					k, err := d.q.Reap(done)
+					if err != nil {
+						b.Fatal(err)
+					}
+					if ended = done[:k]; k > 0 {
+						break
+					}
 					if pending, _ := d.q.ArmCall(); !pending {
 						wait(d.q.Call.FD())
 						d.q.Call.Ack()
 					}
-					continue
 				}
-				again = again[:0]
-				for _, x := range done[:k] {
-					if sent < b.N+c.depth {
-						again = append(again, reqs[x.Token])
-						sent++
-					}
+				again = append(again, reqs[ended[0].Token])
+				if ended = ended[1:]; len(ended) == 0 {
+					d.q.Add(again...)
+					again = again[:0]
 				}
-				n += k
-				d.q.Add(again...)
 			}
 		})
 	}
