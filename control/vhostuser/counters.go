@@ -22,6 +22,7 @@ type counters struct {
 	QueuesBroken      uint64 // queues that ended because of what lay in them
 	BaseResent        uint64 // queues that start before the base they are told, as some of their chains were never completed
 	PlacesRecalled    uint64 // packed queues that go on at a place that was kept, as the front end does not know it
+	Dropped           uint64 // chains of packed queues that were dropped, as the front end dropped what came after them
 	PlacesLost        uint64 // packed queues in use that start from their beginning, as nobody knows their place
 	Stuck             uint64 // stops of queues or changes of memory that took too long
 	MemoryFaults      uint64 // accesses to memory that is gone
@@ -48,6 +49,7 @@ func (c *counters) load() map[string]uint64 {
 		QueuesBroken:      atomic.LoadUint64(&c.QueuesBroken),
 		BaseResent:        atomic.LoadUint64(&c.BaseResent),
 		PlacesRecalled:    atomic.LoadUint64(&c.PlacesRecalled),
+		Dropped:           atomic.LoadUint64(&c.Dropped),
 		PlacesLost:        atomic.LoadUint64(&c.PlacesLost),
 		Stuck:             atomic.LoadUint64(&c.Stuck),
 		MemoryFaults:      atomic.LoadUint64(&c.MemoryFaults),

@@ -171,10 +171,10 @@ func (b *backend) identity(r *ring, as device.Areas, w []uint64) {
 	}
 }
 
-// sameRing tells whether two slots have the same identity.
+// sameRing tells whether two slots are of the same ring, whatever the front end knows of its place.
 func sameRing(x, y []uint64) bool {
 	for i := placeState + 1; i < placeJournal; i++ {
-		if x[i] != y[i] {
+		if x[i] != y[i] && i != placeBase {
 			return false
 		}
 	}
@@ -199,16 +199,65 @@ func (b *backend) recall(r *ring, as device.Areas, c vring.Config) (s vring.Stat
 		if s, err = vring.JournalState(c); err != nil {
 			return s, false, err
 		}
+		if w[placeBase] != now[placeBase] {
+			if w[placeBase]&now[placeBase]&placeTold == 0 {
+				b.tellLost(r)
+				return s, false, nil
+			}
+			s, ok, err = b.catchUp(r, c, s, uint16(w[placeBase]))
+			if err != nil || !ok {
+				b.tellLost(r)
+				return s, false, err
+			}
+		}
 		atomic.AddUint64(&b.n.PlacesRecalled, 1)
 		return s, true, nil
 	}
 	// Front ends that have lost the place begin where a new ring does.
 	if r.told|0x80000000 == newPackedBase && (w[placeState] != placeStopped || w[placeBase] != now[placeBase]) {
-		atomic.AddUint64(&b.n.PlacesLost, 1)
-		b.log.Warn("the front end starts a packed queue that was in use from its beginning, and its place was not kept: "+
-			"where nothing moves, the guest's driver has to start anew", "link", b.name, "queue", r.index)
+		b.tellLost(r)
 	}
 	return s, false, nil
+}
+
+// tellLost counts and logs a packed ring whose place nobody knows.
+func (b *backend) tellLost(r *ring) {
+	atomic.AddUint64(&b.n.PlacesLost, 1)
+	b.log.Warn("the front end starts a packed queue that was in use at another place than where it was, and that was not kept: "+
+		"where nothing moves, the guest's driver has to start anew", "link", b.name, "queue", r.index)
+}
+
+// catchUp makes a packed ring one again in which the front end has used descriptors itself, from the place that it knew, begun, to
+// the one that it tells now. While its back end is away, QEMU drops what the guest sends. Where it did not know the place any
+// more, it has left out what lies between the true one, s, and begun: that is dropped, too. ok is false where that cannot have been.
+func (b *backend) catchUp(r *ring, c vring.Config, s vring.State, begun uint16) (told vring.State, ok bool, err error) {
+	if told, err = vring.PackedStateFromBase(c, r.told); err != nil {
+		return told, false, err
+	}
+	if told = told.Rewound(); told == s {
+		return told, true, nil // it was killed before it knew that the front end had heard the place
+	}
+	c.State, c.Table = s, &b.table
+	d, err := vring.NewPackedDevice(c)
+	if err != nil {
+		return told, false, err
+	}
+	// What the front end has used is not available any more: nothing is popped beyond begun.
+	var used []vring.Used
+	for n := 1; n > 0; {
+		var batch vring.Batch
+		if n, err = d.Pop(&batch, int(r.size)); err != nil {
+			return told, false, err
+		}
+		for _, ch := range batch.Chains {
+			used = append(used, vring.Used{ID: ch.ID, Count: ch.Count})
+		}
+	}
+	if d.State().Avail != begun {
+		return told, false, nil
+	}
+	atomic.AddUint64(&b.n.Dropped, uint64(len(used)))
+	return told, true, d.Complete(used)
 }
 
 // newPackedBase is the place of a new packed ring. The wrap counter of the used position may be left out.
@@ -226,7 +275,7 @@ func (b *backend) keep(r *ring, as device.Areas, s vring.State) *vring.Journal {
 	j := &vring.Journal{Words: w[placeJournal:]}
 	var now [placeJournal]uint64
 	b.identity(r, as, now[:])
-	if w[placeState] == placeRunning && sameRing(now[:], w) && j.At(s) {
+	if w[placeState] == placeRunning && sameRing(now[:], w) && w[placeBase] == now[placeBase] && j.At(s) {
 		return j
 	}
 	// A process that is killed within this leaves no place, and the front end's word counts: nothing has moved since it gave it.

@@ -6,6 +6,9 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/boardlink/boardlink/dma"
+	"github.com/boardlink/boardlink/vring"
 )
 
 // newStateDoor starts a door that keeps the places of packed queues in a file.
@@ -125,6 +128,59 @@ func TestPlaceOfOthers(t *testing.T) {
 	other.again(d, newPackedBase)
 	if n := d.n.load(); n["places_recalled"] != 0 || n["places_lost"] != 2 {
 		t.Errorf("%v", n)
+	}
+}
+
+// TestFrontEndDropped: QEMU drops what the guest sends while its back end is away, and of a packed ring from the place that it
+// knows, wherever the true one is. The queue goes on where QEMU stopped; what lies between is dropped as well.
+func TestFrontEndDropped(t *testing.T) {
+	for _, place := range []uint16{0x8000, ringSize - 4} {
+		e := newEcho(t, 1)
+		d := newStateDoor(t, e, "")
+		f := newFront(t, -1)
+		move := func() error { _, err := e.echo(0); return err }
+		for i := 0; i < 2; i++ {
+			f.queue(i, kinds[2].f)
+		}
+		f.again(d, newPackedBase)
+		tx := f.qs[1].drv
+		for k := 0; tx.State().Avail != place; k++ {
+			f.trip(0, 1, byte(k), move)
+		}
+		unix.Shutdown(f.fd, unix.SHUT_RDWR)
+		// Chains of two descriptors, to the third one of the ring at least.
+		chains, dropped := 0, 0
+		for ; tx.State().Avail != 0x8004; chains++ {
+			a := guestBase + dma.Addr(buffer(1, chains))
+			if n, err := tx.Add([]vring.Request{{Bufs: []vring.Buffer{{Addr: a, Len: 30}, {Addr: a + 30, Len: 30}}, Readable: 2, Token: uint32(chains)}}); n != 1 || err != nil {
+				t.Fatal(n, err)
+			}
+		}
+		if place != 0x8000 {
+			dropped = 2
+		}
+		for pos := uint64(0); pos < 4; pos += 2 {
+			at := f.qs[1].c.Desc.Off + 16*pos
+			id := f.mem.Load32(at+16+12) & 0xffff
+			f.mem.Store32(at+8, 0)
+			f.mem.Store32(at+12, id|0x8080<<16)
+		}
+		f.again(d, newPackedBase, 0x80048004)
+		if n := d.n.load(); n["dropped"] != uint64(dropped) || n["places_recalled"] != 2 || n["places_lost"] != 0 || n["failed"] != 0 {
+			t.Errorf("from %#x: %v, log %q", place, n, d.log.lines)
+		}
+		done := make([]vring.Completion, 8)
+		if n, err := tx.Reap(done); n != chains || err != nil {
+			t.Errorf("from %#x: %d chains of %d came back, %v", place, n, chains, err)
+		}
+		f.trip(0, 200, 5, move)
+
+		// A place that cannot have come so is not believed.
+		unix.Shutdown(f.fd, unix.SHUT_RDWR)
+		f.again(d, newPackedBase, 0x80028002)
+		if n := d.n.load(); n["places_lost"] != 1 || n["places_recalled"] != 3 || n["dropped"] != uint64(dropped) || !d.log.has("has to start anew") {
+			t.Errorf("from %#x: %v", place, n)
+		}
 	}
 }
 
