@@ -241,9 +241,14 @@ func TestConsole(t *testing.T) {
 		hasSize("50 132")
 		one.key("echo tw''o~.\r")
 		one.see("two~.\r\n")
-		one.key("~~ish; sleep 30\r")
-		one.see("~ish")
-		one.key("\x03echo a''wake\r")
+		one.key("~~ish; cat\r")
+		one.see("~ish: not found")
+		one.key("ping\r")
+		one.see("ping\r\n")
+		one.see("ping\r\n") // cat runs
+		one.key("\x03")
+		one.see("$ ") // a shell drops what was typed while its child is interrupted
+		one.key("echo a''wake\r")
 		one.see("awake\r\n")
 
 		two := newTypist(t, "console", "board0/con0", "--status", sock)

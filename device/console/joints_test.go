@@ -69,7 +69,8 @@ func TestLog(t *testing.T) {
 	b.print([]byte("two\n"))
 	has(path, "two\n")
 	has(path+".1", "from before\nbefore the log\none\n")
-	if s := b.Status(); s.Counters["log_bytes"] != 23 || s.Counters["log_lost"] != 0 || s.Interface != logName {
+	until(t, "a count", func() bool { return b.Status().Counters["log_bytes"] == 23 })
+	if s := b.Status(); s.Counters["log_lost"] != 0 || s.Interface != logName {
 		t.Errorf("%+v", s)
 	}
 	b.print([]byte("the last words"))

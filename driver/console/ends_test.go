@@ -116,7 +116,11 @@ func TestCommand(t *testing.T) {
 	s.see(strings.TrimPrefix(name, "/dev/"))
 	s.key("cat\n")
 	s.see("cat\r\n")
+	s.key("ping\n")
+	s.see("ping\r\n")
+	s.see("ping\r\n") // it runs
 	s.key("\x03")
+	s.see("$ ") // a shell drops what was typed while its child is interrupted
 	s.key("echo back in $TERM\n")
 	s.see("back in " + map[bool]string{true: "vt220", false: os.Getenv("TERM")}[os.Getenv("TERM") == ""] + "\r\n")
 	s.key("stty raw -echo; exit 3\n")
