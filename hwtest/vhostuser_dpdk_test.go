@@ -78,10 +78,11 @@ func startPMD(t *testing.T, ns *netns.NS, vdev string, k pmdKind) *pmd {
 		room = "9600"
 	}
 	queues := strconv.Itoa(k.pairs)
-	p := &pmd{t: t}
-	p.cmd = exec.Command(lines, "-oL", exe, "--no-huge", "-m", "256", "--lcores", "(0,1)@"+allowed(t), "--no-pci", "--no-telemetry", "--file-prefix="+filepath.Base(shortDir(t)),
+	p, dir := &pmd{t: t}, shortDir(t)
+	p.cmd = exec.Command(lines, "-oL", exe, "--no-huge", "-m", "256", "--lcores", "(0,1)@"+allowed(t), "--no-pci", "--no-telemetry", "--file-prefix="+filepath.Base(dir),
 		"--force-max-simd-bitwidth=512", "--log-level=pmd.net.virtio.*:info", "--vdev", vdev, "--", "--forward-mode=io", "--auto-start", "--nb-cores=1",
 		"--rxq="+queues, "--txq="+queues, "--mbuf-size="+room, "--total-num-mbufs=8192", "--no-mlockall", "--no-flush-rx")
+	p.cmd.Env = append(os.Environ(), "RUNTIME_DIRECTORY="+dir) // what EAL leaves behind goes with it
 	p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.out
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if p.in, err = p.cmd.StdinPipe(); err == nil {

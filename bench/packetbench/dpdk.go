@@ -104,7 +104,7 @@ func StartDPDK(ctx context.Context, c Config, ends ...Ends) (_ *DPDK, err error)
 			hosts = append(hosts, "net_vhost1,iface="+at)
 		}
 	}
-	if d.host, err = start(ctx, path, args(cpu[1], "host", "rxonly", hosts...)); err != nil {
+	if d.host, err = start(ctx, d.dir, path, args(cpu[1], "host", "rxonly", hosts...)); err != nil {
 		return nil, err
 	}
 	if len(hosts) > 1 {
@@ -114,7 +114,7 @@ func StartDPDK(ctx context.Context, c Config, ends ...Ends) (_ *DPDK, err error)
 		}
 		d.mixed[DriverEnd] = m
 	}
-	if d.board, err = start(ctx, path, args(cpu[0], "board", "txonly", boards...)); err != nil {
+	if d.board, err = start(ctx, d.dir, path, args(cpu[0], "board", "txonly", boards...)); err != nil {
 		return nil, err
 	}
 	d.Version = version()
@@ -277,9 +277,11 @@ func (p *program) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-func start(ctx context.Context, path string, args []string) (*program, error) {
+// start starts the program path; what EAL leaves behind is in dir.
+func start(ctx context.Context, dir, path string, args []string) (*program, error) {
 	p := &program{gone: make(chan struct{}), moved: make(chan struct{}, 1)}
 	p.cmd = exec.CommandContext(ctx, path, args...)
+	p.cmd.Env = append(os.Environ(), "RUNTIME_DIRECTORY="+dir)
 	// A terminal: to a pipe its output would come in pieces of 4 KiB, behind the prompts.
 	ours, theirs, err := terminal()
 	if err != nil {

@@ -51,10 +51,10 @@ func fakeDPDK(t *testing.T) *DPDK {
 	}
 	d := &DPDK{}
 	var err error
-	if d.host, err = start(context.Background(), path, nil); err != nil {
+	if d.host, err = start(context.Background(), "", path, nil); err != nil {
 		t.Fatal(err)
 	}
-	if d.board, err = start(context.Background(), path, nil); err != nil {
+	if d.board, err = start(context.Background(), "", path, nil); err != nil {
 		d.Close()
 		t.Fatal(err)
 	}
@@ -80,7 +80,7 @@ func TestEndsAtOnce(t *testing.T) {
 	if err := os.WriteFile(path, []byte("#!/bin/sh\necho EAL: Cannot init memory\nexit 1\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := start(context.Background(), path, nil); !errors.Is(err, ErrNoDPDK) {
+	if _, err := start(context.Background(), "", path, nil); !errors.Is(err, ErrNoDPDK) {
 		t.Error(err)
 	}
 }
