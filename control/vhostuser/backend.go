@@ -43,6 +43,10 @@ type backend struct {
 	oldLogs  []*dirtyLog         // that may be in use until close
 	logBell  logBell             // of SET_LOG_FD
 
+	owed   bool      // an announcement that came while the device did not run is to be repeated
+	mac    [6]byte   // of which address
+	repeat time.Time // when; zero: not yet
+
 	again time.Time // when what could not be started is tried again; zero: never
 	pause time.Duration
 }
@@ -593,7 +597,23 @@ func (b *backend) announce(m *message) error {
 		return m.errorf(ErrValue, "%v", err)
 	}
 	atomic.AddUint64(&b.n.RARP, 1)
+	b.owed, b.mac = !b.running, mac
 	return nil
+}
+
+// repeatAfter is how long a device runs before an announcement is repeated that came too early: a bridge takes a moment to
+// use an interface whose carrier has come on.
+const repeatAfter = 100 * time.Millisecond
+
+// announceAgain repeats an announcement that came before the device ran, as QEMU's first one does: bridges take nothing from
+// interfaces without carrier.
+func (b *backend) announceAgain() {
+	b.owed, b.repeat = false, time.Time{}
+	if err := b.dev.(device.Announcer).Announce(b.mac); err != nil {
+		b.log.Warn("the guest's address is not announced", "link", b.name, "error", err)
+		return
+	}
+	atomic.AddUint64(&b.n.RARP, 1)
 }
 
 // setMTU serves NET_SET_MTU: what the guest is told. Frames of the interface's own MTU have to fit.
@@ -631,6 +651,26 @@ func (b *backend) retry() {
 		b.pause *= 2
 	}
 	b.again = time.Now().Add(b.pause)
+}
+
+// due returns when onTime has something to do, zero for never.
+func (b *backend) due() time.Time {
+	if b.repeat.IsZero() || !b.again.IsZero() && b.again.Before(b.repeat) {
+		return b.again
+	}
+	return b.repeat
+}
+
+// onTime does what has become due.
+func (b *backend) onTime() error {
+	now := time.Now()
+	if !b.repeat.IsZero() && !now.Before(b.repeat) {
+		b.announceAgain()
+	}
+	if !b.again.IsZero() && !now.Before(b.again) {
+		return b.tryAgain()
+	}
+	return nil
 }
 
 // tryAgain gives the device what it was given before, and starts what was started.

@@ -361,8 +361,8 @@ func (d *Door) converse(ctx context.Context, c *net.UnixConn, b *backend) error 
 	for {
 		var again <-chan time.Time
 		var timer *time.Timer
-		if !b.again.IsZero() {
-			timer = time.NewTimer(time.Until(b.again))
+		if due := b.due(); !due.IsZero() {
+			timer = time.NewTimer(time.Until(due))
 			again = timer.C
 		}
 		err := error(nil)
@@ -381,7 +381,7 @@ func (d *Door) converse(ctx context.Context, c *net.UnixConn, b *backend) error 
 		case <-d.wake:
 			err = d.guard(func() error { return d.react(b) })
 		case <-again:
-			err = d.guard(b.tryAgain)
+			err = d.guard(b.onTime)
 		}
 		if timer != nil {
 			timer.Stop()

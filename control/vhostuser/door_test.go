@@ -303,6 +303,16 @@ func TestQEMU(t *testing.T) {
 	if macs := e.announced(); len(macs) != 1 || macs[0] != [6]byte{2, 0, 0, 0, 0, 7} {
 		t.Errorf("announced: % x", macs)
 	}
+	// One that comes before the device runs is repeated when it does.
+	f.enable(0, 0)
+	f.set(SendRARP, []byte{2, 0, 0, 0, 0, 8, 0, 0})
+	if macs := e.announced(); len(macs) != 2 {
+		t.Errorf("announced: % x", macs)
+	}
+	f.enable(0, 1)
+	eventually(t, "the announcement is repeated", func() bool { macs := e.announced(); return len(macs) == 3 && macs[2] == [6]byte{2, 0, 0, 0, 0, 8} })
+	f.enable(0, 0)
+	f.enable(0, 1)
 	f.set(ResetDevice, nil)
 	if running, started, _ := e.state(); running || started != 0 {
 		t.Errorf("RESET_DEVICE: running %v, queues %#x", running, started)

@@ -270,6 +270,10 @@ func (b *backend) setRunning(on bool) error {
 		return b.notNow(err)
 	}
 	b.running = on
+	b.repeat = time.Time{}
+	if on && b.owed {
+		b.repeat = time.Now().Add(repeatAfter)
+	}
 	if on {
 		b.log.Info("device running", "link", b.name, "features", b.accepted().String())
 	} else {
