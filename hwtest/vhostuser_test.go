@@ -57,6 +57,12 @@ func newDoors(t *testing.T, dir string, args ...string) *doors {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { ns.Close() })
+	return newDoorsIn(t, ns, dir, args...)
+}
+
+// newDoorsIn starts a host in a namespace; dir is for its status socket.
+func newDoorsIn(t *testing.T, ns *netns.NS, dir string, args ...string) *doors {
+	t.Helper()
 	d := &doors{end: end{t: t, side: "host", ns: ns, socket: filepath.Join(dir, "status"), log: new(logBuffer)}}
 	d.args = append([]string{"host", "--status", d.socket}, args...)
 	d.logOnFailure()

@@ -13,12 +13,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"github.com/boardlink/boardlink/trial/netns"
 	"github.com/boardlink/boardlink/trial/traffic"
+	"golang.org/x/sys/unix"
 )
 
 // Port is where Echo listens.
@@ -81,6 +84,10 @@ type Config struct {
 	Bytes int64         // there and back by TCP; default 32 MiB
 	Ready time.Duration // how long the path may take to come up; default 30 s
 	Every time.Duration // between pings; default 10 ms
+	// Until, if not nil, ends what goes by TCP when it is closed, however many bytes that are; Done counts those that came back.
+	Until <-chan struct{}
+	Done  *atomic.Int64
+	Pause time.Duration // after each 64 KiB that are sent; default none
 }
 
 // Result is what was found.
@@ -124,7 +131,10 @@ func Check(ctx context.Context, ns *netns.NS, addr netip.Addr, c Config) (r Resu
 	if p.Lost > 0 {
 		return r, fmt.Errorf("%d of %d pings to %v were lost", p.Lost, p.Sent, addr)
 	}
-	return r, r.tcp(ctx, ns, addr, c.Bytes)
+	if c.Until != nil {
+		c.Bytes = math.MaxInt64 - 1<<30
+	}
+	return r, r.tcp(ctx, ns, addr, c)
 }
 
 // word is the 8 bytes at offset 8*i of the stream: each depends on its place.
@@ -145,10 +155,14 @@ func fill(b []byte, seed uint64, off int64) {
 	}
 }
 
-func (r *Result) tcp(ctx context.Context, ns *netns.NS, addr netip.Addr, total int64) error {
+func (r *Result) tcp(ctx context.Context, ns *netns.NS, addr netip.Addr, c Config) error {
 	const block = 64 << 10
-	total = (total + block - 1) / block * block
+	total := (c.Bytes + block - 1) / block * block
 	conn, err := dial(ctx, ns, addr)
+	// The other end may be about to listen.
+	for end := time.Now().Add(c.Ready); errors.Is(err, unix.ECONNREFUSED) && ctx.Err() == nil && time.Now().Before(end); conn, err = dial(ctx, ns, addr) {
+		time.Sleep(20 * time.Millisecond)
+	}
 	if err != nil {
 		return err
 	}
@@ -157,17 +171,27 @@ func (r *Result) tcp(ctx context.Context, ns *netns.NS, addr netip.Addr, total i
 	defer stop()
 	seed := uint64(time.Now().UnixNano())
 	begin := time.Now()
-	sent := make(chan error, 1)
+	sent, out := make(chan error, 1), int64(0)
 	go func() {
 		b := make([]byte, block)
 		for off := int64(0); off < total; off += block {
+			out = off
+			select {
+			case <-c.Until:
+				// What is under way comes back, and then the end.
+				sent <- conn.(*net.TCPConn).CloseWrite()
+				return
+			default:
+			}
 			fill(b, seed, off)
 			if _, err := conn.Write(b); err != nil {
 				sent <- fmt.Errorf("send to %v at offset %d: %w", addr, off, err)
 				conn.SetReadDeadline(time.Unix(1, 0))
 				return
 			}
+			time.Sleep(c.Pause)
 		}
+		out = total
 		sent <- nil
 	}()
 	got, want := make([]byte, block), make([]byte, block)
@@ -177,7 +201,16 @@ func (r *Result) tcp(ctx context.Context, ns *netns.NS, addr netip.Addr, total i
 		if ctx.Err() != nil {
 			break
 		}
-		if _, err = io.ReadFull(conn, got); err != nil {
+		_, err = io.ReadFull(conn, got)
+		if err == io.EOF && c.Until != nil {
+			select {
+			case <-c.Until:
+				err = nil
+			default:
+			}
+			break
+		}
+		if err != nil {
 			err = fmt.Errorf("receive from %v at offset %d: %w", addr, off, err)
 			break
 		}
@@ -188,9 +221,15 @@ func (r *Result) tcp(ctx context.Context, ns *netns.NS, addr netip.Addr, total i
 			}
 		}
 		r.Bytes += block
+		if c.Done != nil {
+			c.Done.Add(block)
+		}
 	}
 	conn.Close()
 	err = errors.Join(err, <-sent, ctx.Err())
+	if err == nil && out != r.Bytes {
+		err = fmt.Errorf("%d bytes were sent to %v, and %d came back", out, addr, r.Bytes)
+	}
 	r.Seconds = time.Since(begin).Seconds()
 	r.Gbps = float64(r.Bytes) * 8 / r.Seconds / 1e9
 	if r.Corrupt != 0 {

@@ -67,6 +67,7 @@ type VM struct {
 	BootTime time.Duration
 
 	cfg     Config
+	more    []string // options of QEMU besides those of all machines
 	dir     string
 	port    *os.File
 	qmp     *qmp
@@ -279,6 +280,7 @@ func (m *VM) args(initrd string) []string {
 	}
 	args = append(args, "-device", serial, "-device", "virtserialport,bus=bl-serial.0,chardev=bl-port,name="+guest.Port)
 	args = append(args, c.Devices...)
+	args = append(args, m.more...)
 	if c.Append != "" {
 		line += " " + c.Append
 	}
