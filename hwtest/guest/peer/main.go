@@ -13,11 +13,13 @@
 //	peer ethtool INTERFACE FEATURE=on|off ...
 //	peer channels INTERFACE PAIRS
 //	peer shout
+//	peer disk DEVICE write|verify SEED
 //
 // memory sets or clears the memory-enable bit of a PCI function, master its bus-master bit, wipe clears its BARs and command register as a reset of the
 // board does, both behind the back of whoever uses it. up gives an interface an IPv4 address and sets it up. ethtool and channels
 // do what ethtool -K and ethtool -L do, and fail where the interface is not as wanted afterwards. shout answers each
-// line of its terminal in capitals, with the terminal's size.
+// line of its terminal in capitals, with the terminal's size. disk writes files to the ext4 file system on a device, or verifies
+// them.
 package main
 
 import (
@@ -95,7 +97,10 @@ func run(args []string) error {
 	if len(args) == 3 && args[0] == "channels" {
 		return channels(args[1], args[2])
 	}
-	return fmt.Errorf("usage: peer shout | peer down INTERFACE | peer ethtool INTERFACE FEATURE=on|off ... | peer channels INTERFACE PAIRS | peer up INTERFACE PREFIX [MTU] | peer echo | peer check ADDRESS [PINGS [BYTES]] | peer memory FUNCTION on|off | peer master FUNCTION on|off | peer wipe FUNCTION")
+	if len(args) == 4 && args[0] == "disk" && (args[2] == "write" || args[2] == "verify") {
+		return disk(args[1], args[2], args[3])
+	}
+	return fmt.Errorf("usage: peer shout | peer disk DEVICE write|verify SEED | peer down INTERFACE | peer ethtool INTERFACE FEATURE=on|off ... | peer channels INTERFACE PAIRS | peer up INTERFACE PREFIX [MTU] | peer echo | peer check ADDRESS [PINGS [BYTES]] | peer memory FUNCTION on|off | peer master FUNCTION on|off | peer wipe FUNCTION")
 }
 
 func shout() error {
