@@ -129,6 +129,7 @@ func TestDiskFIO(t *testing.T) {
 		from := diskOf(t, r, board.Agent).Counters["writes"]
 		cmd := exec.Command("fio", "--name=verify", "--thread", "--ioengine=nbd", "--uri=nbd+unix:///root?socket="+sock, "--rw="+c.rw, "--bsrange="+c.size, "--iodepth="+c.depth, "--size=8M",
 			"--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--end_fsync=1")
+		cmd.Dir = t.TempDir() // for the state of what it verifies
 		var out bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &out, &out
 		if err := cmd.Start(); err != nil {
