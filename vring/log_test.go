@@ -18,7 +18,6 @@ const logPage = dma.LogPage
 type checker struct {
 	r     *vringtest.Rig
 	base  uint64 // page of the memory's first byte
-	alias uint64 // page that the device area is marked at besides
 	bits  []byte
 	log   vring.Log
 	was   []byte
@@ -28,6 +27,7 @@ type checker struct {
 	extra map[string]int // pages that were marked and not written
 }
 
+// aliasPage is the page that the device area is marked at besides.
 const aliasPage = 17
 
 // newChecker lays the rig's areas out in pages of their own.

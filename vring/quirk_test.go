@@ -39,7 +39,7 @@ func TestInOrderWritten(t *testing.T) {
 				}
 				var gotID, gotLen uint32
 				if ring.Name == vringtest.Packed.Name {
-					d := praw{r.Rig}.get(i)
+					d := praw(r).get(i)
 					gotID, gotLen = uint32(d.id), d.n
 					if d.flags&(pAvail|pUsed) != pAvail|pUsed {
 						t.Errorf("%s: descriptor %d is not used: flags %#x", m.Name, i, d.flags)

@@ -23,6 +23,13 @@ type gated struct {
 	gate chan struct{} // nil: they do not wait
 }
 
+// Geometry says that calls may wait for somebody else, so that no queue waits for them.
+func (g *gated) Geometry() block.Geometry {
+	geo := g.Backend.Geometry()
+	geo.Remote = true
+	return geo
+}
+
 func (g *gated) ReadAt(bufs []unix.Iovec, off uint64) error {
 	g.mu.Lock()
 	gate := g.gate
@@ -31,6 +38,16 @@ func (g *gated) ReadAt(bufs []unix.Iovec, off uint64) error {
 		<-gate
 	}
 	return g.Backend.ReadAt(bufs, off)
+}
+
+// open lets what waits go on.
+func (g *gated) open() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.gate != nil {
+		close(g.gate)
+		g.gate = nil
+	}
 }
 
 // newDisk returns a disk of 1 MiB whose sectors hold their numbers.
@@ -53,6 +70,7 @@ func newDisk(t *testing.T) (*block.Block, *gated) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
+		g.open()
 		if err := b.Close(); err != nil {
 			t.Error(err)
 		}
@@ -191,10 +209,7 @@ func TestBlockKilled(t *testing.T) {
 	ring := make([]byte, ringRoom)
 	f.mem.CopyOut(ring, 0)
 	unix.Shutdown(f.fd, unix.SHUT_RDWR)
-	g.mu.Lock()
-	close(g.gate)
-	g.gate = nil
-	g.mu.Unlock()
+	g.open()
 	eventually(t, "the door lets go", func() bool { return d.Status().State == stateListening })
 	f.mem.CopyIn(0, ring)
 	for i := 1; i < 4; i++ {

@@ -297,11 +297,11 @@ func (c *client) run(conn *net.UnixConn) {
 func (c *client) disconnect(conn *net.UnixConn, why error) {
 	conn.Close()
 	c.send.Lock() // the one that writes fails now
-	c.send.Unlock()
 	c.mu.Lock()
 	c.conn, c.lost = nil, why
 	quiet := c.closed || c.giveUp
 	c.mu.Unlock()
+	c.send.Unlock()
 	if !quiet {
 		c.cfg.Logf("%s: the connection is lost, requests wait until it is there again: %v", c.geo.Name, why)
 	}

@@ -86,7 +86,6 @@ type Request struct {
 	blocks     []*Request // later ones that wait for this one
 	prev, next *Request   // in Disk.live
 	dropped    bool       // the owner has given it up
-	live       bool
 }
 
 // units returns how much there is to do: bytes of the range, or 1.
