@@ -29,7 +29,7 @@ func Open() (*Pty, error) {
 	if err != nil {
 		return nil, fmt.Errorf("pseudo-terminal: /dev/ptmx: %w", err)
 	}
-	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
+	n, err := unix.IoctlGetUint32(fd, unix.TIOCGPTN) // not an int: the kernel writes 32 bits
 	if err == nil {
 		err = unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0)
 	}
@@ -37,7 +37,7 @@ func Open() (*Pty, error) {
 		unix.Close(fd)
 		return nil, fmt.Errorf("pseudo-terminal: %w", err)
 	}
-	p := &Pty{f: os.NewFile(uintptr(fd), "/dev/ptmx"), name: "/dev/pts/" + strconv.Itoa(n)}
+	p := &Pty{f: os.NewFile(uintptr(fd), "/dev/ptmx"), name: "/dev/pts/" + strconv.FormatUint(uint64(n), 10)}
 	if p.fresh, err = getMode(p.f); err == nil {
 		// The kernel tells that no program has the terminal open from the moment on in which the first one has closed it.
 		var slave *os.File

@@ -333,8 +333,8 @@ func terminal() (ours, theirs *os.File, err error) {
 	}
 	var name string
 	if err = unix.IoctlSetPointerInt(m, unix.TIOCSPTLCK, 0); err == nil {
-		var n int
-		n, err = unix.IoctlGetInt(m, unix.TIOCGPTN)
+		var n uint32
+		n, err = unix.IoctlGetUint32(m, unix.TIOCGPTN)
 		name = fmt.Sprintf("/dev/pts/%d", n)
 	}
 	var s int

@@ -67,13 +67,13 @@ type Config struct {
 
 // Block is the device model.
 type Block struct {
-	n counters // first: 64-bit alignment
+	n    counters // first: 64-bit alignment
+	pace pace     // next: it begins with 64 bits
 
 	cfg Config
 	geo Geometry
 	*plain.Set
 	pool *pool
-	pace pace
 	own  []scratch // of the queues' goroutines
 	busy int32     // requests in the pool's hands; with sync/atomic
 

@@ -63,7 +63,7 @@ func foreignNames() []string {
 //   - those that take minutes, while nothing in them depends on the processor (all that mutate a protocol, too), and
 //     those that wait for time-outs.
 var emulatedSkip = []string{"TestIface", "TestPump", "TestMovedPump", "TestPool$", "TestLinkRestartAnywhere", "TestHostileServer", "TestNoProc", "TestSpin", "TestServerCredentials",
-	"TestOverlong", "TestSenderFollows", "TestLongestFrames", "TestManyPieces", "TestLittleRoom", "TestReadErrors", "TestMemoryGone", "TestRefusedByKernel", "TestKernelPool"}
+	"TestOverlong", "TestSenderFollows", "TestLongestFrames", "TestManyPieces", "TestLittleRoom", "TestReadErrors", "TestMemoryGone", "TestLoggedFrames", "TestRefusedByKernel", "TestKernelPool"}
 
 // longSkip is for the machines beside the big-endian one. TestConcurrent and
 // TestTwoProcesses also rely on a store before a later load between two threads or processes: qemu-user 7.2 does

@@ -175,6 +175,6 @@ func foreground() bool {
 		return false
 	}
 	defer unix.Close(fd)
-	pgrp, err := unix.IoctlGetInt(fd, unix.TIOCGPGRP)
-	return err == nil && pgrp == unix.Getpgrp()
+	pgrp, err := unix.IoctlGetUint32(fd, unix.TIOCGPGRP)
+	return err == nil && int(pgrp) == unix.Getpgrp()
 }
