@@ -5,6 +5,7 @@ package trial_test
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -76,7 +77,12 @@ func waitUp(t testing.TB, r *trial.Rig) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	if err := r.WaitUp(ctx); err != nil {
+	err := r.WaitUp(ctx)
+	// An agent that has failed a few times, as the other end's interface was taken away, tries on.
+	for setup := new(trial.SetupError); errors.As(err, &setup) && ctx.Err() == nil; err = r.WaitUp(ctx) {
+		time.Sleep(50 * time.Millisecond)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 }
