@@ -211,7 +211,7 @@ func iovec(b []byte) unix.Iovec {
 }
 
 // A full file system is an I/O error to the driver, counted and told once, and the disk goes on when there is space again.
-func TestFull(t *testing.T) {
+func TestImageFull(t *testing.T) {
 	dir := t.TempDir()
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); err != nil {
 		absent(t, "mount a tmpfs: %v", err)

@@ -311,8 +311,8 @@ func stages(fuzztime time.Duration) []stage {
 			needs: []string{"gccgo", "gcc"}, limit: 40 * time.Minute, idle: true, run: func(r *run) {
 				r.goTest(nil, "-run=^TestGo118Build", "./internal/house")
 			}},
-		{name: "test", what: "go test of all packages that have no stage of their own", wants: []string{"gcc", "ip", "qemu-system", "fio", "spin"}, limit: 12 * time.Minute, run: testStage},
-		{name: "machines", what: "the tests that boot virtual machines with PCI boards", wants: []string{"gcc", "ip", "qemu-system", "qemu-ppc", "xz", "make", "keyring", "dpdk"},
+		{name: "test", what: "go test of all packages that have no stage of their own", wants: []string{"gcc", "ip", "qemu-system", "fio", "losetup", "agetty", "spin"}, limit: 12 * time.Minute, run: testStage},
+		{name: "machines", what: "the tests that boot virtual machines with PCI boards", wants: []string{"gcc", "ip", "qemu-system", "qemu-ppc", "xz", "make", "keyring", "dpdk", "e2fs"},
 			limit: 25 * time.Minute, run: machinesStage},
 		{name: "race", what: "go test -race -short of the packages below cmd", needs: []string{"gcc"}, limit: 10 * time.Minute, run: raceStage},
 		{name: "fuzz", what: "every fuzz target for a moment", limit: 20*time.Minute + 100*fuzztime, run: func(r *run) { fuzzStage(r, fuzztime) }},

@@ -60,10 +60,12 @@ func foreignNames() []string {
 //   - those of interfaces beside packet sockets (tunbridge/pump_limit_test.go), and the one of memory that is gone,
 //     which the emulator reads before the kernel does;
 //   - TestKernelPool: it knows no RNDADDENTROPY;
+//   - those that need root, which this stage may not have, and what no processor is different in: TestGetty, TestKmsg, TestImageFull, TestBlockDevice;
 //   - those that take minutes, while nothing in them depends on the processor (all that mutate a protocol, too), and
 //     those that wait for time-outs.
 var emulatedSkip = []string{"TestIface", "TestPump", "TestMovedPump", "TestPool$", "TestLinkRestartAnywhere", "TestHostileServer", "TestNoProc", "TestSpin", "TestServerCredentials",
-	"TestOverlong", "TestSenderFollows", "TestLongestFrames", "TestManyPieces", "TestLittleRoom", "TestReadErrors", "TestMemoryGone", "TestLoggedFrames", "TestRefusedByKernel", "TestKernelPool"}
+	"TestOverlong", "TestSenderFollows", "TestLongestFrames", "TestManyPieces", "TestLittleRoom", "TestReadErrors", "TestMemoryGone", "TestLoggedFrames", "TestRefusedByKernel", "TestKernelPool",
+	"TestGetty", "TestKmsg$", "TestImageFull", "TestBlockDevice"}
 
 // longSkip is for the machines beside the big-endian one. TestConcurrent and
 // TestTwoProcesses also rely on a store before a later load between two threads or processes: qemu-user 7.2 does
